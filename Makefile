@@ -1,0 +1,116 @@
+# `make` prints what can be made. Only make and Python 3.11 or later need to be there.
+#   nb/NN        PROFILE=smoke|default|full|paper  SEED=n
+#   setup        TORCH=cpu   PyTorch's CPU build (Linux without a GPU)
+#   nbval, test  FRESH=1     start with an empty cache, as CI does
+#   lock         UPGRADE=1   take the newest versions that pyproject.toml allows
+#   anything     HF_HUB_OFFLINE=0 to let a notebook reach the Hugging Face hub
+
+# This project's conda environment where it is active, else a venv made from the lock.
+ifeq ($(CONDA_DEFAULT_ENV),c2r)
+PYTHON := $(CONDA_PREFIX)/bin/python
+ENV    := $(CONDA_PREFIX)/.c2r
+else
+PYTHON := .venv/bin/python
+ENV    := .venv/.c2r
+VENV   := .venv
+endif
+DATA   := $(or $(C2R_DATA),data)/.c2r
+
+UV     := $(shell command -v uv 2>/dev/null)
+FOUND  := $(shell for p in python3.11 python3.12 python3.13 python3; do \
+  $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+BASE    = $(or $(FOUND),$(error Python 3.11 or later is needed, and none was found))
+
+RUNNER    := $(PYTHON) -m c2r_core.support.runner
+NOTEBOOKS := $(sort $(wildcard notebooks/[0-9][0-9]_*.ipynb))
+EXECUTED  := $(NOTEBOOKS:notebooks/%=runs/default/%)
+SOURCES   := requirements.lock $(shell find c2r_core -name '*.py' -o -name '*.yml')
+PROFILE   ?= default
+
+# What every process gets before Python starts. Kept blocks of memory: page faults are dear.
+ifndef OMP_NUM_THREADS
+CORES := $(shell (sysctl -n hw.physicalcpu || lscpu -p=CORE,SOCKET | grep '^[0-9]' | sort -u | wc -l) 2>/dev/null)
+OMP_NUM_THREADS := $(shell n=$(or $(strip $(CORES)),1); echo $$(( n < 1 ? 1 : n > 8 ? 8 : n )))
+endif
+HF_HUB_OFFLINE ?= 1
+export OMP_NUM_THREADS HF_HUB_OFFLINE
+export TRANSFORMERS_OFFLINE := $(HF_HUB_OFFLINE)
+export HF_HUB_DISABLE_PROGRESS_BARS := 1
+export WANDB_MODE := disabled
+export PYTHONHASHSEED := 0
+export MALLOC_MMAP_THRESHOLD_ := 8589934592
+export MALLOC_TRIM_THRESHOLD_ := 17179869184
+export MALLOC_TOP_PAD_ := 268435456
+unexport MPLBACKEND
+
+.PHONY: help setup data lab test smoke reproduce refresh nbval lint lock clean
+.DELETE_ON_ERROR:
+
+help:
+	@sed -n -e 's,nb/%,nb/NN,' -e 's/^\([a-zA-Z/]*\):.*## /  make \1|/p' Makefile | \
+	  while IFS='|' read -r target what; do printf '%-18s %s\n' "  $$target" "$$what"; done
+
+setup: $(ENV) ## an environment with the locked versions (venv; uv where installed, else pip)
+
+$(ENV): requirements.lock pyproject.toml
+	@echo "Installing requirements.lock: about 2.3 GB and two minutes"
+	@$(if $(VENV),$(if $(UV),uv venv --quiet --allow-existing --python $(or $(FOUND),3.11),$(BASE) -m venv) .venv)
+ifneq ($(UV)$(TORCH),)
+	@$(if $(UV),,$(PYTHON) -m pip install --quiet uv)
+	$(or $(UV),$(PYTHON) -m uv) pip install --quiet --python $(PYTHON) \
+	  $(if $(TORCH),--torch-backend $(TORCH)) -r requirements.lock -e .
+else
+	$(PYTHON) -m pip install --quiet -r requirements.lock -e .
+endif
+	@touch $@
+
+data: $(DATA) ## the embedded language model: fetched, checked, converted once
+
+$(DATA): | $(ENV)
+	$(PYTHON) -m c2r_core.data.language_models
+	@touch $@
+
+lab: $(DATA) ## open the notebooks in JupyterLab
+	$(PYTHON) -m jupyterlab notebooks
+
+test: $(DATA) ## units, hygiene, every notebook under smoke, then nbval
+	$(PYTHON) -m pytest
+	@$(MAKE) nbval
+
+smoke: $(DATA) ## every notebook under the smoke profile
+	$(PYTHON) -m pytest tests/test_smoke_notebooks.py
+
+reproduce: $(EXECUTED) ## execute every notebook into runs/default; print every claim's verdict
+	@$(RUNNER) summary
+
+runs/default/%.ipynb: notebooks/%.ipynb $(SOURCES) | $(DATA)
+	@$(RUNNER) run $< --profile default --out $@
+
+nb/%: $(DATA) ## execute notebook NN into runs/PROFILE; takes PROFILE and SEED
+	@$(RUNNER) run $(or $(filter notebooks/$*_%,$(NOTEBOOKS)),$(error no notebook $*)) \
+	  --profile $(PROFILE) $(if $(SEED),--seed $(SEED)) \
+	  --out runs/$(PROFILE)$(if $(SEED),-seed$(SEED))/$(notdir $(filter notebooks/$*_%,$(NOTEBOOKS)))
+
+refresh: $(DATA) ## execute the committed notebooks in place
+	$(RUNNER) refresh $(NOTEBOOKS)
+
+nbval: $(DATA) ## run the committed notebooks again and compare their outputs
+	@$(if $(CI)$(FRESH),rm -rf runs/nbval)
+	C2R_RESULTS="$(CURDIR)/runs/nbval" $(if $(CI)$(FRESH),C2R_CACHE="$(CURDIR)/runs/nbval/cache") \
+	  $(PYTHON) -m pytest notebooks --nbval --nbval-current-env -p tests.nbval_plugin \
+	    --nbval-sanitize-with tests/nbval_sanitize.cfg
+
+lint: $(ENV) ## ruff: rules and format
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+
+lock: ## resolve pyproject.toml anew, keeping the pins that still fit
+	rm -rf .venv-lock && $(BASE) -m venv .venv-lock
+	.venv-lock/bin/pip install --quiet $(if $(UPGRADE),,-c requirements.lock) -e '.[dev]'
+	.venv-lock/bin/pip check
+	{ grep '[#;]' requirements.lock; .venv-lock/bin/pip freeze --all | sed 's/+.*//' \
+	  | grep -vE '^(pip|nvidia|triton|cuda|-e|#)'; } | LC_ALL=C sort -f > requirements.lock.part
+	mv requirements.lock.part requirements.lock && rm -rf .venv-lock
+
+clean: ## remove the environment, the runs and the cache; data stay
+	rm -rf .venv .venv-lock runs cache

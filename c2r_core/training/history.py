@@ -1,0 +1,53 @@
+"""What a training recorded of itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+
+
+@dataclass
+class History:
+    """Loss terms of a training, an entry every `log_every` steps.
+
+    Each record holds the step, the learning rate, `l0`, `dead_share` and the loss terms before
+    weighting, in a stack as one list each.
+    """
+
+    records: list[dict[str, Any]] = field(default_factory=list)
+
+    def frame(self) -> pd.DataFrame:
+        """Long table with the columns step, copy, term, value; copy is 0 outside a stack."""
+        import pandas as pd
+
+        rows = []
+        for record in self.records:
+            for term, value in record.items():
+                for copy, one in enumerate(value if isinstance(value, list) else [value]):
+                    rows.append({"step": record["step"], "copy": copy, "term": term, "value": one})
+        table = pd.DataFrame(rows, columns=["step", "copy", "term", "value"])
+        return table[table["term"] != "step"].reset_index(drop=True)
+
+    def plot(self, term: str = "reconstruction", ax: Axes | None = None) -> Axes:
+        """Draw one recorded term over the steps, a band over the SAEs of a stack; returns the Axes.
+
+        Raises
+        ------
+        ValueError
+            If the term was not recorded; the message lists those that were.
+        """
+        import seaborn as sns
+
+        table = self.frame()
+        known = list(dict.fromkeys(table["term"]))
+        if term not in known:
+            raise ValueError(f"No term {term!r} was recorded; there are: {', '.join(known)}.")
+        ax = sns.lineplot(
+            table[table["term"] == term], x="step", y="value", errorbar=("pi", 100), ax=ax
+        )
+        ax.set(xlabel="optimiser step", ylabel=term.replace("_", " "))
+        return ax

@@ -1,0 +1,72 @@
+"""Everything of the recipe that depends on the step, as pure functions of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Recipe of a training; defaults are the paper's, with its fixed horizons cut for short runs.
+
+    Parameters
+    ----------
+    steps : int
+        Optimiser steps.
+    lr : float
+        Peak learning rate of Adam with betas (0.9, 0.999).
+    warmup_share, decay_share : float
+        Shares of the steps in which lr rises linearly from 0, and falls linearly to 0.
+    clip_norm : float
+        Bound on the gradient's norm, for each SAE of a stack on its own.
+    aux_k_coefficient : float
+        Weight of the dead-latent revival; 0 switches it off.
+    dead_after : float
+        A latent is dead when it has been silent for as many samples as would have made a latent of
+        average firing rate k / d_sae fire this many times.
+    ema_share : float
+        Horizon of running means (inference threshold), as a share of the steps.
+    precision : "float32" or "bfloat16"
+        Of the encoder's product; weights and all else stay in float32.
+    seed : int
+        Random stream of the regularisers (the SAE and the batches carry seeds of their own).
+    log_every, checkpoint_every : int
+        Steps between entries of the history, and between checkpoints.
+    """
+
+    steps: int
+    lr: float = 2e-4
+    warmup_share: float = 0.1
+    decay_share: float = 0.2
+    clip_norm: float = 1.0
+    aux_k_coefficient: float = 1 / 32
+    dead_after: float = 200.0
+    ema_share: float = 0.05
+    precision: str = "float32"
+    seed: int = 0
+    log_every: int = 50
+    checkpoint_every: int = 200
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "log_every", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1.")
+        for name in ("lr", "clip_norm", "dead_after", "ema_share"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} is {getattr(self, name)}; expected a positive number.")
+        for name in ("warmup_share", "decay_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected a share from 0 to 1.")
+        if self.precision not in ("float32", "bfloat16"):
+            raise ValueError(f"precision is {self.precision!r}; expected 'float32' or 'bfloat16'.")
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of a step: linear warm-up, constant, linear decay to 0."""
+        rising = (step + 1) / max(1.0, self.warmup_share * self.steps)
+        falling = (self.steps - step) / max(1.0, self.decay_share * self.steps)
+        return self.lr * min(1.0, rising, falling)
+
+    @property
+    def ema_decay(self) -> float:
+        """Decay per step of running means; 0.999 at most, as in the paper."""
+        return min(0.999, 1 - 1 / max(1.0, self.ema_share * self.steps))

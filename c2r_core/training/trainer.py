@@ -1,0 +1,271 @@
+"""The training loop: one for single SAEs and stacks, every architecture, every regulariser."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Generator, Tensor
+from tqdm.auto import tqdm
+
+from c2r_core.saes.base import SAE, TrainingLosses
+from c2r_core.saes.sparse import firing_counts
+from c2r_core.seeds import mix_seeds
+from c2r_core.training.checkpoints import (
+    optimiser_tensors,
+    read_checkpoint,
+    restore_optimiser,
+    write_checkpoint,
+)
+from c2r_core.training.history import History
+from c2r_core.training.regularisers import Regulariser
+from c2r_core.training.schedules import TrainConfig
+
+BatchSource = Callable[[int], Tensor]
+
+
+class DivergedError(RuntimeError):
+    """A loss became NaN or infinite; the message names the step, the terms and the checkpoint."""
+
+
+def train(
+    sae: SAE,
+    batches: BatchSource,
+    config: TrainConfig,
+    regularisers: Sequence[Regulariser] = (),
+    *,
+    checkpoint: str | Path | None = None,
+    progress: bool = True,
+) -> History:
+    """Train an SAE, or all SAEs of a stack, in place.
+
+    Parameters
+    ----------
+    sae : SAE
+        A new SAE. Its b_dec is set to the geometric median of the first batch.
+    batches : callable
+        batches(step) gives the batch of that step, (batch, d_in) or (n_stacked, batch, d_in), scaled to
+        E‖x‖² = 1; the same step must always give the same batch, so that a run can be resumed.
+    config : TrainConfig
+    regularisers : sequence of Regulariser
+        Penalties to add, such as C2R(weight=...).
+    checkpoint : path, optional
+        File to write the state to every config.checkpoint_every steps. If it exists, training goes
+        on from it, and ends with the same SAE as if it had never stopped.
+    progress : bool
+        Show a progress bar.
+
+    Returns
+    -------
+    History
+
+    Raises
+    ------
+    ValueError
+        If a batch has the wrong shape, fewer than 2 samples, or a NaN or infinity; if the checkpoint
+        belongs to another training.
+    DivergedError
+        If a loss becomes NaN or infinite.
+    OSError
+        If a checkpoint cannot be written; the one before it is left unharmed.
+    """
+    run = _Run(sae, config, regularisers, Path(checkpoint) if checkpoint else None)
+    if run.checkpoint is not None and run.checkpoint.exists():
+        run.resume()
+    else:
+        run.begin(_checked(batches(0), sae, 0))
+    for step in tqdm(
+        range(run.step, config.steps), initial=run.step, total=config.steps, disable=not progress
+    ):
+        run.take_step(_checked(batches(step), sae, step))
+        if run.step % config.checkpoint_every == 0 and run.step < config.steps:
+            run.save()
+    return run.history
+
+
+class _Run:
+    """State of one training. The order of things in `take_step` is the recipe."""
+
+    def __init__(self, sae, config, regularisers, checkpoint):
+        self.sae: SAE = sae
+        self.config: TrainConfig = config
+        self.regularisers: Sequence[Regulariser] = tuple(regularisers)
+        self.checkpoint: Path | None = checkpoint
+        self.step = 0
+        self.history = History()
+        self.names = [name for name, _ in sae.named_parameters()]
+        self.optimiser = torch.optim.Adam(sae.parameters(), lr=config.lr, fused=True)
+        self.precision = getattr(torch, config.precision)
+        latents = sae.W_dec.shape[:-1]
+        self.silent_samples = torch.zeros(latents, dtype=torch.long, device=sae.W_dec.device)
+        self.weights = [torch.as_tensor(r.weight, device=sae.W_dec.device) for r in self.regularisers]
+        for regulariser, weight in zip(self.regularisers, self.weights, strict=True):
+            if weight.ndim and weight.shape != latents[:-1]:
+                raise ValueError(
+                    f"{regulariser.name} has {len(weight)} weights; expected one number, or one for "
+                    f"each SAE of a stack ({sae.n_stacked or 'this is a single SAE'})."
+                )
+
+    def begin(self, first_batch: Tensor) -> None:
+        with torch.no_grad():
+            self.sae.b_dec.copy_(geometric_median(first_batch))
+
+    def take_step(self, x: Tensor) -> None:
+        sae, config = self.sae, self.config
+        losses = sae.training_losses(
+            x,
+            progress=self.step / config.steps,
+            dead=self._dead() if config.aux_k_coefficient > 0 else None,
+            precision=self.precision,
+        )
+        total = losses.total(config.aux_k_coefficient)
+        penalties = {}
+        for regulariser, weight in zip(self.regularisers, self.weights, strict=True):
+            since_start = self.step - regulariser.start
+            if since_start >= 0 and since_start % regulariser.every == 0:
+                value = regulariser(losses.feature_acts, sae.W_dec, self._generator())
+                penalties[regulariser.name] = value.detach()
+                total = total + weight * regulariser.every * value
+        if not torch.isfinite(total).all():
+            raise DivergedError(self._divergence(losses, penalties))
+        for group in self.optimiser.param_groups:
+            group["lr"] = config.lr_at(self.step)
+        self.optimiser.zero_grad()
+        total.sum().backward()
+        remove_parallel_gradient(sae.W_dec)
+        clip_gradients(list(sae.parameters()), config.clip_norm, stacked=sae.n_stacked is not None)
+        self.optimiser.step()
+        normalise_rows(sae.W_dec)
+        sae.update_statistics(losses, config.ema_decay)
+        logs = self.step % config.log_every == 0 or self.step == config.steps - 1
+        if logs or config.aux_k_coefficient > 0:
+            fired = firing_counts(losses.feature_acts)
+            self.silent_samples = torch.where(fired > 0, 0, self.silent_samples + x.shape[-2])
+            if logs:
+                self._log(losses, penalties, l0=fired.sum(-1) / x.shape[-2])
+        self.step += 1
+
+    def _dead(self) -> Tensor:
+        """Latents silent for so long that an average one would have fired `dead_after` times."""
+        active = getattr(self.sae, "k", None)
+        if active is None:
+            return torch.zeros_like(self.silent_samples, dtype=torch.bool)
+        return self.silent_samples > self.config.dead_after * self.sae.d_sae / active
+
+    def _generator(self) -> Generator:
+        return Generator().manual_seed(mix_seeds(self.config.seed, self.step))
+
+    def _terms(self, losses: TrainingLosses, penalties: dict[str, Tensor]) -> dict[str, Tensor]:
+        terms = {name: getattr(losses, name) for name in ("reconstruction", "sparsity", "aux_k")}
+        return {name: value.detach() for name, value in (terms | penalties).items()}
+
+    def _log(self, losses: TrainingLosses, penalties: dict[str, Tensor], l0: Tensor) -> None:
+        terms = self._terms(losses, penalties) | {
+            "l0": l0,
+        }
+        record = {"step": self.step, "lr": self.config.lr_at(self.step)}
+        self.history.records.append(record | {name: v.tolist() for name, v in terms.items()})
+
+    def _divergence(self, losses: TrainingLosses, penalties: dict[str, Tensor]) -> str:
+        terms = ", ".join(f"{n} {v.tolist()}" for n, v in self._terms(losses, penalties).items())
+        saved = self.checkpoint is not None and self.checkpoint.exists()
+        last = f"The last good checkpoint is {self.checkpoint}." if saved else "There is no checkpoint."
+        return (
+            f"Training diverged at step {self.step}: {terms}. {last} "
+            "Try a smaller lr or a smaller regulariser weight."
+        )
+
+    # -- checkpoints ------------------------------------------------------------------------
+
+    def _identity(self) -> dict:
+        """What must be the same for a checkpoint to be continued."""
+        described = {
+            "sae": self.sae.config | {"n_stacked": self.sae.n_stacked},
+            "config": dataclasses.asdict(self.config),
+            "regularisers": [{"name": r.name} | dataclasses.asdict(r) for r in self.regularisers],
+        }
+        return json.loads(json.dumps(described))
+
+    def save(self) -> None:
+        if self.checkpoint is None:
+            return
+        tensors = {f"sae.{name}": tensor for name, tensor in self.sae.state_dict().items()}
+        tensors |= optimiser_tensors(self.optimiser, self.names)
+        tensors["silent_samples"] = self.silent_samples
+        state = {"step": self.step, "history": self.history.records, "run": self._identity()}
+        write_checkpoint(self.checkpoint, tensors, state)
+
+    def resume(self) -> None:
+        tensors, state = read_checkpoint(self.checkpoint)
+        ours = self._identity()
+        for part, value in state["run"].items():
+            if value != ours[part]:
+                raise ValueError(
+                    f"{self.checkpoint} belongs to another training: its {part} is {value}, but now "
+                    f"it is {ours[part]}. Name another file, or delete this one to start anew."
+                )
+        prefix = "sae."
+        self.sae.load_state_dict(
+            {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        )
+        restore_optimiser(self.optimiser, self.names, tensors)
+        self.silent_samples.copy_(tensors["silent_samples"])
+        self.step = state["step"]
+        self.history.records[:] = state["history"]
+
+
+# -- pieces of the recipe, for a single SAE (…) or a stack (n_stacked, …) -------------------------
+
+
+@torch.no_grad()
+def geometric_median(x: Tensor, iterations: int = 20) -> Tensor:
+    """Point of least summed distance to the samples, by Weiszfeld's iteration.
+
+    x (..., batch, d_in) -> (..., d_in).
+    """
+    median = x.mean(-2)
+    for _ in range(iterations):
+        distances = torch.linalg.vector_norm(x - median.unsqueeze(-2), dim=-1, keepdim=True)
+        weights = 1 / distances.clamp(min=1e-6)
+        median = (x * weights).sum(-2) / weights.sum(-2)
+    return median
+
+
+@torch.no_grad()
+def remove_parallel_gradient(W_dec: Tensor) -> None:
+    """Take from each decoder row's gradient the part along the row, which renormalising undoes."""
+    along = (W_dec.grad * W_dec).sum(-1, keepdim=True)
+    W_dec.grad -= along * W_dec
+
+
+@torch.no_grad()
+def clip_gradients(parameters: list[Tensor], max_norm: float, *, stacked: bool) -> None:
+    """Scale the gradients of each SAE so that their common norm is at most max_norm."""
+    keep = 1 if stacked else 0
+    squares = sum(p.grad.square().sum(dim=tuple(range(keep, p.ndim))) for p in parameters)
+    factors = (max_norm / squares.sqrt().clamp(min=1e-12)).clamp(max=1.0)
+    for p in parameters:
+        p.grad *= factors.reshape(factors.shape + (1,) * (p.ndim - keep))
+
+
+@torch.no_grad()
+def normalise_rows(W_dec: Tensor) -> None:
+    """Bring every decoder row back to norm 1."""
+    W_dec /= torch.linalg.vector_norm(W_dec, dim=-1, keepdim=True).clamp(min=1e-12)
+
+
+def _checked(x: Tensor, sae: SAE, step: int) -> Tensor:
+    sae.check_input(x)
+    if x.shape[-2] < 2:
+        raise ValueError(
+            f"The batch of step {step} has {x.shape[-2]} sample; expected at least 2, since "
+            "BatchTopK and C²R act across samples."
+        )
+    if not torch.isfinite(x.sum()):  # one pass; a NaN or an infinity never leaves a sum
+        raise ValueError(
+            f"The batch of step {step} holds a NaN or an infinity; check the activations it is made of."
+        )
+    return x.to(sae.W_dec.device)

@@ -1,0 +1,20 @@
+"""Settings of nbval, loaded by `make nbval` with `-p tests.nbval_plugin`."""
+
+from __future__ import annotations
+
+import os
+
+from c2r_core.support.runner import KERNEL_ENVIRONMENT
+
+NOT_COMPARED = ("text/html", "image/svg+xml")
+"""Ids and styles in HTML are drawn at random; the same table is compared as text."""
+
+
+def pytest_configure() -> None:
+    for name, value in KERNEL_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+
+
+def pytest_collectstart(collector) -> None:
+    if hasattr(collector, "skip_compare"):
+        collector.skip_compare += NOT_COMPARED
