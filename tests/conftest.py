@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import nbformat
 import pytest
 
+from c2r_core.support import runner
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
-os.environ.setdefault("MPLBACKEND", "Agg")
 
 PROJECT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((PROJECT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
@@ -52,20 +53,22 @@ def _own_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-@pytest.fixture
-def tiny_notebook(tmp_path: Path) -> Callable[..., Path]:
-    """Writes a notebook that has not run: `tiny_notebook(last_code=..., name=...)`."""
+def write_tiny_notebook(path: Path, last_code: str = TINY_CELLS[-1][1]) -> Path:
+    """A small notebook that has not run."""
+    cells = []
+    for number, (kind, source, tags) in enumerate(TINY_CELLS):
+        new = nbformat.v4.new_code_cell if kind == "code" else nbformat.v4.new_markdown_cell
+        source = last_code if number == len(TINY_CELLS) - 1 else source
+        cells.append(new(source, id=f"cell-{number}", metadata={"tags": tags} if tags else {}))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
+    return path
 
-    def write(last_code: str = TINY_CELLS[-1][1], name: str = "00_tiny.ipynb") -> Path:
-        cells = []
-        for number, (kind, source, tags) in enumerate(TINY_CELLS):
-            new = nbformat.v4.new_code_cell if kind == "code" else nbformat.v4.new_markdown_cell
-            source = last_code if number == len(TINY_CELLS) - 1 else source
-            metadata = {"tags": tags} if tags else {}
-            cells.append(new(source, id=f"cell-{number}", metadata=metadata))
-        path = tmp_path / "notebooks" / name
-        path.parent.mkdir(exist_ok=True)
-        nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
-        return path
 
-    return write
+@pytest.fixture(scope="session")
+def refreshed_notebook(_own_folders: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny notebook, executed under `default` and in canonical form; not to be changed."""
+    folder = tmp_path_factory.mktemp("refreshed")
+    notebook = write_tiny_notebook(folder / "00_tiny.ipynb")
+    runner.refresh(notebook, work_folder=folder / "work")
+    return notebook

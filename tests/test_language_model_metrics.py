@@ -76,9 +76,14 @@ def test_tokens_dropped_in_training_keep_their_activation_in_every_arm(model, to
     report = cross_entropy_recovered(model, Copier(), tokens, HOOK)
     assert report.n_unchanged == 5  # the first of each context
     halfway = cross_entropy_recovered(
-        model, Copier(0.0), tokens, HOOK, drop_norm_ratio=1.0, mean_activation=torch.zeros(64)
+        model,
+        Copier(0.0),
+        tokens,
+        HOOK,
+        drop_norm_ratio=1.0001,
+        mean_activation=torch.zeros(64),
     )
-    assert halfway.n_unchanged == 5 + int((norms > norms.flatten().median()).sum())
+    assert halfway.n_unchanged == 5 + int((norms > 1.0001 * norms.flatten().median()).sum())
     assert halfway.ce_sae == halfway.ce_zero == halfway.ce_mean != report.ce_zero
     nothing = cross_entropy_recovered(
         model, Copier(0.0), tokens, HOOK, median_norm=1e-9, mean_activation=torch.zeros(64)

@@ -39,6 +39,7 @@ _TOKENS = "tokens.npy"
 _KEPT = "kept.npy"
 # A token id (int32) and a mark in kept.npy.
 _OTHER_BYTES_A_TOKEN = 5
+_DOCUMENTS_TOKENISED_AT_ONCE = 64
 _LIBRARIES = ("torch", "transformers", "transformer_lens", "numpy")
 
 
@@ -54,9 +55,9 @@ class Shard(NamedTuple):
 class Manifest:
     """What a store holds and how it was made; written as `manifest.json`.
 
-    `n_documents` counts the corpus, `n_short_documents` those too short for one context, which gave
-    no token. `median_norm` is over all tokens but the first of each context. `norm_factor` is c such
-    that the mean of ||c x||^2 over the kept tokens is 1, computed from the values as stored.
+    `n_short_documents` of the corpus' `n_documents` were too short for one context and gave no
+    token. `median_norm` is over all tokens but the first of each context. `norm_factor` is the c
+    for which the mean of ||c x||^2 over the kept tokens, as stored, is 1.
     """
 
     format_version: int
@@ -187,11 +188,12 @@ class ActivationStore:
         return torch.from_numpy(batch).float()
 
     def chunks(self, size: int, dropped: bool = False) -> Iterator[Tensor]:
-        """Raw activations in order, float32, `size` tokens at a time (the last chunk may be shorter).
+        """Raw activations in order, as float32 tensors of shape (size, d_in).
 
         Parameters
         ----------
         size : int
+            Tokens at a time; the last chunk may have fewer.
         dropped : bool
             Include the dropped tokens; then the order is that of `contexts.ravel()`.
         """
@@ -222,7 +224,7 @@ class ActivationStore:
             Tokens to show on either side.
         """
         if not 0 <= row < len(self):
-            raise IndexError(f"Row {row} is outside of the store, which has rows 0 to {len(self) - 1}.")
+            raise IndexError(f"Row is {row}; the store has rows 0 to {len(self) - 1}.")
         context, position = divmod(int(self._kept_positions[row]), self.manifest.context_size)
         first = max(0, position - before)
         ids = self.contexts[context, first : position + after + 1]
@@ -329,7 +331,7 @@ def harvest(
         If a setting is out of range, no document fills a context, the hook does not exist, or an
         activation is NaN, infinite, or too large for `dtype`.
     OSError
-        If the disk has too little room: found before the model runs, or, if the disk fills up
+        If the disk has too little room: found after one context, or, if the disk fills up
         meanwhile, after removing what was written.
     """
     folder = Path(folder)
@@ -428,24 +430,28 @@ def _cut_contexts(
     tokenizer: PreTrainedTokenizerBase, corpus: Corpus, context_size: int, max_tokens: int | None
 ) -> tuple[np.ndarray, int]:
     """Token ids, shape (n_contexts, context_size), and how many documents gave no context."""
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    n_text = context_size - len(bos)
+    bos = tokenizer.bos_token_id
+    n_text = context_size if bos is None else context_size - 1
     pieces = []
     n_longest = 0
-    for document in corpus.documents:
-        ids = tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"]
-        n_longest = max(n_longest, len(ids))
-        full = np.array(ids[: len(ids) // n_text * n_text], dtype=np.int32).reshape(-1, n_text)
-        pieces.append(np.insert(full, [0] * len(bos), bos, axis=1))
+    for start in range(0, len(corpus), _DOCUMENTS_TOKENISED_AT_ONCE):
+        documents = corpus.documents[start : start + _DOCUMENTS_TOKENISED_AT_ONCE]
+        texts = [document.text for document in documents]
+        for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:
+            n_longest = max(n_longest, len(ids))
+            full = np.array(ids[: len(ids) // n_text * n_text], dtype=np.int32)
+            pieces.append(full.reshape(-1, n_text))
     contexts = np.concatenate(pieces)
     if len(contexts) == 0:
         raise ValueError(
             f"No document of corpus {corpus.name!r} fills a context: the longest has {n_longest} "
             f"tokens, a context needs {n_text}. Take longer texts or a smaller context_size."
         )
-    if max_tokens is not None and contexts.size > max_tokens:
+    if max_tokens is not None and max_tokens < len(contexts) * context_size:
         n_contexts = max_tokens // context_size
         contexts = contexts[np.arange(n_contexts) * len(contexts) // n_contexts]
+    if bos is not None:
+        contexts = np.insert(contexts, 0, bos, axis=1)
     return contexts, sum(len(piece) == 0 for piece in pieces)
 
 
@@ -516,9 +522,10 @@ def _full_disk_explained(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise OSError(
-            error.errno,
-            f"Writing activations failed ({error.strerror}); what was written has been removed. If "
-            "the disk is full, free some space, lower max_tokens, or take a folder on another disk",
+            # numpy reports a short write without an error number.
+            error.errno or errno.ENOSPC,
+            f"Writing activations failed ({error}); what was written has been removed. If the disk "
+            "is full, free some space, lower max_tokens, or take a folder on another disk",
             str(folder),
         ) from error
 
@@ -532,8 +539,8 @@ def _read_manifest(path: Path) -> Manifest:
     content = json.loads(path.read_text(encoding="utf-8"))
     if content.get("format_version") != FORMAT_VERSION:
         raise ValueError(
-            f"{path} has format version {content.get('format_version')}, expected {FORMAT_VERSION}. "
-            f"Delete {path.parent} and harvest again."
+            f"{path} has format version {content.get('format_version')}; this code reads "
+            f"{FORMAT_VERSION}. Delete {path.parent} and harvest again."
         )
     shards = tuple(Shard(**shard) for shard in content.pop("shards"))
     return Manifest(**content, shards=shards)

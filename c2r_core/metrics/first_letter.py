@@ -1,24 +1,23 @@
-"""First-letter splitting and absorption: does "starts with S" live in one latent, or is it scattered?
+"""First-letter splitting and absorption: is "starts with S" one latent, or is it scattered?
 
-A word's first letter is a feature with perfect labels that a language model uses. Linear probes find
-its direction in the model's activations; the SAE's best latents for it are compared with the probe word
-by word. A word is *absorbed* when the probe sees the letter, the letter's latents do not fire,
-and another latent that points the letter's way carries it instead.
+A word's first letter is a feature with perfect labels that language models use. Linear probes find
+its direction in the model's activations, a selector finds the SAE's own latents for it, and both
+are compared word by word. A word is *absorbed* when the probe sees the letter but the letter's
+latents are silent, and another latent that points the letter's way fires in their place.
 
     words = letter_words(model.tokenizer, corpus, limit=9000)
-    task = harvest_words(model, words, "blocks.4.hook_resid_post")     # once per model and hook
-    probes = train_letter_probes(task)                                 # once per task
-    report = evaluate_first_letter(sae, task, probes)                  # for each SAE
+    task = harvest_words(model, words, "blocks.4.hook_resid_post")  # once per model and hook
+    probes = train_letter_probes(task)
+    report = evaluate_first_letter(sae, task, probes)  # for each SAE
 
 Method: "A is for Absorption" (arXiv 2409.14507), with the steps and constants of SAEBench 0.6.0.
-Where this file differs:
+Where this file differs from it:
 
-- All words share one fixed few-shot prefix (SAEBench draws 10 examples anew for each word), so that the
-  prefix runs once and its keys and values are reused.
-- Decoder rows may have any norm: f ‖w‖ and w / ‖w‖ stand for f and w everywhere, so scores do not change
-  when a latent's scale moves between its activation and its decoder row.
-- Probes start at zero, so a latent that never fires keeps a weight of exactly zero, and only latents of
-  positive weight can be a letter's own.
+- All words share one few-shot prefix; SAEBench draws 10 examples anew for each word.
+- Decoder rows may have any norm: f ‖w‖ and w / ‖w‖ stand for f and w everywhere, so a score does
+  not change when scale moves between a latent's activation and its decoder row.
+- Probes start at zero instead of at random. A latent that never fires then keeps a weight of
+  exactly zero, and only latents of positive weight can be a letter's own.
 - A letter that cannot be measured stays in the report, with the reason.
 """
 
@@ -26,9 +25,10 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -37,12 +37,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from c2r_core.data.language_models import Precision, check_hook_name, run_to_hook
+from c2r_core.data.language_models import Precision, run_to_hook
+from c2r_core.paths import whole_folder
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_array
     from transformer_lens.model_bridge import TransformerBridge
-    from transformers import PreTrainedTokenizerBase
+    from transformers import DynamicCache, PreTrainedTokenizerBase
 
     from c2r_core.data.text import Corpus
 
@@ -51,15 +52,16 @@ DEFAULT_SHOTS = ("cat", "mother", "river", "sun")
 
 # Constants of SAEBench 0.6.0.
 GOOD_PROBE_F1 = 0.6
+PROBE_EPOCHS = 50
+PROBE_BATCH_SIZE = 4096
 MAX_SPLIT_SIZE = 10
 SPLIT_F1_GAIN = 0.03
-ABSORBER_MIN_COSINE = 0.1
 MAX_ABSORBERS = 3
-MIN_EXPLAINED_SHARE = 0.4
+ABSORBER_MIN_COSINE = 0.1
 FULL_ABSORBER_MIN_COSINE = 0.025
-PROBE_EPOCHS = 50
+MIN_ABSORBED_SHARE = 0.4
 
-# Ours: below this a letter's probe or its score says nothing.
+# Ours: with fewer words, neither a letter's probe nor its score means anything.
 MIN_TRAIN_WORDS = 20
 MIN_TEST_WORDS = 5
 
@@ -67,23 +69,23 @@ _FORMAT_VERSION = 1
 
 
 class AnySAE(Protocol):
-    """What is asked of an SAE: raw activations in, decoder rows [d_sae, d_in]."""
+    """What is asked of an SAE here; it takes raw activations (see `fold_norm_factor`)."""
 
     W_dec: Tensor
 
     def encode(self, x: Tensor) -> Tensor: ...
 
 
-# -- words and their activations ----------------------------------------------------------------
+# -- words, and the model's activations at them ------------------------------------------------
 
 
 class LetterWords(NamedTuple):
-    """Words of one token each, and which of them are kept for testing.
+    """Words that are one token each, and which of them are kept for testing.
 
     Attributes
     ----------
     words : tuple of str
-        As their tokens decode, with the leading space if there is one.
+        With the leading space, if the token has one.
     token_ids : Tensor of int, shape (n_words,)
     is_test : Tensor of bool, shape (n_words,)
     """
@@ -107,14 +109,14 @@ def letter_words(
     ----------
     tokenizer : PreTrainedTokenizerBase
     corpus : Corpus, optional
-        Keep only tokens that occur in it, the most frequent first (ties: the lower token id). Without
-        it the whole vocabulary is used, in a seeded random order.
+        Keep only tokens that occur in it, the most frequent first (ties: the lower token id).
+        Without it, the whole vocabulary in a random order.
     limit : int, optional
-        Keep at most so many: the first ones of that order.
+        Keep only so many, the first of that order.
     test_share : float in (0, 1)
-        Share of words, drawn at random, that probes are tested and absorption is measured on.
+        Share of the words, drawn at random, on which probes and SAEs are scored.
     seed : int
-        Of the order without a corpus and of the split.
+        Of the random order and of the split.
 
     Raises
     ------
@@ -122,25 +124,27 @@ def letter_words(
         If no word remains, or if `limit` or `test_share` is out of range.
     """
     if limit is not None and limit < 1:
-        raise ValueError(f"limit is {limit}; expected a positive number of words, or None for all.")
+        raise ValueError(f"limit is {limit}; expected a positive number, or None for all words.")
     if not 0 < test_share < 1:
         raise ValueError(f"test_share is {test_share}; expected a share between 0 and 1.")
     generator = torch.Generator().manual_seed(seed)
     words = _alphabetic_tokens(tokenizer)
-    if corpus is not None:
+    if corpus is None:
+        ids = list(words)
+        ids = [ids[i] for i in torch.randperm(len(ids), generator=generator)]
+    else:
         counts = _token_counts(tokenizer, corpus)
         ids = sorted((i for i in words if counts[i]), key=lambda i: (-counts[i], i))
-    else:
-        ids = [list(words)[i] for i in torch.randperm(len(words), generator=generator)]
     ids = ids[:limit]
     if not ids:
-        source = f"corpus {corpus.name!r}" if corpus else "the tokenizer's vocabulary"
+        source = "the tokenizer's vocabulary" if corpus is None else f"corpus {corpus.name!r}"
         raise ValueError(
-            f"No token of {source} consists of ASCII letters only; the first-letter task needs a "
-            "tokenizer with whole-word tokens and a text in the Latin alphabet."
+            f"No token of {source} consists of ASCII letters. The first-letter task needs whole "
+            "words as tokens, in the Latin alphabet."
         )
     is_test = torch.zeros(len(ids), dtype=torch.bool)
-    is_test[torch.randperm(len(ids), generator=generator)[: round(test_share * len(ids))]] = True
+    n_test = round(test_share * len(ids))
+    is_test[torch.randperm(len(ids), generator=generator)[:n_test]] = True
     return LetterWords(tuple(words[i] for i in ids), torch.tensor(ids), is_test)
 
 
@@ -152,16 +156,15 @@ class FirstLetterTask:
     ----------
     words : tuple of str
     activations : Tensor of float32, shape (n_words, d_in)
-        Raw: as the model computes them.
+        Raw, as the model computes them.
     letters : Tensor of int, shape (n_words,)
         0 for A to 25 for Z.
     is_test : Tensor of bool, shape (n_words,)
     hook_name : str
     prefix : str
-        The text before each word.
+        The text in front of each word.
     n_dropped : int
-        Words left out because the tokenizer splits or merges them in the template, or because they
-        are among the examples of the prefix.
+        Words left out, because they are not one token behind the prefix or are examples in it.
     """
 
     words: tuple[str, ...]
@@ -173,17 +176,9 @@ class FirstLetterTask:
     n_dropped: int
 
     def save(self, folder: Path | str) -> None:
-        """Write `task.safetensors` and `task.json` into a folder, made if needed."""
+        """Write `task.safetensors` and `task.json` into a folder, replacing it as a whole."""
         from safetensors.torch import save_file
 
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors = {
-            "activations": self.activations,
-            "letters": self.letters,
-            "is_test": self.is_test,
-        }
-        save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "task.safetensors")
         description = {
             "format_version": _FORMAT_VERSION,
             "hook_name": self.hook_name,
@@ -191,7 +186,10 @@ class FirstLetterTask:
             "n_dropped": self.n_dropped,
             "words": self.words,
         }
-        (folder / "task.json").write_text(json.dumps(description, indent=1), encoding="utf-8")
+        tensors = {name: getattr(self, name) for name in ("activations", "letters", "is_test")}
+        with whole_folder(Path(folder)) as part:
+            save_file(tensors, part / "task.safetensors")
+            (part / "task.json").write_text(json.dumps(description), encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path | str) -> FirstLetterTask:
@@ -202,7 +200,7 @@ class FirstLetterTask:
         FileNotFoundError
             If the folder holds no task.
         ValueError
-            If the two files do not belong together or are of another format.
+            If it is in another format.
         """
         from safetensors.torch import load_file
 
@@ -216,17 +214,11 @@ class FirstLetterTask:
         version = description.pop("format_version", None)
         if version != _FORMAT_VERSION:
             raise ValueError(
-                f"{folder} holds a first-letter task of format {version}; this code reads format "
-                f"{_FORMAT_VERSION}. Harvest the words again."
+                f"{folder} holds a task of format {version}; this code reads {_FORMAT_VERSION}. "
+                "Harvest the words again."
             )
-        tensors = load_file(folder / "task.safetensors")
         words = tuple(description.pop("words"))
-        if len(words) != len(tensors["activations"]):
-            raise ValueError(
-                f"{folder}: task.json lists {len(words)} words, task.safetensors holds "
-                f"{len(tensors['activations'])} activations. Harvest the words again."
-            )
-        return cls(words=words, **tensors, **description)
+        return cls(words=words, **load_file(folder / "task.safetensors"), **description)
 
 
 def harvest_words(
@@ -239,52 +231,50 @@ def harvest_words(
     key_value_cache: bool = True,
     precision: Precision = "float32",
 ) -> FirstLetterTask:
-    """Activations at each word's token in the prompt "cat has the first letter: C\\n... {word}".
+    """Activations at each word's token in prompts like
 
-    The full template goes on with " has the first letter:"; attention is causal, so nothing behind
-    the word's token can change its activation and none of it is run. A beginning-of-text token is put
-    first if the tokenizer does so by itself.
+        cat has the first letter: C
+        ...
+        {word} has the first letter:
+
+    The word is located by tokenising the whole prompt. What follows it is not run, since attention
+    is causal. The prompt starts with the tokenizer's BOS token, if it has one.
 
     Parameters
     ----------
     model : TransformerBridge
     words : LetterWords
-        From `letter_words`.
     hook_name : str
         Such as `blocks.4.hook_resid_post`.
     shots : sequence of str
-        Example words of the prefix, the same for all words; empty for none.
+        Example words of the prefix, the same for all words; may be empty.
     batch_size : int
         Words per forward pass.
     key_value_cache : bool
-        Run the prefix once and only the word's token after it, an order of magnitude faster. Set it to
-        False for models without attention caches.
+        Run the prefix only once; much faster. False is for models without such a cache.
     precision : "float32" or "bfloat16"
-        As in `run_to_hook`.
+        Of the model's matrix products, as in `run_to_hook`.
 
     Raises
     ------
     ValueError
-        If the hook does not exist, or if no word is a single token in the template.
+        If `run_to_hook` refuses the hook or the precision, or if no word is a single token behind
+        the prefix.
     """
-    check_hook_name(model, hook_name)
+    # One token through the model finds a wrong hook or precision before the work begins.
+    run_to_hook(model, words.token_ids[None, :1], hook_name, precision)
     prefix = "".join(f"{shot} has the first letter: {shot[0].upper()}\n" for shot in shots)
     prefix_ids, kept = _place_words(model.tokenizer, words, prefix, shots)
     if not kept:
         raise ValueError(
-            f"None of {len(words.words)} words, such as {words.words[0]!r}, is a single token "
-            f"after {prefix[-30:]!r} under this tokenizer. Try other `shots`."
+            f"None of the {len(words.words)} words (the first is {words.words[0]!r}) is a single "
+            f"token behind {prefix[-30:]!r} in this tokenizer. Try other shots."
         )
-    kept = torch.tensor(kept)
-    prefix_tokens = torch.tensor(prefix_ids)
     batches = words.token_ids[kept].split(batch_size)
-    if key_value_cache and prefix_ids:
-        activations = _read_with_cache(model, prefix_tokens, batches, hook_name, precision)
+    if key_value_cache and len(prefix_ids):
+        activations = _run_behind_cache(model, prefix_ids, batches, hook_name, precision)
     else:
-        activations = (
-            run_to_hook(model, _behind(prefix_tokens, ids), hook_name, precision)[:, -1]
-            for ids in batches
-        )
+        activations = _run_whole(model, prefix_ids, batches, hook_name, precision)
     kept_words = tuple(words.words[i] for i in kept)
     return FirstLetterTask(
         words=kept_words,
@@ -297,22 +287,21 @@ def harvest_words(
     )
 
 
-# -- step 1: ground-truth probes ----------------------------------------------------------------
+# -- step 1: what the model knows --------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
 class LetterProbes:
-    """One linear probe a letter; positive scores mean "starts with it".
+    """One linear probe a letter: x · weight + bias > 0 means "starts with it".
 
     Attributes
     ----------
     weights : Tensor, shape (26, d_in)
     biases : Tensor, shape (26,)
-        Zero, like the weights, for letters without a probe.
-    f1 : tuple of float or None
-        On the test words; None for letters without a probe.
-    not_evaluable : tuple of str or None
-        Why a letter cannot be evaluated; None if it can.
+    f1 : tuple of 26 float or None
+        On test words; None, and a probe of zeros, for letters with too few words.
+    not_evaluable : tuple of 26 str or None
+        Why a letter is not evaluated; None if it is.
     """
 
     weights: Tensor
@@ -322,52 +311,67 @@ class LetterProbes:
 
 
 def train_letter_probes(task: FirstLetterTask, *, seed: int = 0) -> LetterProbes:
-    """26 one-vs-rest logistic probes on raw activations, trained as one matrix.
+    """26 one-vs-rest logistic probes on raw activations, trained together as one matrix.
 
-    SAEBench's recipe: binary cross-entropy with positives weighted by (negatives / positives), Adam
-    with weight decay 1e-4, learning rate 1e-2 falling to 1e-5 exponentially over 50 epochs of batches of
-    4096. Do not rescale the activations: the learning rate fits raw ones.
+    Binary cross-entropy with positives weighted by negatives / positives; Adam with weight decay
+    1e-4, its learning rate falling exponentially from 1e-2 to 1e-5 over 50 epochs of batches of
+    4096. That learning rate fits raw activations: do not rescale them.
 
-    A letter is evaluable with at least 20 training words, 5 test words and a test F1 above 0.6.
+    A letter is evaluable with 20 training words, 5 test words, and a test F1 above 0.6.
+
+    Parameters
+    ----------
+    task : FirstLetterTask
+    seed : int
+        Of the order of the words.
+
+    Raises
+    ------
+    ValueError
+        If activations are NaN or infinite.
     """
-    is_letter = _one_hot(task.letters)
-    x = task.activations.cpu().numpy()
+    if not task.activations.isfinite().all():
+        raise ValueError(f"The activations at {task.hook_name!r} hold NaN or infinite values.")
+    x, is_letter = task.activations.numpy(), _one_hot(task.letters)
     train, test = (~task.is_test).numpy(), task.is_test.numpy()
-    weights, biases = _fit_probes(x[train], is_letter[train], weight_decay=1e-4, l1=0.0, seed=seed)
-    scores = x[test] @ weights + biases
+    weights, biases = _fit_probes(x[train], is_letter[train], weight_decay=1e-4, l1=0, seed=seed)
+    recognised = x[test] @ weights + biases > 0
 
-    f1, reasons = [], []
+    f1, not_evaluable = [], []
     for i, letter in enumerate(LETTERS):
         n_train, n_test = int(is_letter[train, i].sum()), int(is_letter[test, i].sum())
         if n_train < MIN_TRAIN_WORDS or n_test < MIN_TEST_WORDS:
             weights[:, i], biases[i] = 0, 0
             f1.append(None)
-            reasons.append(
-                f"{n_train} training and {n_test} test words begin with {letter}; "
-                f"at least {MIN_TRAIN_WORDS} and {MIN_TEST_WORDS} are needed"
+            not_evaluable.append(
+                f"{n_train} training and {n_test} test words start with {letter}; at least "
+                f"{MIN_TRAIN_WORDS} and {MIN_TEST_WORDS} are needed"
             )
-            continue
-        f1.append(_f1(scores[:, i] > 0, is_letter[test, i]))
-        poor = f1[-1] <= GOOD_PROBE_F1
-        reasons.append(f"probe F1 {f1[-1]:.2f} is not above {GOOD_PROBE_F1}" if poor else None)
+        else:
+            f1.append(_f1(recognised[:, i], is_letter[test, i]))
+            reason = f"the probe's F1, {f1[-1]:.2f}, is not above {GOOD_PROBE_F1}"
+            not_evaluable.append(None if f1[-1] > GOOD_PROBE_F1 else reason)
     return LetterProbes(
-        torch.from_numpy(weights.T.copy()), torch.from_numpy(biases), tuple(f1), tuple(reasons)
+        weights=torch.from_numpy(weights.T.copy()),
+        biases=torch.from_numpy(biases),
+        f1=tuple(f1),
+        not_evaluable=tuple(not_evaluable),
     )
 
 
-# -- steps 2 and 3: the letter's own latents ----------------------------------------------------
+# -- steps 2 and 3: the letter's own latents ---------------------------------------------------
 
 
 class SplitLatents(NamedTuple):
-    """The latents that a letter is split over.
+    """The latents over which a letter is split.
 
     Attributes
     ----------
     latents : tuple of int
-        Empty if no latent has a positive selector weight.
+        Best first; empty if no latent has a positive weight in the selector.
     f1 : tuple of float
-        Test F1 of a logistic regression on the first 1, 2, ... of the ranked latents, up to the first
-        one too many.
+        Test F1 with the best 1, 2, ... latents: one for each of `latents` and, unless the search
+        ended there, one for the first set that was not accepted.
     """
 
     latents: tuple[int, ...]
@@ -375,71 +379,72 @@ class SplitLatents(NamedTuple):
 
 
 def split_latents(
-    feature_acts: csr_array,
+    feature_acts: csr_array | np.ndarray,
     letters: Tensor,
     is_test: Tensor,
     *,
-    only: Sequence[int] = tuple(range(len(LETTERS))),
+    evaluable: Iterable[int] = range(len(LETTERS)),
     seed: int = 0,
 ) -> dict[int, SplitLatents]:
-    """Which latents detect each letter: as many as F1 on test words asks for.
+    """The latents that detect each letter: as many as its F1 on test words asks for.
 
-    A logistic probe on all latents, trained as in `train_letter_probes` with weight decay 1e-6 and
-    an L1 penalty of 0.01 · mean over letters of Σ|w|, ranks a letter's latents by signed weight. A logistic
-    regression (balanced classes) is refitted on the first k = 1, 2, ... 10 of them, as long as its
-    F1 grows by more than 0.03 over the last accepted set.
+    The selector is a probe on all latents, trained like those of `train_letter_probes` but with
+    weight decay 1e-6 and a penalty of 0.01 · (mean over letters of Σ|w|); a letter's latents are
+    ranked by its (signed) weights. Then a logistic regression with balanced classes is fitted to
+    the first k, for k = 1, 2, ... 10, as long as each gains over 0.03 in F1 on the last.
 
     Parameters
     ----------
-    feature_acts : scipy.sparse.csr_array, shape (n_words, d_sae)
-        Activations times decoder norms.
+    feature_acts : scipy.sparse.csr_array or array, shape (n_words, d_sae)
+        Activations times the norms of their decoder rows.
     letters : Tensor of int, shape (n_words,)
     is_test : Tensor of bool, shape (n_words,)
-    only : sequence of int
-        The letters to do.
+    evaluable : iterable of int
+        The letters to do; each needs a training word.
     seed : int
         Of the order in which the selector sees the words.
     """
-    is_letter = _one_hot(letters)
+    from scipy.sparse import csr_array
+
+    feature_acts, is_letter = csr_array(feature_acts), _one_hot(letters)
     train, test = (~is_test).numpy(), is_test.numpy()
     acts_train, acts_test = feature_acts[train], feature_acts[test]
     weights, _ = _fit_probes(acts_train, is_letter[train], weight_decay=1e-6, l1=0.01, seed=seed)
     splits = {}
-    for i in only:
-        ranked = np.argsort(-weights[:, i], kind="stable")[:MAX_SPLIT_SIZE]
-        ranked = ranked[weights[ranked, i] > 0]
-        f1 = []
-        best, size = -np.inf, 0
-        dense_train, dense_test = acts_train[:, ranked].toarray(), acts_test[:, ranked].toarray()
-        for k in range(1, len(ranked) + 1):
-            f1.append(
-                _refit_f1(
-                    dense_train[:, :k], is_letter[train, i], dense_test[:, :k], is_letter[test, i]
-                )
-            )
-            if f1[-1] <= best + SPLIT_F1_GAIN:
+    for i in evaluable:
+        best = np.argsort(-weights[:, i], kind="stable")[:MAX_SPLIT_SIZE]
+        best = best[weights[best, i] > 0]
+        x_train, x_test = acts_train[:, best].toarray(), acts_test[:, best].toarray()
+        f1, size = [], 0
+        for k in range(1, len(best) + 1):
+            predicted = _refit(x_train[:, :k], is_letter[train, i], x_test[:, :k])
+            f1.append(_f1(predicted, is_letter[test, i]))
+            if k > 1 and f1[-1] <= f1[-2] + SPLIT_F1_GAIN:
                 break
-            best, size = f1[-1], k
-        splits[i] = SplitLatents(tuple(int(latent) for latent in ranked[:size]), tuple(f1))
+            size = k
+        splits[i] = SplitLatents(tuple(best[:size].tolist()), tuple(f1))
     return splits
 
 
-# -- step 4: absorption -------------------------------------------------------------------------
+# -- step 4: absorption ------------------------------------------------------------------------
 
 
 class Absorption(NamedTuple):
-    """Absorption of one letter, word by word.
+    """Absorption of one letter, word by word; see `absorption`.
 
     Attributes
     ----------
-    fraction : Tensor, shape (n_words,), float64, in [0, 1]
-        Share of the letter that other latents carry in place of the letter's own.
-    full : Tensor, shape (n_words,), bool
-        The letter's latents are silent and a single other latent stands in for them.
+    fraction : Tensor of float64, shape (n_words,), in [0, 1]
+        Share of the letter that other latents carry instead of the letter's own.
+    full : Tensor of bool, shape (n_words,)
+        The letter's own latents are silent, and one other latent stands in for them.
+    strongest_latent : Tensor of int, shape (n_words,)
+        The latent that carries most of the letter; where `full`, the one that absorbed it.
     """
 
     fraction: Tensor
     full: Tensor
+    strongest_latent: Tensor
 
 
 def absorption(
@@ -449,64 +454,94 @@ def absorption(
     probe: Tensor,
     split_latents: Sequence[int] | Tensor,
 ) -> Absorption:
-    """How far each word's first letter is carried by latents other than the letter's own.
+    """How far a letter is carried, in each word, by latents other than the letter's own.
 
-    With unit decoder rows w_i, c_i = cos(probe, w_i), p_i = f_i c_i and P = x·probe / ‖probe‖:
-    M is the sum of p over `split_latents`, S the sum of the three largest positive p among the other
-    latents with c ≥ 0.1.
+    With unit decoder rows w_i, let c_i = cos(probe, w_i), p_i = f_i c_i, and P = x·probe / ‖probe‖.
+    M is the sum of p over the letter's own latents, S the sum of the 3 largest positive p among
+    other latents with c ≥ 0.1.
 
-    - fraction: 0 if M ≥ P or S < 0.4 P; 1 if M ≤ 0; else t / (t + M) with t = min(S, P − M).
-    - full: every split latent is silent, and the latent of largest p has c ≥ 0.025 and p ≥ 0.4 P, P ≥ 0.
+    - fraction = 0 if M ≥ P or S < 0.4 P; else 1 if M ≤ 0; else t / (t + M) with t = min(S, P − M).
+    - full = all own latents are silent, P > 0, and the latent of largest p has c ≥ 0.025 and
+      p ≥ 0.4 P.
 
     Parameters
     ----------
     activations : Tensor, shape (n_words, d_in)
-        Raw model activations x; meant for words of the letter that its probe recognises.
+        Of words of the letter that its probe recognises.
     feature_acts : Tensor, shape (n_words, d_sae)
     W_dec : Tensor, shape (d_sae, d_in)
-        Decoder rows of any norm; see the head of this file. Zero rows carry nothing.
+        Rows of any norm; rows of zero carry nothing.
     probe : Tensor, shape (d_in,)
-        Direction of the letter's probe (without bias).
     split_latents : sequence of int
         The letter's own latents.
     """
-    own = torch.as_tensor(split_latents, dtype=torch.long)
-    x, f, W = activations.double(), feature_acts.double(), W_dec.double()
-    direction = probe.double() / probe.double().norm()
-    norms = W.norm(dim=1)
-    cosine = (W @ direction) / norms.clamp_min(torch.finfo(torch.float64).tiny)
+    own = torch.as_tensor(split_latents, dtype=torch.long, device=W_dec.device)
+    direction = probe / probe.norm()
+    total = activations.double() @ direction.double()
+    along_probe = (W_dec @ direction.to(W_dec)).double()
+    cosine = along_probe / W_dec.norm(dim=1).double().clamp_min(torch.finfo(torch.float64).tiny)
+    projection = feature_acts * along_probe
 
-    total = x @ direction
-    projection = f * (norms * cosine)
-    from_own = projection[:, own].sum(1)
-
-    is_absorber = cosine >= ABSORBER_MIN_COSINE
-    is_absorber[own] = False
-    others = (projection * is_absorber).clamp_min(0)
-    from_others = others.topk(min(MAX_ABSORBERS, len(cosine)), dim=1).values.sum(1)
-
-    compensated = torch.minimum(from_others, total - from_own)
-    fraction = torch.where(from_own <= 0, 1.0, compensated / (compensated + from_own))
-    is_absorbed = (from_own < total) & (total > 0) & (from_others >= MIN_EXPLAINED_SHARE * total)
+    is_other = cosine >= ABSORBER_MIN_COSINE
+    is_other[own] = False
+    by_others = (projection * is_other).clamp_min(0)
+    by_others = by_others.topk(min(MAX_ABSORBERS, len(W_dec)), dim=1).values.sum(1)
+    by_own = projection[:, own].sum(1)
+    is_absorbed = (by_own < total) & (total > 0) & (by_others >= MIN_ABSORBED_SHARE * total)
+    taken = torch.minimum(by_others, total - by_own)
+    fraction = torch.where(by_own <= 0, 1.0, taken / (taken + by_own))
     fraction = torch.where(is_absorbed, fraction, 0.0)
 
-    largest, carrier = projection.max(dim=1)
+    largest, strongest = projection.max(dim=1)
     full = (
-        (f[:, own] == 0).all(1)
-        & (cosine[carrier] >= FULL_ABSORBER_MIN_COSINE)
-        & (total >= 0)
-        & (largest > 0)
-        & (largest >= MIN_EXPLAINED_SHARE * total)
+        (feature_acts[:, own] == 0).all(1)
+        & (total > 0)
+        & (cosine[strongest] >= FULL_ABSORBER_MIN_COSINE)
+        & (largest >= MIN_ABSORBED_SHARE * total)
     )
-    return Absorption(fraction, full)
+    return Absorption(fraction, full, strongest)
 
 
-# -- step 5: the report -------------------------------------------------------------------------
+def absorption_by_word(
+    sae: AnySAE,
+    task: FirstLetterTask,
+    probes: LetterProbes,
+    letter: str,
+    split_latents: Sequence[int],
+    *,
+    chunk_size: int = 256,
+) -> tuple[tuple[str, ...], Absorption]:
+    """The test words of a letter that its probe recognises, and the absorption of each.
+
+    Parameters
+    ----------
+    sae, task, probes, chunk_size
+        As in `evaluate_first_letter`.
+    letter : str
+        One of A to Z.
+    split_latents : sequence of int
+        The letter's own latents, such as `LetterRow.split_latents`.
+    """
+    i = LETTERS.index(letter)
+    probe = probes.weights[i]
+    recognised = task.activations @ probe + probes.biases[i] > 0
+    chosen = (recognised & task.is_test & (task.letters == i)).nonzero()[:, 0]
+    chunks = []
+    with torch.no_grad():
+        W_dec = sae.W_dec.float()
+        probe = probe.to(W_dec.device)
+        for x in task.activations[chosen].to(W_dec.device).split(chunk_size):
+            chunks.append(absorption(x, sae.encode(x), W_dec, probe, split_latents))
+    scores = Absorption(*(torch.cat(values).cpu() for values in zip(*chunks, strict=True)))
+    return tuple(task.words[j] for j in chosen), scores
+
+
+# -- step 5: the report ------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class LetterRow:
-    """One letter of a first-letter report. What was not reached is None.
+    """One letter of a report; None stands for what could not be measured.
 
     Attributes
     ----------
@@ -514,26 +549,25 @@ class LetterRow:
     probe_f1 : float
         Of the ground-truth probe, on test words.
     n_true_positives : int
-        Test words of the letter that the probe recognises; absorption is a mean over these.
-    split_latents : tuple of int
-        The letter's own latents, best first.
+        Test words of the letter that its probe recognises; absorption is a mean over them.
     split_size : int
-        How many they are; 1 means no splitting.
+        Number of the letter's own latents; 1 means no splitting.
+    split_latents : tuple of int
     split_f1 : tuple of float
-        See `SplitLatents`.
+        As in `SplitLatents`.
     absorption_fraction : float in [0, 1]
         Mean share of the letter that other latents carry.
     full_absorption : float in [0, 1]
-        Share of words on which all the letter's latents are silent and another latent stands in.
+        Share of words that another latent has absorbed completely.
     not_evaluable : str
-        The reason, if there are no scores.
+        The reason, if there is no score; else None.
     """
 
     letter: str
-    probe_f1: float | None = None
+    probe_f1: float | None
     n_true_positives: int | None = None
-    split_latents: tuple[int, ...] | None = None
     split_size: int | None = None
+    split_latents: tuple[int, ...] | None = None
     split_f1: tuple[float, ...] | None = None
     absorption_fraction: float | None = None
     full_absorption: float | None = None
@@ -544,16 +578,15 @@ class LetterRow:
 class FirstLetterReport:
     """First-letter splitting and absorption of one SAE.
 
-    Means and standard deviations (n − 1) are over the evaluated letters; None where too few are.
+    Means and standard deviations (n − 1) are over the evaluated letters; None if these are too few.
 
     Attributes
     ----------
-    letters : tuple of LetterRow
-        A to Z, the letters that could not be evaluated included.
+    letters : tuple of 26 LetterRow
     n_evaluated : int
-        Letters with scores.
+        Letters with a score.
     n_good_probes : int
-        Letters whose probe has a test F1 above 0.6; SAEBench wants 20 or more.
+        Letters with a probe F1 above 0.6; SAEBench wants 20 or more.
     """
 
     letters: tuple[LetterRow, ...]
@@ -577,82 +610,75 @@ def evaluate_first_letter(
 ) -> FirstLetterReport:
     """Splitting and absorption of every letter that has a good probe.
 
-    Feature activations are kept sparse: memory grows with the active entries (8 bytes each), besides
-    `chunk_size` dense rows of d_sae.
+    Memory: 8 bytes for each feature activation that is not zero, and `chunk_size` rows of d_sae.
 
     Parameters
     ----------
-    sae : any object with `encode` and `W_dec` (d_sae, d_in)
-        Takes raw activations (see `fold_norm_factor`).
+    sae : any object with `encode` and `W_dec`, shape (d_sae, d_in)
+        Takes raw activations (see `fold_norm_factor`), each row on its own.
     task : FirstLetterTask
     probes : LetterProbes
-        Trained on the same task.
+        Trained on this task.
     seed : int
-        Of the selector's batches; the only chance in here.
+        Of the order in which the selector sees the words, the only random choice here.
     chunk_size : int
         Words encoded at a time.
 
     Raises
     ------
     ValueError
-        If the SAE's input width is not the task's, or if it returns NaN or infinite activations.
+        If SAE or probes are made for another width, or if the SAE returns NaN or infinite values.
     """
-    W_dec = sae.W_dec.detach().float()
-    if W_dec.ndim != 2 or W_dec.shape[1] != task.activations.shape[1]:
-        raise ValueError(
-            f"The SAE's W_dec has shape {tuple(W_dec.shape)}; expected (d_sae, "
-            f"{task.activations.shape[1]}), the width of the activations at {task.hook_name!r}."
-        )
-    norms = W_dec.norm(dim=1)
-    unit_rows = (W_dec / norms.clamp_min(torch.finfo(torch.float32).tiny)[:, None]).cpu()
-    feature_acts = _encode_sparse(sae, norms, task.activations, chunk_size)
-    evaluable = [i for i, reason in enumerate(probes.not_evaluable) if reason is None]
-    splits = split_latents(feature_acts, task.letters, task.is_test, only=evaluable, seed=seed)
-
+    d_in = task.activations.shape[1]
+    for name, weights in (("the SAE's W_dec", sae.W_dec), ("the probes' weights", probes.weights)):
+        if weights.ndim != 2 or weights.shape[1] != d_in:
+            raise ValueError(
+                f"{name} has shape {tuple(weights.shape)}; expected rows of {d_in} entries, the "
+                f"width of the task's activations at {task.hook_name!r}."
+            )
+    splits = split_latents(
+        _encode_sparse(sae, task.activations, chunk_size),
+        task.letters,
+        task.is_test,
+        evaluable=[i for i, reason in enumerate(probes.not_evaluable) if reason is None],
+        seed=seed,
+    )
     rows = []
     for i, letter in enumerate(LETTERS):
-        row = {"letter": letter, "probe_f1": probes.f1[i]}
-        if i not in evaluable:
-            rows.append(LetterRow(**row, not_evaluable=probes.not_evaluable[i]))
-            continue
-        recognised = (
-            task.is_test
-            & (task.letters == i)
-            & (task.activations @ probes.weights[i] + probes.biases[i] > 0)
-        ).nonzero()[:, 0]
-        split = splits[i]
-        row |= {"n_true_positives": len(recognised), "split_f1": split.f1}
-        if not split.latents:
-            reason = "no latent has a positive weight in the selector"
-            rows.append(LetterRow(**row, not_evaluable=reason))
-            continue
-        fraction, full = [], []
-        for words in recognised.split(chunk_size):
-            scores = absorption(
-                task.activations[words],
-                torch.from_numpy(feature_acts[words.numpy()].toarray()),
-                unit_rows,
-                probes.weights[i],
-                split.latents,
-            )
-            fraction.append(scores.fraction)
-            full.append(scores.full)
-        rows.append(
-            LetterRow(
-                **row,
-                split_latents=split.latents,
-                split_size=len(split.latents),
-                absorption_fraction=float(torch.cat(fraction).mean()),
-                full_absorption=float(torch.cat(full).double().mean()),
-            )
-        )
-    return _summarise(tuple(rows))
+        if i in splits:
+            rows.append(_score_letter(sae, task, probes, i, splits[i], chunk_size))
+        else:
+            reason = probes.not_evaluable[i]
+            rows.append(LetterRow(letter, probes.f1[i], not_evaluable=reason))
+    return _summarise(rows)
 
 
-# -- helpers ------------------------------------------------------------------------------------
+def _score_letter(
+    sae: AnySAE,
+    task: FirstLetterTask,
+    probes: LetterProbes,
+    i: int,
+    split: SplitLatents,
+    chunk_size: int,
+) -> LetterRow:
+    words, scores = absorption_by_word(
+        sae, task, probes, LETTERS[i], split.latents, chunk_size=chunk_size
+    )
+    row = LetterRow(LETTERS[i], probes.f1[i], n_true_positives=len(words), split_f1=split.f1)
+    if not split.latents:
+        return replace(row, not_evaluable="no latent has a positive weight in the selector")
+    if not words:
+        return replace(row, not_evaluable="the probe recognises no test word of this letter")
+    return replace(
+        row,
+        split_size=len(split.latents),
+        split_latents=split.latents,
+        absorption_fraction=float(scores.fraction.mean()),
+        full_absorption=float(scores.full.double().mean()),
+    )
 
 
-def _summarise(rows: tuple[LetterRow, ...]) -> FirstLetterReport:
+def _summarise(rows: Sequence[LetterRow]) -> FirstLetterReport:
     evaluated = [row for row in rows if row.not_evaluable is None]
     moments = {}
     for name in ("absorption_fraction", "full_absorption", "split_size"):
@@ -660,22 +686,23 @@ def _summarise(rows: tuple[LetterRow, ...]) -> FirstLetterReport:
         moments[f"mean_{name}"] = fmean(values) if values else None
         moments[f"sd_{name}"] = stdev(values) if len(values) > 1 else None
     return FirstLetterReport(
-        letters=rows,
+        letters=tuple(rows),
         n_evaluated=len(evaluated),
-        n_good_probes=sum(
-            row.probe_f1 is not None and row.probe_f1 > GOOD_PROBE_F1 for row in rows
-        ),
+        n_good_probes=sum((row.probe_f1 or 0) > GOOD_PROBE_F1 for row in rows),
         **moments,
     )
+
+
+# -- words and prompts -------------------------------------------------------------------------
 
 
 def _alphabetic_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
     special = set(tokenizer.all_special_ids)
     words = {}
     for i, token in enumerate(tokenizer.convert_ids_to_tokens(range(len(tokenizer)))):
-        # A leading space is Ġ in byte-level vocabularies, ▁ in SentencePiece; decoding would lose the
-        # latter. ASCII letters stand for themselves in both.
-        text = (token or "").replace("Ġ", " ").replace("▁", " ")
+        # Byte-level vocabularies write a leading space as Ġ, SentencePiece as ▁ (and drops it when
+        # decoding); ASCII letters stand for themselves in both.
+        text = token.replace("Ġ", " ").replace("▁", " ")
         word = text.removeprefix(" ")
         if word.isascii() and word.isalpha() and i not in special:
             words[i] = text
@@ -685,19 +712,18 @@ def _alphabetic_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
 def _token_counts(tokenizer: PreTrainedTokenizerBase, corpus: Corpus) -> Counter[int]:
     counts: Counter[int] = Counter()
     for document in corpus.documents:
-        # `verbose`: no warning that a document is longer than the model's context.
-        ids = tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"]
-        counts.update(ids)
+        counts.update(
+            tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"]
+        )
     return counts
 
 
 def _place_words(
     tokenizer: PreTrainedTokenizerBase, words: LetterWords, prefix: str, shots: Sequence[str]
-) -> tuple[list[int], list[int]]:
-    """Token ids in front of the word, and indices of the words that are one token behind them."""
-    prompts = [prefix + word + " has the first letter:" for word in words.words]
-    ids = tokenizer([prefix, *prompts], add_special_tokens=False)["input_ids"]
-    in_front, prompt_ids = ids[0], ids[1:]
+) -> tuple[Tensor, list[int]]:
+    """Token ids in front of every word, and the indices of the words that are one token there."""
+    prompts = [f"{prefix}{word} has the first letter:" for word in words.words]
+    in_front, *prompt_ids = tokenizer([prefix, *prompts], add_special_tokens=False)["input_ids"]
     examples = {shot.lower() for shot in shots}
     kept = [
         i
@@ -705,48 +731,63 @@ def _place_words(
         if prompt_ids[i][: len(in_front) + 1] == [*in_front, int(words.token_ids[i])]
         and word.strip().lower() not in examples
     ]
-    if tokenizer.bos_token_id is not None:
-        in_front = [tokenizer.bos_token_id, *in_front]
-    return in_front, kept
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    return torch.tensor(bos + in_front, dtype=torch.long), kept
 
 
-def _behind(prefix: Tensor, ids: Tensor) -> Tensor:
-    """Prompts [n_words, n_prefix + 1]: the prefix, then one word."""
-    return torch.cat([prefix.long().expand(len(ids), -1), ids[:, None]], dim=1)
-
-
-def _read_with_cache(
+def _run_whole(
     model: TransformerBridge,
     prefix: Tensor,
     batches: Iterable[Tensor],
     hook_name: str,
     precision: Precision,
 ) -> Iterator[Tensor]:
-    """Activation behind `prefix` [n_prefix] for each batch of token ids [n_words] in its place."""
+    """Activations (n_words, d_in) at each batch of words (n_words,) behind the prefix."""
+    for words in batches:
+        prompts = torch.cat([prefix.expand(len(words), -1), words[:, None]], dim=1)
+        yield run_to_hook(model, prompts, hook_name, precision)[:, -1]
+
+
+def _run_behind_cache(
+    model: TransformerBridge,
+    prefix: Tensor,
+    batches: Iterable[Tensor],
+    hook_name: str,
+    precision: Precision,
+) -> Iterator[Tensor]:
+    """What `_run_whole` gives, with the prefix run only once, and not beyond the hook."""
     from transformer_lens.model_bridge.exceptions import StopAtLayerException
     from transformers import DynamicCache
 
+    device = next(model.parameters()).device
+
     def stop(activation: Tensor, hook: object) -> None:
-        raise StopAtLayerException(activation)  # which run_with_hooks returns
+        raise StopAtLayerException(activation)  # run_with_hooks returns it
 
     def run(tokens: Tensor, cache: DynamicCache) -> Tensor:
-        with torch.no_grad(), autocast:
+        enabled = precision == "bfloat16"
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=enabled):
             return model.run_with_hooks(
-                tokens, fwd_hooks=[(hook_name, stop)], past_key_values=cache, use_cache=True
+                tokens.to(device),
+                fwd_hooks=[(hook_name, stop)],
+                past_key_values=cache,
+                use_cache=True,
             )
 
-    device = next(model.parameters()).device
-    autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")
+    # The layers behind the hook never run, so their part of the cache stays empty.
     prefix_cache = DynamicCache(config=model.original_model.config)
-    run(prefix[None].to(device), prefix_cache)
-    for ids in batches:
+    run(prefix[None], prefix_cache)
+    for words in batches:
         cache = copy.deepcopy(prefix_cache)
-        cache.batch_repeat_interleave(len(ids))
-        yield run(ids[:, None].to(device), cache)[:, -1]
+        cache.batch_repeat_interleave(len(words))
+        yield run(words[:, None], cache)[:, -1]
+
+
+# -- probes ------------------------------------------------------------------------------------
 
 
 def _one_hot(letters: Tensor) -> np.ndarray:
-    return torch.nn.functional.one_hot(letters.cpu(), len(LETTERS)).bool().numpy()
+    return torch.nn.functional.one_hot(letters, len(LETTERS)).bool().numpy()
 
 
 def _fit_probes(
@@ -757,26 +798,24 @@ def _fit_probes(
     l1: float,
     seed: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Weights (width, 26) and biases (26,) of one-vs-rest logistic probes; see `train_letter_probes`."""
-    n_words, width = inputs.shape
+    """Weights (d, 26) and biases (26,) fitted to inputs (n, d), dense or sparse, float32."""
     targets = torch.from_numpy(is_letter).float()
     positives = targets.sum(0)
-    pos_weight = (n_words - positives) / positives.clamp_min(1)
-    weights, biases = torch.zeros(width, len(LETTERS)), torch.zeros(len(LETTERS))
+    pos_weight = (len(targets) - positives) / positives.clamp_min(1)
+    weights, biases = torch.zeros(inputs.shape[1], len(LETTERS)), torch.zeros(len(LETTERS))
     optimiser = torch.optim.Adam([weights, biases], lr=1e-2, weight_decay=weight_decay)
-    schedule = torch.optim.lr_scheduler.ExponentialLR(
-        optimiser, (1e-5 / 1e-2) ** (1 / PROBE_EPOCHS)
-    )
+    decay = (1e-5 / 1e-2) ** (1 / PROBE_EPOCHS)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimiser, decay)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(PROBE_EPOCHS):
-        for rows in torch.randperm(n_words, generator=generator).split(4096):
+        for rows in torch.randperm(len(targets), generator=generator).split(PROBE_BATCH_SIZE):
             batch = inputs[rows.numpy()]
             logits = (torch.from_numpy(batch @ weights.numpy()) + biases).requires_grad_()
             loss = torch.nn.functional.binary_cross_entropy_with_logits(
                 logits, targets[rows], pos_weight=pos_weight
             )
             (error,) = torch.autograd.grad(loss, logits)
-            # By hand from here on, because `batch` may be sparse.
+            # By hand from here on: SciPy's sparse product is ten times faster than torch's.
             weights.grad = torch.from_numpy(batch.T @ error.numpy())
             weights.grad += l1 / len(LETTERS) * weights.sign()
             biases.grad = error.sum(0)
@@ -785,32 +824,37 @@ def _fit_probes(
     return weights.numpy(), biases.numpy()
 
 
-def _f1(predicted: np.ndarray, actual: np.ndarray) -> float:
-    both = int((predicted & actual).sum())
-    return 2 * both / max(1, int(predicted.sum()) + int(actual.sum()))
-
-
-def _refit_f1(
-    acts_train: np.ndarray, train: np.ndarray, acts_test: np.ndarray, test: np.ndarray
-) -> float:
+def _refit(x_train: np.ndarray, y_train: np.ndarray, x_test: np.ndarray) -> np.ndarray:
+    """Predictions of a logistic regression on a few latents."""
+    from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
-    classifier = LogisticRegression(class_weight="balanced", max_iter=500).fit(acts_train, train)
-    return _f1(classifier.decision_function(acts_test) > 0, test)
+    classifier = LogisticRegression(class_weight="balanced", max_iter=500)
+    with warnings.catch_warnings():
+        # Stopping after 500 iterations, converged or not, is part of the definition.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        classifier.fit(x_train, y_train)
+    return classifier.decision_function(x_test) > 0
 
 
-def _encode_sparse(sae: AnySAE, norms: Tensor, activations: Tensor, chunk_size: int) -> csr_array:
-    """Feature activations times decoder norms."""
+def _f1(predicted: np.ndarray, actual: np.ndarray) -> float:
+    true_positives = int((predicted & actual).sum())
+    return 2 * true_positives / max(1, int(predicted.sum()) + int(actual.sum()))
+
+
+def _encode_sparse(sae: AnySAE, activations: Tensor, chunk_size: int) -> csr_array:
+    """Feature activations times the norms of their decoder rows, (n_words, d_sae)."""
     from scipy.sparse import csr_array, vstack
 
+    norms = sae.W_dec.detach().float().norm(dim=1)
     chunks = []
-    with torch.no_grad():
-        for x in activations.split(chunk_size):
+    for x in activations.split(chunk_size):
+        with torch.no_grad():
             feature_acts = sae.encode(x.to(norms.device)).float() * norms
-            if not feature_acts.isfinite().all():
-                raise ValueError(
-                    "The SAE's feature activations hold NaN or infinite values. Check its weights, and "
-                    "that it takes raw activations."
-                )
-            chunks.append(csr_array(feature_acts.cpu().numpy()))
+        if not feature_acts.isfinite().all():
+            raise ValueError(
+                "The SAE's feature activations hold NaN or infinite values. Check its weights, and "
+                "that it takes raw activations."
+            )
+        chunks.append(csr_array(feature_acts.cpu().numpy()))
     return vstack(chunks, format="csr")

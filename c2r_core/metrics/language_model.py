@@ -5,11 +5,11 @@ model, and the model with the activation ablated (set to zero, or to its mean).
 
 How tokens are treated, in every arm alike:
 
-- The first token of each context, and tokens whose activation norm is over `drop_norm_ratio` times the
-  median, were left out of training (see `c2r_core.data.activations`). They keep their original
-  activation: an SAE is not charged for tokens that it never saw, and ablation does not touch them.
-- Every predicted token counts once: contexts of T tokens give T − 1 predictions each, the ones
-  made at kept-as-is tokens included.
+- The first token of each context, and tokens whose activation norm is over `drop_norm_ratio` times
+  the median, were left out of training (see `c2r_core.data.activations`). They keep their original
+  activation: an SAE is not charged for tokens that it never saw, and ablation spares them too.
+- Every predicted token counts once, and nothing else is excluded: a context of T tokens gives T − 1
+  predictions, those made at unchanged tokens included.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from c2r_core.data.language_models import Precision, check_hook_name, run_to_hook
+from c2r_core.data.language_models import Precision, run_to_hook
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -49,8 +49,8 @@ class CrossEntropyReport:
         With the activation replaced by the SAE's reconstruction, by zero, by its mean.
     recovered_zero : float or None
         (ce_zero − ce_sae) / (ce_zero − ce_model): 1 if the reconstruction is as good as the
-        activation, 0 if it is as bad as zero ablation, negative if worse. Meaningless where ablation
-        lowers the loss (as in untrained models); None where it leaves it as it is.
+        activation, 0 if it is as bad as zero ablation, negative if worse. Says nothing where
+        ablation lowers the loss, as in untrained models; None where it leaves it as it is.
     recovered_mean : float or None
         Likewise with mean ablation.
     kl : float
@@ -81,7 +81,7 @@ def cross_entropy_recovered(
     drop_norm_ratio: float = 6.0,
     median_norm: float | None = None,
     mean_activation: Tensor | None = None,
-    batch_size: int = 4,
+    batch_size: int = 8,
     precision: Precision = "float32",
 ) -> CrossEntropyReport:
     """Cross-entropy recovered by one SAE; see `compare_cross_entropy` for parameters and errors."""
@@ -108,14 +108,14 @@ def compare_cross_entropy(
     drop_norm_ratio: float = 6.0,
     median_norm: float | None = None,
     mean_activation: Tensor | None = None,
-    batch_size: int = 4,
+    batch_size: int = 8,
     precision: Precision = "float32",
 ) -> dict[str, CrossEntropyReport]:
     """Cross-entropy recovered by several SAEs of one hook, on the same tokens.
 
-    The untouched model and the two ablated ones run once for all SAEs, so n SAEs cost n + 3 forward
-    passes instead of 4 n. Blocks below the hook are run again in each: transformer_lens's bridge cannot
-    start in the middle.
+    The untouched model and the two ablated ones run once for all SAEs, so n SAEs cost n + 3
+    forward passes instead of 4 n. Blocks below the hook run again in each, because
+    transformer_lens's bridge cannot start in the middle.
 
     Parameters
     ----------
@@ -129,12 +129,13 @@ def compare_cross_entropy(
     drop_norm_ratio : float
         Tokens of a norm over this many times the median keep their activation.
     median_norm : float, optional
-        Of the activations, the first of each context excepted; the manifest of an
-        `ActivationStore` holds it. None measures it on `tokens`, which costs one pass up to the hook.
+        Of the activations, the first of each context excepted; `ActivationStore.manifest` has it.
+        None measures it on `tokens`, at the price of one pass up to the hook.
     mean_activation : Tensor, shape (d_in,), optional
         What mean ablation puts in. None measures it on the replaced tokens, at the same price.
     batch_size : int
-        Contexts per forward pass. Memory is about 4 · batch_size · context_size · vocabulary floats.
+        Contexts per forward pass. Memory is about 5 · batch_size · context_size · vocabulary
+        floats.
     precision : "float32" or "bfloat16"
         Of the model's matrix products, as in `run_to_hook`.
 
@@ -145,16 +146,18 @@ def compare_cross_entropy(
     Raises
     ------
     ValueError
-        If `tokens` has no two-dimensional shape with contexts of two tokens or more, if the hook
-        does not exist, or if an SAE returns another shape, NaN or infinite values.
+        If `tokens` has no two-dimensional shape with contexts of two tokens or more, if
+        `run_to_hook` refuses the hook or the precision, if no token is replaced, or if an SAE
+        returns another shape, NaN or infinite values.
     """
     if tokens.ndim != 2 or tokens.shape[0] < 1 or tokens.shape[1] < 2:
         raise ValueError(
             f"tokens has shape {tuple(tokens.shape)}; expected (n_contexts, context_size) with at "
             "least one context of at least two tokens."
         )
-    check_hook_name(model, hook_name)
-    tokens = tokens.to(next(model.parameters()).device)
+    tokens = tokens.to(next(model.parameters()).device, torch.long)
+    # One context through the model finds a wrong hook or precision before the work begins.
+    run_to_hook(model, tokens[:1], hook_name, precision)
     batches = tokens.split(batch_size)
     if median_norm is None:
         median_norm = _median_norm(model, batches, hook_name, precision)
@@ -233,8 +236,8 @@ def _mean_activation(
         total, count = total + x.double().sum(0), count + len(x)
     if count == 0:
         raise ValueError(
-            "Every token keeps its activation: none but the first of a context has a norm of at most "
-            f"{max_norm:.4g}. Check median_norm and drop_norm_ratio."
+            "Every token keeps its activation: beside the first of each context, none has a norm "
+            f"of at most {max_norm:.4g}. Check median_norm and drop_norm_ratio."
         )
     return (total / count).float()
 
@@ -254,9 +257,9 @@ def _reconstruct(name: str, sae: AnySAE, x: Tensor) -> Tensor:
             f"shape {tuple(x_hat.shape)}" if x_hat.shape != x.shape else "NaN or infinite values"
         )
         raise ValueError(
-            f"SAE {name!r} returned {fault} for activations of shape {tuple(x.shape)}; expected finite "
-            "reconstructions of the same shape. Was it trained for this hook, and does it take raw "
-            "activations?"
+            f"SAE {name!r} returned {fault} for activations of shape {tuple(x.shape)}; expected "
+            "finite reconstructions of the same shape. Was it trained for this hook, and does it "
+            "take raw activations?"
         )
     return x_hat
 

@@ -19,7 +19,7 @@ from c2r_core.paths import cache_dir
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 ARTEFACT_ROOMS = ("losses", "saes", "data", "training")
-"""The parts of c2r_core whose code can change an artefact."""
+"""The parts of c2r_core that can change an artefact, with the modules that lie beside them."""
 
 
 def cached(kind: str, key: Mapping[str, Any], build: Callable[[Path], object]) -> Path:
@@ -87,18 +87,22 @@ def _build(folder: Path, key_text: str, build: Callable[[Path], object]) -> None
 @functools.cache
 def code_fingerprint(rooms: tuple[str, ...] = ARTEFACT_ROOMS) -> str:
     """Hash of the code in some rooms of c2r_core; comments and docstrings do not count."""
+    patterns = ["*.py", *(f"{room}/**/*.py" for room in rooms)]
     digest = hashlib.sha256()
-    for room in rooms:
-        for file in sorted((_PACKAGE / room).rglob("*.py")):
-            digest.update(file.relative_to(_PACKAGE).as_posix().encode())
-            digest.update(_meaning(file.read_text(encoding="utf-8")).encode())
+    for file in sorted(file for pattern in patterns for file in _PACKAGE.glob(pattern)):
+        digest.update(file.relative_to(_PACKAGE).as_posix().encode())
+        digest.update(_meaning(file.read_text(encoding="utf-8")).encode())
     return digest.hexdigest()[:20]
 
 
 def _meaning(source: str) -> str:
+    """The syntax tree without comments, docstrings and layout."""
     tree = ast.parse(source)
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            if ast.get_docstring(node, clean=False) is not None:
-                node.body[0] = ast.Pass()
+            node.body = [statement for statement in node.body if not _is_text(statement)]
     return ast.dump(tree)
+
+
+def _is_text(statement: ast.stmt) -> bool:
+    return isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)

@@ -1,8 +1,8 @@
 """Claims: expectations of a measured number, printed without the number.
 
-The third significant digit of a trained metric moves between processors. So a notebook's output, which
-is compared when it is run again, holds the expectation and the verdict; the number is in the results
-file.
+The third significant digit of a trained metric moves between processors. So a notebook's output,
+which is compared when it is run again, holds the expectation and the verdict; the number is in the
+results file.
 """
 
 from __future__ import annotations

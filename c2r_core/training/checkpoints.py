@@ -66,8 +66,14 @@ def restore_optimiser(
     optimiser: torch.optim.Optimizer, names: list[str], tensors: dict[str, Tensor]
 ) -> None:
     """Inverse of `optimiser_tensors`."""
+    parameters = optimiser.param_groups[0]["params"]
     state: dict[int, dict[str, Tensor]] = {}
-    for index, name in enumerate(names):
+    for index, (name, parameter) in enumerate(zip(names, parameters, strict=True)):
         prefix = f"optimiser.{name}."
-        state[index] = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        moments = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        # Fused Adam walks through memory, so a moment must be laid out as its parameter is.
+        state[index] = {
+            key: torch.empty_like(parameter).copy_(value) if value.ndim else value
+            for key, value in moments.items()
+        }
     optimiser.load_state_dict(optimiser.state_dict() | {"state": state})

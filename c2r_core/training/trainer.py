@@ -122,6 +122,8 @@ class _Run:
             precision=self.precision,
         )
         total = losses.total(config.aux_k_coefficient)
+        if not torch.isfinite(total).all():
+            raise DivergedError(self._divergence(losses))
         penalties = {}
         for regulariser, weight in zip(self.regularisers, self.weights, strict=True):
             since_start = self.step - regulariser.start
@@ -129,8 +131,6 @@ class _Run:
                 value = regulariser(losses.feature_acts, sae.W_dec, self._generator())
                 penalties[regulariser.name] = value.detach()
                 total = total + weight * regulariser.every * value
-        if not torch.isfinite(total).all():
-            raise DivergedError(self._divergence(losses, penalties))
         for group in self.optimiser.param_groups:
             group["lr"] = config.lr_at(self.step)
         self.optimiser.zero_grad()
@@ -158,19 +158,13 @@ class _Run:
     def _generator(self) -> Generator:
         return Generator().manual_seed(mix_seeds(self.config.seed, self.step))
 
-    def _terms(self, losses: TrainingLosses, penalties: dict[str, Tensor]) -> dict[str, Tensor]:
-        terms = {name: getattr(losses, name) for name in ("reconstruction", "sparsity", "aux_k")}
-        return {name: value.detach() for name, value in (terms | penalties).items()}
-
     def _log(self, losses: TrainingLosses, penalties: dict[str, Tensor], l0: Tensor) -> None:
-        terms = self._terms(losses, penalties) | {
-            "l0": l0,
-        }
+        terms = _terms(losses) | penalties | {"l0": l0}
         record = {"step": self.step, "lr": self.config.lr_at(self.step)}
         self.history.records.append(record | {name: v.tolist() for name, v in terms.items()})
 
-    def _divergence(self, losses: TrainingLosses, penalties: dict[str, Tensor]) -> str:
-        terms = ", ".join(f"{n} {v.tolist()}" for n, v in self._terms(losses, penalties).items())
+    def _divergence(self, losses: TrainingLosses) -> str:
+        terms = ", ".join(f"{name} {value.tolist()}" for name, value in _terms(losses).items())
         saved = self.checkpoint is not None and self.checkpoint.exists()
         last = f"The last good checkpoint is {self.checkpoint}." if saved else "There is no checkpoint."
         return (
@@ -215,6 +209,10 @@ class _Run:
         self.silent_samples.copy_(tensors["silent_samples"])
         self.step = state["step"]
         self.history.records[:] = state["history"]
+
+
+def _terms(losses: TrainingLosses) -> dict[str, Tensor]:
+    return {n: getattr(losses, n).detach() for n in ("reconstruction", "sparsity", "aux_k")}
 
 
 # -- pieces of the recipe, for a single SAE (…) or a stack (n_stacked, …) -------------------------

@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import errno
+import json
+import multiprocessing
+import os
+import time
+
+import pytest
+
+from c2r_core.support import cache
+from c2r_core.support.cache import cached, code_fingerprint
+
+
+@pytest.fixture(autouse=True)
+def cache_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("C2R_CACHE", str(tmp_path))
+    return tmp_path
+
+
+def write_artefact(folder):
+    (folder / "weights").write_text("1 2 3")
+
+
+def test_the_second_call_finds_what_the_first_built(cache_folder):
+    calls = []
+
+    def build(folder):
+        calls.append(folder)
+        write_artefact(folder)
+
+    first = cached("sae", {"k": 3, "seed": 0}, build)
+    assert cached("sae", {"seed": 0, "k": 3}, build) == first
+    assert len(calls) == 1
+    assert (first / "weights").read_text() == "1 2 3"
+    assert first.parent == cache_folder / "sae"
+    assert json.loads((first / "key.json").read_text())["key"] == {"k": 3, "seed": 0}
+
+
+@pytest.mark.parametrize("other", [("sae", {"k": 4}), ("store", {"k": 3}), ("sae", {"k": "3"})])
+def test_kind_and_every_value_of_the_key_count(other):
+    assert cached("sae", {"k": 3}, write_artefact) != cached(*other, write_artefact)
+
+
+def test_a_failing_build_leaves_nothing(cache_folder):
+    def build(folder):
+        write_artefact(folder)
+        raise RuntimeError("diverged")
+
+    with pytest.raises(RuntimeError, match="diverged"):
+        cached("sae", {"k": 3}, build)
+    assert not list(cache_folder.rglob("weights"))
+    assert (cached("sae", {"k": 3}, write_artefact) / "weights").is_file()
+
+
+def test_a_full_disk_says_what_to_do():
+    def build(folder):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="the disk is full.* C2R_CACHE"):
+        cached("sae", {"k": 3}, build)
+
+
+def test_the_key_must_be_plain():
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        cached("sae", {"k": object()}, write_artefact)
+
+
+def _build_and_die(folder):
+    write_artefact(folder)
+    os._exit(9)
+
+
+def _build_slowly(folder):
+    with open(folder.parent.parent / "builds", "a") as builds:
+        builds.write("x")
+    time.sleep(0.5)
+    write_artefact(folder)
+
+
+def _use(build):
+    assert (cached("sae", {"k": 3}, build) / "weights").is_file()
+
+
+def start_processes(build, count):
+    """Exit codes of `count` processes that want the same artefact at the same time."""
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=_use, args=(build,)) for _ in range(count)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    return [process.exitcode for process in processes]
+
+
+def test_a_killed_build_leaves_nothing_that_counts():
+    assert start_processes(_build_and_die, 1) == [9]
+    calls = []
+    folder = cached("sae", {"k": 3}, lambda folder: calls.append(list(folder.iterdir())))
+    assert calls == [[]], "the next build starts with an empty folder"
+    assert not (folder / "weights").exists()
+
+
+def test_two_processes_build_once(cache_folder):
+    assert start_processes(_build_slowly, 2) == [0, 0]
+    assert (cache_folder / "builds").read_text() == "x"
+
+
+def test_code_counts_and_comments_do_not(monkeypatch, tmp_path):
+    source = tmp_path / "losses" / "loss.py"
+    source.parent.mkdir()
+    monkeypatch.setattr(cache, "_PACKAGE", tmp_path)
+
+    def fingerprint(text):
+        source.write_text(text)
+        code_fingerprint.cache_clear()
+        return code_fingerprint()
+
+    try:
+        plain = fingerprint("def loss(x):\n    return x * 2\n")
+        assert fingerprint('def loss(x):\n    """Twice."""\n    return x * 2  # twice\n') == plain
+        assert fingerprint("def loss(x):\n    return x * 3\n") != plain
+    finally:
+        code_fingerprint.cache_clear()

@@ -1,0 +1,265 @@
+"""The committed notebooks, the environment files, and what importing the package costs."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+from packaging.requirements import Requirement
+
+from c2r_core.support import notebook_files
+from conftest import NOTEBOOKS, PROJECT
+
+FAST_NOTEBOOK = "02_the_loss_by_hand.ipynb"
+LOCAL_FOLDERS = ("home", "Users", "root", "tmp", "work")
+
+
+def test_there_are_notebooks():
+    assert len(NOTEBOOKS) >= 6
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_committed_notebook(notebook):
+    assert notebook_files.problems(notebook) == []
+
+
+def test_a_refreshed_notebook_has_no_problem(refreshed_notebook):
+    assert notebook_files.problems(refreshed_notebook) == []
+
+
+def strip(notebook):
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+
+
+def code(position, source):
+    def change(notebook):
+        notebook.cells[position].source = source
+
+    return change
+
+
+def output(text):
+    def change(notebook):
+        notebook.cells[-1].outputs.append(nbformat.v4.new_output("stream", text=text))
+
+    return change
+
+
+def inject(notebook):
+    cell = nbformat.v4.new_code_cell("SEED = 1", metadata={"tags": ["injected-parameters"]})
+    notebook.cells.insert(2, cell)
+
+
+def fail(notebook):
+    error = nbformat.v4.new_output("error", ename="E", evalue="e", traceback=[])
+    notebook.cells[-1].outputs.append(error)
+
+
+def drop_outputs_of(kind):
+    def change(notebook):
+        for cell in notebook.cells:
+            if cell.cell_type == "code":
+                cell.outputs = [o for o in cell.outputs if o.output_type != kind]
+
+    return change
+
+
+def run_out_of_order(notebook):
+    notebook.cells[-1].execution_count = 9
+
+
+def repeat_an_id(notebook):
+    notebook.cells[-1].id = notebook.cells[0].id
+
+
+def untag(notebook):
+    notebook.cells[1].metadata = {}
+
+
+def add_papermill_metadata(notebook):
+    notebook.metadata["papermill"] = {"duration": 1.5}
+
+
+def grow(notebook):
+    notebook.cells[0].source += "x" * 300_000
+
+
+@pytest.mark.filterwarnings("ignore::nbformat.warnings.DuplicateCellId")
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (strip, "execution counts are not 1 to"),
+        (strip, "prints no claim"),
+        (run_out_of_order, "execution counts are not 1 to"),
+        (repeat_an_id, "cell ids"),
+        (untag, "0 cells tagged"),
+        (inject, "injected"),
+        (fail, "error output"),
+        (drop_outputs_of("display_data"), "no figure"),
+        (drop_outputs_of("stream"), "no claim"),
+        (grow, "larger than 300 kB"),
+        (add_papermill_metadata, "not in canonical form"),
+        (code(1, 'PROFILE = "default"\nSEED = 0'), r"parameters are \['PROFILE', 'SEED'\]"),
+        (code(-1, "%matplotlib inline"), "magic"),
+        (code(-1, "\n".join(["pass"] * 26)), "26 lines"),
+        (code(-1, f"open('/{LOCAL_FOLDERS[0]}/me/x')"), "local path"),
+        (code(0, "[next](01_nowhere.ipynb)"), "01_nowhere.ipynb leads nowhere"),
+        (output("12 seconds"), "timing"),
+        (output("10/10 [00:01<00:00, 9.5it/s]"), "timing"),
+        (output("[not judged in smoke] an effect"), "smoke profile"),
+    ],
+)
+def test_the_checker_finds(refreshed_notebook, tmp_path, change, problem):
+    notebook = notebook_files.read(refreshed_notebook)
+    change(notebook)
+    path = tmp_path / "00_tiny.ipynb"
+    path.write_text(json.dumps(notebook), encoding="utf-8")
+    found = notebook_files.problems(path)
+    assert any(re.search(problem, one) for one in found), found
+
+
+def test_neighbours_must_be_linked(refreshed_notebook, tmp_path):
+    for name in ("00_a.ipynb", "01_b.ipynb"):
+        shutil.copy(refreshed_notebook, tmp_path / name)
+    found = notebook_files.problems(tmp_path / "00_a.ipynb")
+    assert found == ["no link to its neighbour 01_b.ipynb"]
+
+
+def test_canonical_form_is_a_fixed_point_and_joins_streams(refreshed_notebook, tmp_path):
+    text = refreshed_notebook.read_text(encoding="utf-8")
+    notebook = notebook_files.read(refreshed_notebook)
+    assert notebook_files.canonical(notebook) == text
+    stream = notebook.cells[-1].outputs[0]
+    cut = [nbformat.v4.new_output("stream", text=part) for part in stream.text.splitlines(True)]
+    assert len(cut) > 1
+    notebook.cells[-1].outputs = cut
+    assert notebook_files.canonical(notebook) == text
+
+
+def test_a_file_that_is_no_notebook_is_named(tmp_path):
+    path = tmp_path / "00_broken.ipynb"
+    path.write_text("not JSON")
+    with pytest.raises(ValueError, match="00_broken.ipynb is not a valid notebook"):
+        notebook_files.read(path)
+
+
+def nbval(notebook):
+    """`make nbval` on one notebook."""
+    options = [
+        "--nbval",
+        "--nbval-current-env",
+        "-p",
+        "tests.nbval_plugin",
+        "-p",
+        "no:cacheprovider",
+    ]
+    options += ["--nbval-sanitize-with", "tests/nbval_sanitize.cfg"]
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", str(notebook), *options],
+        cwd=PROJECT,
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_nbval_passes_what_was_just_run_and_compares_no_address(refreshed_notebook, tmp_path):
+    notebook = notebook_files.read(refreshed_notebook)
+    notebook.cells[-1].source = "print(object())"
+    notebook.cells[-1].outputs = [
+        nbformat.v4.new_output("stream", text="<object object at 0x7f00aa00bb00>\n")
+    ]
+    path = tmp_path / "00_tiny.ipynb"
+    nbformat.write(notebook, path)
+    outcome = nbval(path)
+    assert outcome.returncode == 0, outcome.stdout
+
+
+def test_one_altered_claim_line_makes_nbval_fail(tmp_path):
+    path = Path(shutil.copy(PROJECT / "notebooks" / FAST_NOTEBOOK, tmp_path))
+    text = path.read_text(encoding="utf-8")
+    assert "[holds] " in text
+    path.write_text(text.replace("[holds] ", "[FAILS] ", 1), encoding="utf-8")
+    outcome = nbval(path)
+    assert outcome.returncode == 1, outcome.stdout
+    assert re.search(r"\b1 failed\b", outcome.stdout)
+
+
+def locked():
+    """The lock's requirements by normalised name."""
+    lines = (PROJECT / "requirements.lock").read_text(encoding="utf-8").splitlines()
+    requirements = [Requirement(line) for line in lines if not line.startswith("#")]
+    return {normalised(requirement.name): requirement for requirement in requirements}
+
+
+def normalised(name):
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def test_the_lock_is_exact_and_the_same_for_every_machine():
+    for name, requirement in locked().items():
+        pin = str(requirement.specifier)
+        assert re.fullmatch(r"==[\w.]+", pin), (
+            f"{name}{pin} is no exact version without a local tag"
+        )
+        assert not name.startswith(("nvidia", "triton", "cuda")), name
+        assert requirement.url is None
+    assert str(locked()["torch"].specifier) == "==2.13.0"
+
+
+def test_the_lock_satisfies_pyproject():
+    import tomllib
+
+    project = tomllib.loads((PROJECT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    wanted = project["dependencies"] + project["optional-dependencies"]["dev"]
+    for requirement in map(Requirement, wanted):
+        pin = str(locked()[normalised(requirement.name)].specifier).removeprefix("==")
+        assert requirement.specifier.contains(pin), f"{requirement} against {pin}"
+
+
+def test_conda_users_get_the_lock():
+    environment = yaml.safe_load((PROJECT / "environment.yml").read_text(encoding="utf-8"))
+    assert environment["name"] == "c2r", "the Makefile looks for this name"
+    *conda, pip = environment["dependencies"]
+    assert conda == ["python=3.11", "pip", "make"]
+    assert pip == {"pip": ["-r requirements.lock", "-e ."]}
+
+
+def test_import_is_fast_and_light():
+    heavy = ("transformer_lens", "transformers", "matplotlib", "sklearn", "pandas", "seaborn")
+    script = (
+        "import sys, time, json; start = time.perf_counter(); import c2r_core; "
+        "print(json.dumps([time.perf_counter() - start, sorted(sys.modules)]))"
+    )
+    seconds, modules = min(
+        json.loads(subprocess.check_output([sys.executable, "-c", script], text=True, cwd=PROJECT))
+        for _ in range(2)
+    )
+    assert [name for name in heavy if name in modules] == []
+    assert seconds < 2
+
+
+def project_files():
+    """Every text file that belongs to the project."""
+    rooms = [PROJECT / name for name in ("c2r_core", "notebooks", "tests", "results", ".ci")]
+    paths = [*PROJECT.iterdir(), *(path for room in rooms for path in room.rglob("*"))]
+    binary = (".npz", ".pyc", ".png")
+    return [path for path in paths if path.is_file() and path.suffix not in binary]
+
+
+def test_no_file_names_a_folder_of_somebodys_machine():
+    local = re.compile(rf"(?<![\w./:-])/({'|'.join(LOCAL_FOLDERS)})/[\w.-]+")
+    naming = [
+        f"{path.relative_to(PROJECT)}: {match[0]}"
+        for path in project_files()
+        if (match := local.search(path.read_text(encoding="utf-8")))
+    ]
+    assert naming == []

@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from c2r_core.support import notebook_files, runner
+from conftest import write_tiny_notebook
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    return write_tiny_notebook(tmp_path / "notebooks" / "00_tiny.ipynb")
+
+
+def test_run_passes_parameters_and_writes_only_the_executed_notebook(tiny, tmp_path):
+    source = tiny.read_bytes()
+    out = tmp_path / "runs" / "00_tiny.ipynb"
+    arguments = ["run", str(tiny), "--profile", "smoke", "--seed", "5", "-p", "DEVICE", "cpu"]
+    assert runner.main([*arguments, "--out", str(out)]) == 0
+    executed = notebook_files.read(out)
+    assert notebook_files.claims(executed) == [
+        ("holds", "draws stay below one: at most 1"),
+        ("not judged in smoke", "the mean is near a half: between 0.4 and 0.6"),
+    ]
+    results = json.loads(
+        (Path(os.environ["C2R_RESULTS"]) / "smoke" / "00_tiny-seed5.json").read_text()
+    )
+    assert results["provenance"]["seed"] == 5
+    assert list(out.parent.iterdir()) == [out]
+    assert tiny.read_bytes() == source
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-p", "SED", "1"], "unknown parameter 'SED'; did you mean 'SEED'.*PROFILE, SEED, DEVICE"),
+        (["--profile", "smok"], "unknown profile 'smok'; did you mean 'smoke'"),
+    ],
+)
+def test_unknown_names_are_refused_before_anything_runs(tiny, tmp_path, capsys, arguments, message):
+    out = tmp_path / "runs" / "00_tiny.ipynb"
+    assert runner.main(["run", str(tiny), "--out", str(out), *arguments]) == 2
+    assert not out.parent.exists()
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_missing_notebook_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no notebook .*07_none\.ipynb"):
+        runner.run(tmp_path / "07_none.ipynb", tmp_path / "out.ipynb")
+
+
+def test_a_failure_keeps_its_traceback_and_no_result(tmp_path):
+    notebook = write_tiny_notebook(tmp_path / "00_tiny.ipynb", last_code="1 / 0")
+    out = tmp_path / "runs" / "00_tiny.ipynb"
+    assert runner.main(["run", str(notebook), "--out", str(out)]) == 1
+    failed = out.with_suffix(".failed.ipynb")
+    assert list(out.parent.iterdir()) == [failed]
+    assert "ZeroDivisionError" in failed.read_text()
+
+
+def test_refreshing_twice_gives_the_same_bytes(refreshed_notebook, tmp_path):
+    again = Path(shutil.copy(refreshed_notebook, tmp_path))
+    runner.refresh(again, work_folder=tmp_path / "work")
+    assert again.read_bytes() == refreshed_notebook.read_bytes()
+    assert b"image/png" in again.read_bytes()
+
+
+def notebook_with(path, *lines):
+    """A notebook that printed these lines."""
+    output = nbformat.v4.new_output("stream", text="".join(f"{line}\n" for line in lines))
+    cell = nbformat.v4.new_code_cell("pass", outputs=[output])
+    path.parent.mkdir(exist_ok=True)
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), path)
+
+
+def test_summary_prints_every_verdict_and_where_to_look(tmp_path, capsys):
+    for folder in ("notebooks", "runs"):
+        notebook_with(tmp_path / folder / "01_a.ipynb", "[holds] one", "[FAILS] two: at most 1")
+        notebook_with(tmp_path / folder / "02_b.ipynb", "[holds] three")
+    arguments = ["--committed", str(tmp_path / "notebooks"), "--executed", str(tmp_path / "runs")]
+    assert runner.main(["summary", *arguments]) == 0
+    printed = capsys.readouterr().out
+    for line in ("01_a", "[holds] one", "[FAILS] two: at most 1", "02_b", "[holds] three"):
+        assert line in printed
+    assert str(tmp_path / "runs" / "02_b.ipynb") in printed
+    assert str(tmp_path / "runs" / "02_b.json") in printed
+
+
+@pytest.mark.parametrize(
+    "executed",
+    [["[FAILS] one", "[holds] two"], ["[holds] one"], ["[holds] one", "[holds] two", "[holds] 3"]],
+)
+def test_summary_fails_where_a_verdict_is_not_as_committed(tmp_path, executed):
+    notebook_with(tmp_path / "notebooks" / "01_a.ipynb", "[holds] one", "[holds] two")
+    notebook_with(tmp_path / "runs" / "01_a.ipynb", *executed)
+    text, as_committed = runner.summary(tmp_path / "notebooks", tmp_path / "runs")
+    assert not as_committed
+    assert "DIFFERS" in text
+
+
+def test_summary_fails_where_a_notebook_did_not_run(tmp_path):
+    notebook_with(tmp_path / "notebooks" / "01_a.ipynb", "[holds] one")
+    text, as_committed = runner.summary(tmp_path / "notebooks", tmp_path / "runs")
+    assert not as_committed
+    assert "not run" in text

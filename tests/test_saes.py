@@ -1,0 +1,225 @@
+"""Architectures: the sparse step, the contract, files and folding. Parametrised over the registry."""
+
+from __future__ import annotations
+
+import errno
+import json
+
+import pytest
+import torch
+
+from c2r_core.losses import c2r_from_norms, c2r_loss
+from c2r_core.saes import (
+    ARCHITECTURES,
+    BatchTopKSAE,
+    ReLUSAE,
+    TopKSAE,
+    create_sae,
+    fold_norm_factor,
+    load_sae,
+    save_sae,
+)
+from c2r_core.saes.sparse import firing_counts, latent_norms
+
+D_IN, D_SAE, BATCH = 12, 40, 16
+# Arguments beside d_in, d_sae and seed; an architecture not named here must need none.
+ARGUMENTS = {"relu": {"l1_weight": 0.01}, "topk": {"k": 3}, "batch_topk": {"k": 3}}
+every_architecture = pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+k_sparse = pytest.mark.parametrize("sae_class", [TopKSAE, BatchTopKSAE])
+
+
+def make(architecture: str, seed=0):
+    sae = create_sae(
+        architecture, d_in=D_IN, d_sae=D_SAE, seed=seed, **ARGUMENTS.get(architecture, {})
+    )
+    with torch.no_grad():
+        rng = torch.Generator().manual_seed(5)
+        sae.b_enc += 0.1 * torch.randn(D_SAE, generator=rng)
+        sae.b_dec += 0.1 * torch.randn(D_IN, generator=rng)
+        if hasattr(sae, "threshold"):
+            sae.threshold += 0.4
+    return sae
+
+
+def batch(seed: int = 0, dtype=torch.float32) -> torch.Tensor:
+    return torch.randn(BATCH, D_IN, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def gradients(sae, loss):
+    return torch.autograd.grad(loss, list(sae.parameters()))
+
+
+@k_sparse
+@pytest.mark.parametrize("with_dead", [False, True])
+@pytest.mark.parametrize("progress", [0.0, 1.0])
+def test_sparse_step_equals_the_dense_one(sae_class, with_dead, progress):
+    sae = make(sae_class.architecture).double()
+    x = batch(dtype=torch.float64)
+    dead = torch.arange(D_SAE) % 4 == 0 if with_dead else None
+    results = []
+    for losses in (
+        sae.training_losses(x, progress=progress, dead=dead),
+        sae.dense_losses(x, progress=progress, dead=dead),
+    ):
+        penalty = c2r_from_norms(latent_norms(losses.feature_acts), sae.W_dec)
+        total = losses.total(0.3) + 0.1 * penalty
+        results.append((losses, total, gradients(sae, total)))
+    (sparse, sparse_total, sparse_grads), (dense, dense_total, dense_grads) = results
+    torch.testing.assert_close(sparse.feature_acts.to_dense(), dense.feature_acts)
+    torch.testing.assert_close(sparse_total, dense_total)
+    torch.testing.assert_close(sparse.min_active, dense.min_active)
+    assert torch.equal(firing_counts(sparse.feature_acts), firing_counts(dense.feature_acts))
+    for ours, reference in zip(sparse_grads, dense_grads, strict=True):
+        torch.testing.assert_close(ours, reference)
+    assert (dense.aux_k > 0) == with_dead
+
+
+@k_sparse
+def test_sparse_norms_give_the_loss_of_the_dense_activations(sae_class):
+    sae = make(sae_class.architecture)
+    acts = sae.training_losses(batch()).feature_acts
+    from_norms = c2r_from_norms(latent_norms(acts), sae.W_dec)
+    torch.testing.assert_close(from_norms, c2r_loss(acts.to_dense(), sae.W_dec))
+
+
+@k_sparse
+def test_revival_reaches_the_encoder_of_dead_latents_only(sae_class):
+    sae = make(sae_class.architecture)
+    dead = torch.arange(D_SAE) < 5
+    W_enc, b_enc, W_dec, _ = (
+        dict(zip([n for n, _ in sae.named_parameters()], grads, strict=True))[name]
+        for grads in [gradients_or_zero(sae, sae.training_losses(batch(), dead=dead).aux_k)]
+        for name in ("W_enc", "b_enc", "W_dec", "b_dec")
+    )
+    assert (W_enc[:, dead].abs().sum(0) > 0).any() and W_enc[:, ~dead].abs().sum() == 0
+    assert b_enc[~dead].abs().sum() == 0
+    assert (W_dec[dead].abs().sum(1) > 0).any() and W_dec[~dead].abs().sum() == 0
+
+
+def gradients_or_zero(sae, loss):
+    parameters = list(sae.parameters())
+    found = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
+
+
+def test_topk_keeps_k_per_sample_and_batch_topk_k_on_average():
+    x = batch() * torch.linspace(0.1, 3, BATCH).unsqueeze(1)  # samples of very different strength
+    per_sample = (make("topk").training_losses(x).feature_acts.to_dense() > 0).sum(1)
+    assert (per_sample == 3).all()
+    per_sample = (make("batch_topk").training_losses(x).feature_acts.to_dense() > 0).sum(1)
+    assert per_sample.sum() == 3 * BATCH and per_sample.unique().numel() > 1
+
+
+def test_k_is_annealed_from_d_in():
+    sae = make("batch_topk")
+    kept = [len(sae.training_losses(batch(), progress=p).feature_acts.values) for p in (0, 0.005, 1)]
+    assert kept[0] == D_IN * BATCH and kept[0] > kept[1] > kept[2] == 3 * BATCH
+
+
+def test_threshold_settles_at_the_smallest_kept_activation():
+    sae = BatchTopKSAE(D_IN, D_SAE, k=3)
+    losses = sae.training_losses(batch())
+    assert sae.threshold == 0, "computing losses must change nothing"
+    for _ in range(3):
+        sae.update_statistics(losses, ema_decay=0.9)
+    torch.testing.assert_close(sae.threshold, losses.min_active)
+    assert (sae.encode(batch()) > 0).sum() == 3 * BATCH - 1  # all but the smallest itself
+
+
+@every_architecture
+def test_losses_change_nothing(architecture):
+    sae = make(architecture)
+    before = {name: tensor.clone() for name, tensor in sae.state_dict().items()}
+    first = sae.training_losses(batch()).total()
+    torch.testing.assert_close(sae.training_losses(batch()).total(), first, rtol=0, atol=0)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in sae.state_dict().items())
+
+
+@every_architecture
+def test_a_stack_equals_its_single_saes(architecture):
+    stack, x = make(architecture, seed=[3, 4]), torch.stack([batch(1), batch(2)])
+    singles = [make(architecture, seed=seed) for seed in (3, 4)]
+    total = stack.training_losses(x).total()
+    torch.testing.assert_close(
+        total, torch.stack([s.training_losses(b).total() for s, b in zip(singles, x, strict=True)])
+    )
+    torch.testing.assert_close(
+        stack(x), torch.stack([s(b) for s, b in zip(singles, x, strict=True)])
+    )
+    for single, taken in zip(singles, stack.unstack(), strict=True):
+        for name, tensor in single.state_dict().items():
+            assert torch.equal(tensor, taken.state_dict()[name])
+    for single, ours in zip(singles, gradients(stack, total.sum())[0], strict=True):
+        reference = gradients(single, single.training_losses(x[singles.index(single)]).total())[0]
+        torch.testing.assert_close(ours, reference)
+
+
+@every_architecture
+def test_saved_and_loaded_is_the_same(architecture, tmp_path):
+    sae, x = make(architecture), batch()
+    sae.norm_factor.fill_(0.25)
+    loaded = load_sae(save_sae(sae, tmp_path / "sae"))
+    assert type(loaded) is type(sae) and loaded.config == sae.config
+    assert torch.equal(loaded(x), sae(x)) and loaded.norm_factor == 0.25
+    assert json.loads((tmp_path / "sae" / "config.json").read_text())["architecture"] == architecture
+    save_sae(make(architecture, seed=9), tmp_path / "sae")  # replaces
+    assert not torch.equal(load_sae(tmp_path / "sae")(x), sae(x))
+    assert [p.name for p in tmp_path.iterdir()] == ["sae"], "nothing half-written is left"
+
+
+@every_architecture
+def test_folded_takes_raw_activations(architecture):
+    sae, raw = make(architecture), 7 * batch()
+    sae.norm_factor.fill_(1 / 7)
+    folded = fold_norm_factor(sae)
+    torch.testing.assert_close(folded.encode(raw), 7 * sae.encode(raw / 7))
+    torch.testing.assert_close(folded(raw), 7 * sae(raw / 7))
+    assert folded.norm_factor == 1 and torch.equal(folded.W_dec, sae.W_dec)
+
+
+def test_a_full_disk_leaves_the_saved_sae_unharmed(tmp_path, monkeypatch):
+    sae = make("topk")
+    save_sae(sae, tmp_path / "sae")
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("c2r_core.saes.base.save_file", full)
+    with pytest.raises(OSError, match="free some space"):
+        save_sae(make("topk", seed=1), tmp_path / "sae")
+    assert torch.equal(load_sae(tmp_path / "sae").W_dec, sae.W_dec)
+    assert [p.name for p in tmp_path.iterdir()] == ["sae"]
+
+
+def test_damaged_folders_are_refused(tmp_path):
+    folder = save_sae(make("topk"), tmp_path / "sae")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"d_sae": 41}))
+    with pytest.raises(ValueError, match="does not fit"):
+        load_sae(folder)
+    (folder / "config.json").write_text(json.dumps(config | {"format_version": 99}))
+    with pytest.raises(ValueError, match="format version 99"):
+        load_sae(folder)
+    (folder / "sae.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="save_sae"):
+        load_sae(folder)
+
+
+@pytest.mark.parametrize(
+    "create, message",
+    [
+        (lambda: TopKSAE(8, 16, k=17), "k is 17; expected an integer from 1 to d_sae=16"),
+        (lambda: BatchTopKSAE(8, 16, k=0), "k is 0"),
+        (lambda: TopKSAE(0, 16, k=1), "d_in is 0"),
+        (lambda: TopKSAE(8, 16, k=1, seed=[]), "empty sequence"),
+        (lambda: ReLUSAE(8, 16, l1_weight=-1), "l1_weight is -1"),
+        (lambda: create_sae("top_k", d_in=8), "known are: batch_topk"),
+        (lambda: make("topk").encode(torch.ones(3, 5)), "d_in=12"),
+        (lambda: make("topk", seed=[0, 1])(torch.ones(3, D_IN)), "stack of 2 SAEs expects"),
+        (lambda: save_sae(make("topk", seed=[0, 1]), "unused"), "unstack"),
+        (lambda: make("topk").unstack(), "single SAE"),
+    ],
+)
+def test_bad_input_is_refused(create, message):
+    with pytest.raises(ValueError, match=message):
+        create()

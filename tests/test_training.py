@@ -1,0 +1,249 @@
+"""The recipe, its schedules, resume, purity of logging, and what it refuses."""
+
+from __future__ import annotations
+
+import errno
+
+import numpy as np
+import pytest
+import torch
+
+from c2r_core.data.toy import FeatureTree, ToyBatches
+from c2r_core.losses import c2r_loss, orthogonality_loss
+from c2r_core.saes import BatchTopKSAE, ReLUSAE, TopKSAE
+from c2r_core.training import C2R, DivergedError, Orthogonality, TrainConfig, train
+from c2r_core.training.trainer import clip_gradients, geometric_median
+
+TREE = FeatureTree(d_in=20, n_parents=2, children_per_parent=2, n_singles=4)
+
+
+def small_config(**changes) -> TrainConfig:
+    return TrainConfig(**{"steps": 12, "lr": 5e-3, "log_every": 4, "checkpoint_every": 5} | changes)
+
+
+def run(sae=None, config=None, regularisers=(C2R(0.1),), batch=32, seed=0, **options):
+    sae = sae or BatchTopKSAE(20, 30, k=2, seed=seed)
+    history = train(
+        sae,
+        ToyBatches(TREE, batch, seed),
+        config or small_config(),
+        regularisers,
+        progress=False,
+        **options,
+    )
+    return sae, history
+
+
+def assert_same_state(one, other, **tolerance):
+    for (name, ours), theirs in zip(
+        one.state_dict().items(), other.state_dict().values(), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, **tolerance, msg=lambda m, n=name: f"{n}: {m}")
+
+
+EXACT = {"rtol": 0, "atol": 0}
+
+
+def test_training_reduces_the_error_and_keeps_rows_at_norm_one():
+    sae, history = run(config=small_config(steps=150))
+    errors = [record["reconstruction"] for record in history.records]
+    assert errors[-1] < 0.5 * errors[0]
+    torch.testing.assert_close(sae.W_dec.norm(dim=-1), torch.ones(30))
+    assert sae.threshold > 0
+
+
+def test_first_step_is_adam_on_the_documented_total():
+    """One step by hand: clipped gradient of reconstruction + λ T C²R, parallel part removed."""
+    config = small_config(steps=1, warmup_share=0, decay_share=0, aux_k_coefficient=0)
+    trained, _ = run(ReLUSAE(20, 30, l1_weight=0.02, seed=1), config, [C2R(0.3, every=4)])
+    sae, x = ReLUSAE(20, 30, l1_weight=0.02, seed=1), ToyBatches(TREE, 32, 0)(0)
+    with torch.no_grad():
+        sae.b_dec.copy_(geometric_median(x))
+    f = ((x - sae.b_dec) @ sae.W_enc + sae.b_enc).relu()
+    x_hat = f @ sae.W_dec + sae.b_dec
+    loss = ((x - x_hat) ** 2).sum() / 32 + 0.02 * f.sum() / 32 + 0.3 * 4 * c2r_loss(f, sae.W_dec)
+    loss.backward()
+    with torch.no_grad():
+        g = sae.W_dec.grad
+        g -= (g * sae.W_dec).sum(1, keepdim=True) * sae.W_dec
+        torch.nn.utils.clip_grad_norm_(sae.parameters(), 1.0)
+    torch.optim.Adam(sae.parameters(), lr=5e-3).step()
+    with torch.no_grad():
+        sae.W_dec /= sae.W_dec.norm(dim=1, keepdim=True)
+    assert_same_state(trained, sae, rtol=1e-4, atol=1e-5)
+
+
+def test_regularisers_act_on_every_tth_step_from_start():
+    config = small_config(steps=8, log_every=1)
+    _, history = run(config=config, regularisers=[C2R(0.1, every=3, start=2)])
+    assert [r["step"] for r in history.records if "c2r" in r] == [2, 5]
+
+
+def test_a_stronger_penalty_means_less_similar_rows():
+    similarity = []
+    for weight in (0.0, 0.3):
+        sae, _ = run(config=small_config(steps=200), regularisers=[Orthogonality(weight)])
+        similarity.append(orthogonality_loss(sae.W_dec).item())
+    assert similarity[1] < 0.5 * similarity[0]
+
+
+@pytest.mark.parametrize("stop_at", [5, 9])
+def test_resumed_run_equals_an_uninterrupted_one(tmp_path, stop_at):
+    options = {"regularisers": [C2R(0.1, chunk_size=7)], "config": small_config()}
+    whole, history = run(**options)
+
+    class Killed(Exception):
+        pass
+
+    def dying(step):
+        if step == stop_at:
+            raise Killed
+        return ToyBatches(TREE, 32, 0)(step)
+
+    sae, path = BatchTopKSAE(20, 30, k=2), tmp_path / "run.safetensors"
+    with pytest.raises(Killed):
+        train(sae, dying, options["config"], options["regularisers"], checkpoint=path, progress=False)
+    resumed, resumed_history = run(checkpoint=path, **options)
+    assert_same_state(resumed, whole, **EXACT)
+    assert resumed_history.records == history.records
+
+
+def test_a_checkpoint_of_another_training_is_refused(tmp_path):
+    path = tmp_path / "run.safetensors"
+    run(checkpoint=path)
+    with pytest.raises(ValueError, match="another training: its regularisers"):
+        run(checkpoint=path, regularisers=[C2R(0.2)])
+    path.write_bytes(b"no checkpoint")
+    with pytest.raises(ValueError, match="damaged"):
+        run(checkpoint=path)
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch):
+    path = tmp_path / "run.safetensors"
+    run(checkpoint=path)
+    before = path.read_bytes()
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("c2r_core.training.checkpoints.save_file", full)
+    with pytest.raises(OSError, match="free some space"):
+        run(checkpoint=path)  # goes on from step 10 ... and must save nothing more
+        run(checkpoint=tmp_path / "new.safetensors")
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["run.safetensors"]
+
+
+def test_logging_and_checkpoints_do_not_change_the_result(tmp_path):
+    quiet, _ = run(config=small_config(log_every=1000, checkpoint_every=1000))
+    busy, _ = run(
+        config=small_config(log_every=1, checkpoint_every=1), checkpoint=tmp_path / "c.safetensors"
+    )
+    assert_same_state(busy, quiet, **EXACT)
+
+
+def test_a_stack_trains_each_sae_as_if_alone():
+    """Same seeds, same data, its own weight each; clipping must not mix them either."""
+    seeds, weights = [0, 1, 0], [0.0, 0.2, 0.2]
+    stack = ReLUSAE(20, 30, l1_weight=0.02, seed=seeds)
+    train(
+        stack, ToyBatches(TREE, 32, seeds), small_config(lr=1e-3), [C2R(weights)], progress=False
+    )
+    for sae, seed, weight in zip(stack.unstack(), seeds, weights, strict=True):
+        alone, _ = run(
+            ReLUSAE(20, 30, l1_weight=0.02, seed=seed),
+            small_config(lr=1e-3),
+            [C2R(weight)],
+            seed=seed,
+        )
+        assert_same_state(sae, alone, rtol=1e-3, atol=1e-4)
+
+
+def test_dead_latents_are_revived():
+    def live_after(coefficient):
+        sae = TopKSAE(20, 30, k=2, seed=0)
+        with torch.no_grad():
+            sae.b_enc[:20] = -1.0  # silent from the start, but within reach
+        config = small_config(steps=300, dead_after=5, aux_k_coefficient=coefficient)
+        run(sae, config, [])
+        return (sae.encode(ToyBatches(TREE, 500, 7)(0)) > 0).any(0).sum()
+
+    assert live_after(1.0) > live_after(0.0)
+
+
+def test_learning_rate_schedule():
+    config = TrainConfig(steps=100, lr=1.0)
+    rates = [config.lr_at(step) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1) and rates[9] == rates[50] == 1.0
+    assert rates[79] == 1.0 and rates[90] == pytest.approx(0.5) and rates[99] == pytest.approx(0.05)
+    assert TrainConfig(steps=1000).ema_decay == pytest.approx(1 - 1 / 50)
+    assert TrainConfig(steps=10**6).ema_decay == 0.999
+
+
+def test_geometric_median_resists_an_outlier():
+    x = torch.cat([torch.randn(99, 3, generator=torch.Generator().manual_seed(0)), torch.full((1, 3), 1e4)])
+    assert geometric_median(x).norm() < 0.5 < x.mean(0).norm()
+
+
+def test_clipping_bounds_each_sae_of_a_stack():
+    p = torch.nn.Parameter(torch.zeros(2, 3))
+    p.grad = torch.tensor([[3.0, 4.0, 0.0], [0.3, 0.4, 0.0]])
+    clip_gradients([p], 1.0, stacked=True)
+    torch.testing.assert_close(p.grad, torch.tensor([[0.6, 0.8, 0.0], [0.3, 0.4, 0.0]]))
+
+
+def test_history_plots_what_it_recorded():
+    _, history = run()
+    ax = history.plot("reconstruction")
+    drawn = ax.lines[0].get_xydata()
+    recorded = [[r["step"], r["reconstruction"]] for r in history.records]
+    np.testing.assert_allclose(drawn, recorded)
+    assert ax.get_xlabel() == "optimiser step"
+    with pytest.raises(ValueError, match="there are: lr, reconstruction"):
+        history.plot("loss")
+
+
+def test_divergence_names_step_terms_and_checkpoint(tmp_path):
+    def exploding(step):
+        return ToyBatches(TREE, 32, 0)(step) * (1e30 if step == 7 else 1)
+
+    path = tmp_path / "run.safetensors"
+    with pytest.raises(DivergedError, match=r"step 7: reconstruction .*run\.safetensors"):
+        train(
+            BatchTopKSAE(20, 30, k=2), exploding, small_config(), [C2R(0.1)], checkpoint=path, progress=False
+        )
+    assert path.exists()
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: run(batch=1), "at least 2"),
+        (lambda: run(TopKSAE(21, 30, k=2)), "d_in=21"),
+        (lambda: run(regularisers=[C2R([0.1, 0.2])]), "c2r has 2 weights"),
+        (lambda: C2R(-0.1), "weight is -0.1"),
+        (lambda: C2R(float("nan")), "weight is nan"),
+        (lambda: C2R(0.1, alpha=0), "alpha is 0"),
+        (lambda: Orthogonality(0.1, every=0), "every is 0"),
+        (lambda: C2R(0.1, start=-1), "start is -1"),
+        (lambda: TrainConfig(steps=0), "steps is 0"),
+        (lambda: TrainConfig(steps=5, lr=0), "lr is 0"),
+        (lambda: TrainConfig(steps=5, precision="float16"), "precision is 'float16'"),
+        (lambda: TrainConfig(steps=5, decay_share=1.5), "decay_share is 1.5"),
+    ],
+)
+def test_bad_input_is_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_activations_that_are_not_finite_are_refused(bad):
+    def batches(step):
+        x = ToyBatches(TREE, 32, 0)(step)
+        if step == 3:
+            x[4, 5] = bad
+        return x
+
+    with pytest.raises(ValueError, match="step 3 holds a NaN"):
+        train(TopKSAE(20, 30, k=2), batches, small_config(), progress=False)
