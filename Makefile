@@ -99,6 +99,7 @@ nbval: $(DATA) ## run the committed notebooks again and compare their outputs
 	C2R_RESULTS="$(CURDIR)/runs/nbval" $(if $(CI)$(FRESH),C2R_CACHE="$(CURDIR)/runs/nbval/cache") \
 	  $(PYTHON) -m pytest notebooks --nbval --nbval-current-env -p tests.nbval_plugin \
 	    --nbval-sanitize-with tests/nbval_sanitize.cfg
+	@$(if $(CI)$(FRESH),rm -rf runs/nbval)
 
 lint: $(ENV) ## ruff: rules and format
 	$(PYTHON) -m ruff check .

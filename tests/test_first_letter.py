@@ -11,17 +11,19 @@ import torch
 from c2r_core.data.language_models import load_language_model
 from c2r_core.data.text import Corpus, Document
 from c2r_core.metrics.first_letter import (
-    LETTERS,
-    FirstLetterTask,
     LetterProbes,
-    LetterWords,
     absorption,
     absorption_by_word,
     evaluate_first_letter,
-    harvest_words,
-    letter_words,
     split_latents,
     train_letter_probes,
+)
+from c2r_core.metrics.first_letter_words import (
+    LETTERS,
+    FirstLetterTask,
+    LetterWords,
+    harvest_words,
+    letter_words,
 )
 
 DATA = Path(__file__).parent / "data"

@@ -74,9 +74,7 @@ def test_c2r_with_every_norm_a_half_is_orthogonality():
     halves = torch.full((len(W_dec),), 0.5, dtype=torch.float64)
     ours, theirs = c2r_from_norms(halves, W_dec), orthogonality_loss(W_dec)
     torch.testing.assert_close(ours, theirs)
-    torch.testing.assert_close(
-        torch.autograd.grad(ours, W_dec), torch.autograd.grad(theirs, W_dec)
-    )
+    torch.testing.assert_close(torch.autograd.grad(ours, W_dec), torch.autograd.grad(theirs, W_dec))
 
 
 @pytest.mark.parametrize("alpha", [0.5, 1.0, 2.0])

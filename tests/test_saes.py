@@ -112,7 +112,9 @@ def test_topk_keeps_k_per_sample_and_batch_topk_k_on_average():
 
 def test_k_is_annealed_from_d_in():
     sae = make("batch_topk")
-    kept = [len(sae.training_losses(batch(), progress=p).feature_acts.values) for p in (0, 0.005, 1)]
+    kept = [
+        len(sae.training_losses(batch(), progress=p).feature_acts.values) for p in (0, 0.005, 1)
+    ]
     assert kept[0] == D_IN * BATCH and kept[0] > kept[1] > kept[2] == 3 * BATCH
 
 
@@ -161,7 +163,9 @@ def test_saved_and_loaded_is_the_same(architecture, tmp_path):
     loaded = load_sae(save_sae(sae, tmp_path / "sae"))
     assert type(loaded) is type(sae) and loaded.config == sae.config
     assert torch.equal(loaded(x), sae(x)) and loaded.norm_factor == 0.25
-    assert json.loads((tmp_path / "sae" / "config.json").read_text())["architecture"] == architecture
+    assert (
+        json.loads((tmp_path / "sae" / "config.json").read_text())["architecture"] == architecture
+    )
     save_sae(make(architecture, seed=9), tmp_path / "sae")  # replaces
     assert not torch.equal(load_sae(tmp_path / "sae")(x), sae(x))
     assert [p.name for p in tmp_path.iterdir()] == ["sae"], "nothing half-written is left"

@@ -21,7 +21,8 @@ def small_config(**changes) -> TrainConfig:
     return TrainConfig(**{"steps": 12, "lr": 5e-3, "log_every": 4, "checkpoint_every": 5} | changes)
 
 
-def run(sae=None, config=None, regularisers=(C2R(0.1),), batch=32, seed=0, **options):
+def run(sae=None, config=None, regularisers=None, batch=32, seed=0, **options):
+    regularisers = [C2R(0.1)] if regularisers is None else regularisers
     sae = sae or BatchTopKSAE(20, 30, k=2, seed=seed)
     history = train(
         sae,
@@ -102,7 +103,9 @@ def test_resumed_run_equals_an_uninterrupted_one(tmp_path, stop_at):
 
     sae, path = BatchTopKSAE(20, 30, k=2), tmp_path / "run.safetensors"
     with pytest.raises(Killed):
-        train(sae, dying, options["config"], options["regularisers"], checkpoint=path, progress=False)
+        train(
+            sae, dying, options["config"], options["regularisers"], checkpoint=path, progress=False
+        )
     resumed, resumed_history = run(checkpoint=path, **options)
     assert_same_state(resumed, whole, **EXACT)
     assert resumed_history.records == history.records
@@ -146,9 +149,7 @@ def test_a_stack_trains_each_sae_as_if_alone():
     """Same seeds, same data, its own weight each; clipping must not mix them either."""
     seeds, weights = [0, 1, 0], [0.0, 0.2, 0.2]
     stack = ReLUSAE(20, 30, l1_weight=0.02, seed=seeds)
-    train(
-        stack, ToyBatches(TREE, 32, seeds), small_config(lr=1e-3), [C2R(weights)], progress=False
-    )
+    train(stack, ToyBatches(TREE, 32, seeds), small_config(lr=1e-3), [C2R(weights)], progress=False)
     for sae, seed, weight in zip(stack.unstack(), seeds, weights, strict=True):
         alone, _ = run(
             ReLUSAE(20, 30, l1_weight=0.02, seed=seed),
@@ -181,7 +182,9 @@ def test_learning_rate_schedule():
 
 
 def test_geometric_median_resists_an_outlier():
-    x = torch.cat([torch.randn(99, 3, generator=torch.Generator().manual_seed(0)), torch.full((1, 3), 1e4)])
+    x = torch.cat(
+        [torch.randn(99, 3, generator=torch.Generator().manual_seed(0)), torch.full((1, 3), 1e4)]
+    )
     assert geometric_median(x).norm() < 0.5 < x.mean(0).norm()
 
 
@@ -210,7 +213,12 @@ def test_divergence_names_step_terms_and_checkpoint(tmp_path):
     path = tmp_path / "run.safetensors"
     with pytest.raises(DivergedError, match=r"step 7: reconstruction .*run\.safetensors"):
         train(
-            BatchTopKSAE(20, 30, k=2), exploding, small_config(), [C2R(0.1)], checkpoint=path, progress=False
+            BatchTopKSAE(20, 30, k=2),
+            exploding,
+            small_config(),
+            [C2R(0.1)],
+            checkpoint=path,
+            progress=False,
         )
     assert path.exists()
 

@@ -51,7 +51,9 @@ def nearest_neighbours(
     if chunk_size is None or chunk_size >= d_sae:
         return _search(unit)
     if chunk_size < 2:
-        raise ValueError(f"chunk_size is {chunk_size}; a chunk needs at least 2 latents to hold a pair.")
+        raise ValueError(
+            f"chunk_size is {chunk_size}; a chunk needs at least 2 latents to hold a pair."
+        )
     if generator is None:
         raise ValueError(
             f"chunk_size={chunk_size} is below d_sae={d_sae}, so chunks are drawn at random: "
@@ -102,11 +104,13 @@ def check_decoder(W_dec: Tensor) -> Tensor:
     """Return W_dec, or raise a ValueError that says what is wrong with it."""
     if W_dec.ndim < 2 or W_dec.shape[-2] < 2:
         raise ValueError(
-            f"W_dec has shape {tuple(W_dec.shape)}; expected (d_sae, d_in), one row per latent, with d_sae >= 2."
+            f"W_dec has shape {tuple(W_dec.shape)}; expected (d_sae, d_in), one row per latent, "
+            "with d_sae >= 2."
         )
     if not torch.isfinite(W_dec).all():
         raise ValueError(
-            "W_dec holds a NaN or an infinity; the training has diverged: go back to a checkpoint or lower lr."
+            "W_dec holds a NaN or an infinity; the training has diverged: go back to a checkpoint "
+            "or lower lr."
         )
     return W_dec
 

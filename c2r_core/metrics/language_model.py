@@ -17,24 +17,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from c2r_core.data.language_models import Precision, run_to_hook
+from c2r_core.metrics.protocol import AnySAE
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
-
-
-class AnySAE(Protocol):
-    """What is asked of an SAE here; it takes raw activations (see `fold_norm_factor`)."""
-
-    def encode(self, x: Tensor) -> Tensor: ...
-
-    def decode(self, feature_acts: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)

@@ -4,19 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-
-class AnySAE(Protocol):
-    """All that a metric may use of an SAE: any library's SAE can be measured through it."""
-
-    W_dec: Tensor
-
-    def encode(self, x: Tensor) -> Tensor: ...
-    def decode(self, feature_acts: Tensor) -> Tensor: ...
+from c2r_core.metrics.protocol import AnySAE
 
 
 @dataclass(frozen=True)

@@ -248,11 +248,15 @@ def load_sae(folder: str | Path, device: str | torch.device = "cpu") -> SAE:
     folder = Path(folder)
     for name in ("config.json", "sae.safetensors"):
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} holds no {name}; expected a folder written by save_sae.")
+            raise FileNotFoundError(
+                f"{folder} holds no {name}; expected a folder written by save_sae."
+            )
     config = json.loads((folder / "config.json").read_text())
     version = config.pop("format_version", None)
     if version != FORMAT_VERSION:
-        raise ValueError(f"{folder} has format version {version!r}; this code reads {FORMAT_VERSION}.")
+        raise ValueError(
+            f"{folder} has format version {version!r}; this code reads {FORMAT_VERSION}."
+        )
     sae = create_sae(**config)
     try:
         sae.load_state_dict(load_file(folder / "sae.safetensors"))

@@ -35,7 +35,7 @@ class BatchTopKSAE(KSparseSAE):
     def keep(self, pre_acts: Tensor, k: int) -> Tensor:
         """Flat indices of the batch · k largest entries of the batch."""
         n_kept = pre_acts.shape[-2] * k
-        return pre_acts.flatten(-2).topk(n_kept, dim=-1, sorted=False).indices.sort(-1).values
+        return pre_acts.flatten(-2).topk(n_kept, dim=-1, sorted=False).indices
 
     def encode(self, x: Tensor) -> Tensor:
         """Feature activations (..., batch, d_sae) of x (..., batch, d_in)."""

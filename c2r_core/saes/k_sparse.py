@@ -30,8 +30,8 @@ class KSparseSAE(SAE):
         self.k = k
 
     def keep(self, pre_acts: Tensor, k: int) -> Tensor:
-        """Entries to keep, as sorted indices into pre_acts (..., batch, d_sae) with the last two
-        dimensions flattened: (..., batch · k), int64."""
+        """Entries to keep, as indices into pre_acts (..., batch, d_sae) with the last two
+        dimensions flattened: (..., batch · k), int64, in any order."""
         raise NotImplementedError
 
     def training_losses(
@@ -77,7 +77,7 @@ class KSparseSAE(SAE):
     ) -> TrainingLosses:
         with torch.no_grad():
             pre_acts = self.pre_acts(x, precision)
-            kept = self.keep(pre_acts, self._k_at(progress))
+            kept = self.keep(pre_acts, self._k_at(progress)).sort().values  # sample by sample
             kept_values = pre_acts.flatten()[kept].to(x.dtype)
             offsets = torch.searchsorted(
                 kept, torch.arange(0, pre_acts.numel(), self.d_sae, device=x.device)
@@ -115,7 +115,6 @@ def _aux_k_loss(dead_acts: Tensor, W_dec: Tensor, residual: Tensor) -> Tensor:
     error = reconstruction_loss(residual, acts @ W_dec)
     variance = (residual - residual.mean(-2, keepdim=True)).square().sum(-1).mean(-1)
     return error / variance.clamp(min=torch.finfo(variance.dtype).tiny)
-
 
 
 def _smallest_positive(values: Tensor) -> Tensor:

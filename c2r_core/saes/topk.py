@@ -26,7 +26,7 @@ class TopKSAE(KSparseSAE):
     def keep(self, pre_acts: Tensor, k: int) -> Tensor:
         """Flat indices of the k largest entries of every sample."""
         batch, d_sae = pre_acts.shape[-2:]
-        latents = pre_acts.topk(k, dim=-1, sorted=False).indices.sort(-1).values
+        latents = pre_acts.topk(k, dim=-1, sorted=False).indices
         first = torch.arange(0, batch * d_sae, d_sae, device=pre_acts.device)
         return (latents + first.unsqueeze(-1)).flatten(-2)
 

@@ -174,7 +174,12 @@ def plot_cumulative(
         ordered = np.sort(np.asarray(one))
         height = np.arange(1, len(ordered) + 1) / len(ordered)
         ax.plot(
-            ordered, height, styles[position % 4], color=COLOURS[position % 6], label=name, linewidth=2
+            ordered,
+            height,
+            styles[position % 4],
+            color=COLOURS[position % 6],
+            label=name,
+            linewidth=2,
         )
     ax.set(xlabel=label, ylabel="share of latents at or below", ylim=(0, 1))
     ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
@@ -193,7 +198,11 @@ def plot_letters(table: pd.DataFrame, *, label: str, ax: Axes | None = None) -> 
     for position, (arm, rows) in enumerate(table.groupby("arm", sort=False)):
         places = [letters.index(letter) for letter in rows["letter"]]
         ax.scatter(
-            places, rows["value"], color=COLOURS[position % 6], marker=MARKERS[position % 6], label=arm
+            places,
+            rows["value"],
+            color=COLOURS[position % 6],
+            marker=MARKERS[position % 6],
+            label=arm,
         )
     ax.set_xticks(range(len(letters)), letters)
     ax.set(xlabel="first letter", ylabel=label, ylim=(-0.02, 1.02))

@@ -7,20 +7,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from c2r_core.data.activations import ActivationStore, StoreBatches, harvest
-from c2r_core.data.language_models import load_language_model
 from c2r_core.data.text import load_corpus, split_documents
 from c2r_core.metrics.dictionary import neighbour_cosines
 from c2r_core.metrics.first_letter import (
-    FirstLetterTask,
     LetterProbes,
     evaluate_first_letter,
-    harvest_words,
-    letter_words,
     train_letter_probes,
 )
+from c2r_core.metrics.first_letter_words import FirstLetterTask, harvest_words, letter_words
 from c2r_core.metrics.language_model import cross_entropy_recovered
 from c2r_core.metrics.reconstruction import evaluate_reconstruction
 from c2r_core.saes import SAE, BatchTopKSAE, fold_norm_factor, load_sae, save_sae
@@ -182,14 +180,21 @@ def measure(
     n_train = min(len(activations.train), len(held_out))
     seen = evaluate_reconstruction(
         folded,
-        (activations.train.batch(range(i, min(i + CHUNK, n_train))) for i in range(0, n_train, CHUNK)),
+        (
+            activations.train.batch(range(i, min(i + CHUNK, n_train)))
+            for i in range(0, n_train, CHUNK)
+        ),
     )
+    contexts = held_out.contexts
+    spread = np.linspace(0, len(contexts) - 1, min(lm.cross_entropy_contexts, len(contexts)))
     cross_entropy = cross_entropy_recovered(
         model,
         folded,
-        torch.from_numpy(held_out.contexts[: lm.cross_entropy_contexts]),
+        torch.from_numpy(contexts[spread.astype(int)]),
         lm.hook_name,
         drop_norm_ratio=lm.drop_norm_ratio,
+        median_norm=held_out.manifest.median_norm,
+        precision=resolve_precision(lm.precision, str(sae.W_dec.device)),
     )
     letters = evaluate_first_letter(folded, task, probes)
     live = report.density > 0

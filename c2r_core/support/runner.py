@@ -77,6 +77,7 @@ def run(notebook: Path, out: Path, parameters: Mapping[str, Any] | None = None) 
                 kernel_name="python3",
                 language="python",
                 config=_sockets_in(sockets),
+                extra_arguments=["--log-level=CRITICAL"],
                 progress_bar=False,
             )
     except (papermill.PapermillExecutionError, DeadKernelError, CellTimeoutError) as error:

@@ -69,7 +69,9 @@ def train_toy_arms(
     """
     runs = [(arm, seed) for arm in arms for seed in seeds]
     key = {
-        "toy": toy.model_dump(exclude={"seeds", "evaluation_samples", "c2r_weight", "orthogonality_weight"}),
+        "toy": toy.model_dump(
+            exclude={"seeds", "evaluation_samples", "c2r_weight", "orthogonality_weight"}
+        ),
         "architecture": architecture,
         "arms": {name: asdict(arm) for name, arm in arms.items()},
         "seeds": list(seeds),
@@ -103,9 +105,7 @@ def toy_table(toy: ToyProfile, runs: ToyRuns) -> pd.DataFrame:
     import pandas as pd
 
     tree = feature_tree(toy)
-    sample = tree.sample(
-        toy.evaluation_samples, torch.Generator().manual_seed(EVALUATION_SEED)
-    )
+    sample = tree.sample(toy.evaluation_samples, torch.Generator().manual_seed(EVALUATION_SEED))
     return pd.DataFrame(
         [
             {"arm": arm, "seed": seed} | asdict(evaluate_toy(sae, tree, sample))

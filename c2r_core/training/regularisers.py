@@ -66,7 +66,9 @@ class C2R:
     def __post_init__(self) -> None:
         check_schedule(self)
         if not self.alpha > 0:
-            raise ValueError(f"alpha is {self.alpha}; expected a positive exponent (1 in the paper).")
+            raise ValueError(
+                f"alpha is {self.alpha}; expected a positive exponent (1 in the paper)."
+            )
 
     def __call__(self, feature_acts: FeatureActs, W_dec: Tensor, generator: Generator) -> Tensor:
         """As in `Regulariser`."""

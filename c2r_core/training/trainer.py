@@ -101,7 +101,9 @@ class _Run:
         self.precision = getattr(torch, config.precision)
         latents = sae.W_dec.shape[:-1]
         self.silent_samples = torch.zeros(latents, dtype=torch.long, device=sae.W_dec.device)
-        self.weights = [torch.as_tensor(r.weight, device=sae.W_dec.device) for r in self.regularisers]
+        self.weights = [
+            torch.as_tensor(r.weight, device=sae.W_dec.device) for r in self.regularisers
+        ]
         for regulariser, weight in zip(self.regularisers, self.weights, strict=True):
             if weight.ndim and weight.shape != latents[:-1]:
                 raise ValueError(
@@ -166,7 +168,11 @@ class _Run:
     def _divergence(self, losses: TrainingLosses) -> str:
         terms = ", ".join(f"{name} {value.tolist()}" for name, value in _terms(losses).items())
         saved = self.checkpoint is not None and self.checkpoint.exists()
-        last = f"The last good checkpoint is {self.checkpoint}." if saved else "There is no checkpoint."
+        last = (
+            f"The last good checkpoint is {self.checkpoint}."
+            if saved
+            else "There is no checkpoint."
+        )
         return (
             f"Training diverged at step {self.step}: {terms}. {last} "
             "Try a smaller lr or a smaller regulariser weight."

@@ -1,0 +1,86 @@
+"""Figures show the data they were given, with labels and units; they are judged on data, not pixels."""
+
+from __future__ import annotations
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from c2r_core.support import figures
+
+
+@pytest.fixture(autouse=True)
+def close_figures():
+    figures.use_style()
+    yield
+    plt.close("all")
+
+
+def test_plot_arms_marks_every_seed_and_the_mean():
+    table = pd.DataFrame({"arm": ["a", "a", "b", "b"], "fvu": [0.1, 0.3, 0.5, 0.7]})
+    ax = figures.plot_arms(table, "fvu", label="FVU (share of variance)")
+    marks = [points.get_offsets()[:, 1].tolist() for points in ax.collections[::2]]
+    assert marks == [[0.1, 0.3], [0.5, 0.7]]
+    bars = [bar.get_segments()[0][0][1] for bar in ax.collections[1::2]]
+    assert bars == pytest.approx([0.2, 0.6])
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["a", "b"]
+    assert ax.get_ylabel() == "FVU (share of variance)"
+    shapes = [points.get_paths()[0].vertices.shape for points in ax.collections[::2]]
+    assert shapes[0] != shapes[1], "arms must differ in grey too"
+
+
+def test_plot_matrix_writes_the_numbers():
+    ax = figures.plot_matrix(
+        torch.tensor([[0.25, 1.0]]), rows=["r"], columns=["c", "d"], label="cosine"
+    )
+    assert [t.get_text() for t in ax.texts] == ["0.25", "1.00"]
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["c", "d"]
+
+
+def test_plot_firing_has_a_bar_for_every_group():
+    ax = figures.plot_firing({"one": [0.2, 0.4], "two": [1.0, 0.0]}, ["alone", "child 1"])
+    assert [bar.get_height() for bar in ax.patches] == [0.2, 0.4, 1.0, 0.0]
+    assert len({bar.get_hatch() for bar in ax.patches}) == 2
+    assert [t.get_text() for t in ax.get_legend().get_texts()] == ["one", "two"]
+
+
+def test_pair_penalties_are_the_formulas():
+    ax = figures.plot_pair_penalties()
+    curves = {line.get_label(): line.get_ydata() for line in ax.lines}
+    middle = {name: float(y[50]) for name, y in curves.items()}
+    ends = {name: float(y[0]) for name, y in curves.items()}
+    assert middle["sum n₁ + n₂ (C²R)"] == pytest.approx(2**0.5)
+    assert ends["sum n₁ + n₂ (C²R)"] == 1
+    assert middle["product n₁ · n₂"] == pytest.approx(0.5) and ends["product n₁ · n₂"] == 0
+    assert middle["minimum of n₁, n₂"] == pytest.approx(0.5**0.5)
+    assert ends["constant (OrtSAE, ½ + ½)"] == middle["constant (OrtSAE, ½ + ½)"] == 1
+
+
+def test_plot_norms_counts_every_token():
+    norms = {"first": np.array([50.0, 60.0]), "others": np.array([1.0, 2.0, 3.0])}
+    ax = figures.plot_norms(norms, limit=12.0)
+    heights = [sorted(set(p.get_xy()[:, 1].round(6))) for p in ax.patches]
+    counts = [max(h) for h in heights]
+    assert len(ax.patches) == 2 and min(counts) >= 1
+    assert ax.lines[0].get_xdata()[0] == 12.0
+    assert ax.get_xscale() == ax.get_yscale() == "log"
+    assert ax.get_xlabel() == "norm of the activation"
+
+
+def test_plot_cumulative_is_the_distribution():
+    ax = figures.plot_cumulative({"a": torch.tensor([0.3, 0.1, 0.2, 0.4])}, label="cosine")
+    assert ax.lines[0].get_xdata().tolist() == pytest.approx([0.1, 0.2, 0.3, 0.4])
+    assert ax.lines[0].get_ydata().tolist() == [0.25, 0.5, 0.75, 1.0]
+    assert ax.get_xlabel() == "cosine"
+
+
+def test_plot_letters_places_each_letter():
+    table = pd.DataFrame(
+        {"arm": ["a", "a", "b"], "letter": ["C", "A", "C"], "value": [0.5, 0.1, 0.9]}
+    )
+    ax = figures.plot_letters(table, label="absorbed fraction")
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["A", "C"]
+    points = [points.get_offsets().tolist() for points in ax.collections]
+    assert points == [[[1, 0.5], [0, 0.1]], [[1, 0.9]]]
