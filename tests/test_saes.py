@@ -19,6 +19,7 @@ from c2r_core.saes import (
     load_sae,
     save_sae,
 )
+from c2r_core.saes.batch_topk import largest_entries
 from c2r_core.saes.sparse import firing_counts, latent_norms
 
 D_IN, D_SAE, BATCH = 12, 40, 16
@@ -108,6 +109,13 @@ def test_topk_keeps_k_per_sample_and_batch_topk_k_on_average():
     assert (per_sample == 3).all()
     per_sample = (make("batch_topk").training_losses(x).feature_acts.to_dense() > 0).sum(1)
     assert per_sample.sum() == 3 * BATCH and per_sample.unique().numel() > 1
+
+
+@pytest.mark.parametrize("shape, n", [((3, 640), 20), ((640,), 1), ((641,), 20), ((2, 64), 60)])
+def test_largest_entries_are_exact(shape, n):
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(n))
+    found = values.gather(-1, largest_entries(values, n)).sort(-1, descending=True).values
+    torch.testing.assert_close(found, values.topk(n, dim=-1).values, rtol=0, atol=0)
 
 
 def test_k_is_annealed_from_d_in():
