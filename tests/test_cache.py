@@ -101,6 +101,24 @@ def test_a_killed_build_leaves_nothing_that_counts():
     assert not (folder / "weights").exists()
 
 
+def test_a_resumable_build_goes_on_from_what_was_left(cache_folder):
+    def build_half(folder):
+        (folder / "checkpoint").write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cached("sae", {"k": 3}, build_half, resumable=True)
+    assert not (cache_folder / "sae").joinpath("weights").exists()
+    found = []
+
+    def build_rest(folder):
+        found.append((folder / "checkpoint").read_text())
+        write_artefact(folder)
+
+    folder = cached("sae", {"k": 3}, build_rest, resumable=True)
+    assert found == ["half"] and (folder / "weights").is_file()
+
+
 def test_two_processes_build_once(cache_folder):
     assert start_processes(_build_slowly, 2) == [0, 0]
     assert (cache_folder / "builds").read_text() == "x"

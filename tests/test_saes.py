@@ -167,7 +167,7 @@ def test_a_stack_equals_its_single_saes(architecture):
 @every_architecture
 def test_saved_and_loaded_is_the_same(architecture, tmp_path):
     sae, x = make(architecture), batch()
-    sae.norm_factor.fill_(0.25)
+    sae.norm_factor = 0.25
     loaded = load_sae(save_sae(sae, tmp_path / "sae"))
     assert type(loaded) is type(sae) and loaded.config == sae.config
     assert torch.equal(loaded(x), sae(x)) and loaded.norm_factor == 0.25
@@ -182,7 +182,7 @@ def test_saved_and_loaded_is_the_same(architecture, tmp_path):
 @every_architecture
 def test_folded_takes_raw_activations(architecture):
     sae, raw = make(architecture), 7 * batch()
-    sae.norm_factor.fill_(1 / 7)
+    sae.norm_factor = 1 / 7
     folded = fold_norm_factor(sae)
     torch.testing.assert_close(folded.encode(raw), 7 * sae.encode(raw / 7))
     torch.testing.assert_close(folded(raw), 7 * sae(raw / 7))

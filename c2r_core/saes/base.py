@@ -62,8 +62,8 @@ class SAE(nn.Module):
     ----------
     W_enc : (..., d_in, d_sae); b_enc : (..., d_sae); W_dec : (..., d_sae, d_in), rows of norm 1;
     b_dec : (..., d_in)
-    norm_factor : scalar buffer
-        The SAE was trained on norm_factor * x; see `fold_norm_factor`.
+    norm_factor : float
+        The SAE was trained on norm_factor * x (set by whoever trains it); see `fold_norm_factor`.
     """
 
     architecture: ClassVar[str]
@@ -87,7 +87,7 @@ class SAE(nn.Module):
         self.W_enc = nn.Parameter(rows.clone().mT)
         self.b_enc = nn.Parameter(torch.zeros(rows.shape[:-1]))
         self.b_dec = nn.Parameter(torch.zeros(*rows.shape[:-2], d_in))
-        self.register_buffer("norm_factor", torch.ones((), dtype=torch.float64))
+        self.norm_factor = 1.0
 
     # -- the contract -----------------------------------------------------------------------
 
@@ -120,6 +120,11 @@ class SAE(nn.Module):
         with torch.no_grad():
             self.b_enc /= factor
             self.b_dec /= factor
+
+    @property
+    def target_l0(self) -> float | None:
+        """Active latents per sample that training aims at; None where it aims at no number."""
+        return None
 
     # -- shared by all ----------------------------------------------------------------------
 
@@ -170,9 +175,8 @@ class SAE(nn.Module):
         singles = []
         for i in range(self.n_stacked):
             single = create_sae(**self.config)
-            single.load_state_dict(
-                {k: v if k == "norm_factor" else v[i].clone() for k, v in state.items()}
-            )
+            single.load_state_dict({name: tensor[i].clone() for name, tensor in state.items()})
+            single.norm_factor = self.norm_factor
             singles.append(single.to(self.W_dec.device))
         return singles
 
@@ -225,7 +229,7 @@ def save_sae(sae: SAE, folder: str | Path) -> Path:
         )
     folder = Path(folder)
     state = {name: tensor.contiguous() for name, tensor in sae.state_dict().items()}
-    config = {"format_version": FORMAT_VERSION} | sae.config
+    config = {"format_version": FORMAT_VERSION, "norm_factor": sae.norm_factor} | sae.config
     try:
         with whole_folder(folder) as part:
             save_file(state, part / "sae.safetensors")
@@ -257,7 +261,9 @@ def load_sae(folder: str | Path, device: str | torch.device = "cpu") -> SAE:
         raise ValueError(
             f"{folder} has format version {version!r}; this code reads {FORMAT_VERSION}."
         )
+    norm_factor = config.pop("norm_factor")
     sae = create_sae(**config)
+    sae.norm_factor = norm_factor
     try:
         sae.load_state_dict(load_file(folder / "sae.safetensors"))
     except (RuntimeError, SafetensorError) as error:
@@ -272,11 +278,10 @@ def fold_norm_factor(sae: SAE) -> SAE:
     folded(x) = sae(c·x) / c, so decoder rows keep norm 1 and activations have the units of x.
     """
     folded = copy.deepcopy(sae)
-    factor = float(sae.norm_factor)
-    if not (math.isfinite(factor) and factor > 0):
-        raise ValueError(f"norm_factor is {factor}; expected a positive number.")
-    folded.fold_scale(factor)
-    folded.norm_factor.fill_(1.0)
+    if not (math.isfinite(sae.norm_factor) and sae.norm_factor > 0):
+        raise ValueError(f"norm_factor is {sae.norm_factor}; expected a positive number.")
+    folded.fold_scale(sae.norm_factor)
+    folded.norm_factor = 1.0
     return folded
 
 

@@ -29,6 +29,11 @@ class KSparseSAE(SAE):
             raise ValueError(f"k is {k!r}; expected an integer from 1 to d_sae={d_sae}.")
         self.k = k
 
+    @property
+    def target_l0(self) -> float:
+        """k."""
+        return self.k
+
     def keep(self, pre_acts: Tensor, k: int) -> Tensor:
         """Entries to keep, as indices into pre_acts (..., batch, d_sae) with the last two
         dimensions flattened: (..., batch · k), int64, in any order."""

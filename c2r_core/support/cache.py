@@ -22,7 +22,13 @@ ARTEFACT_ROOMS = ("losses", "saes", "data", "training")
 """The parts of c2r_core that can change an artefact, with the modules that lie beside them."""
 
 
-def cached(kind: str, key: Mapping[str, Any], build: Callable[[Path], object]) -> Path:
+def cached(
+    kind: str,
+    key: Mapping[str, Any],
+    build: Callable[[Path], object],
+    *,
+    resumable: bool = False,
+) -> Path:
     """Folder of the artefact described by `key`; `build(folder)` fills it the first time.
 
     The address is a hash of the kind, the key, the code of the rooms that can influence an artefact
@@ -38,6 +44,9 @@ def cached(kind: str, key: Mapping[str, Any], build: Callable[[Path], object]) -
         precision, fingerprint of the data. It is kept beside the artefact in `key.json`.
     build : callable
         Takes an empty folder and writes the artefact into it.
+    resumable : bool
+        `build` can go on from what an earlier build, killed or failed, left in its folder; so that
+        is kept instead of removed.
 
     Raises
     ------
@@ -60,14 +69,15 @@ def cached(kind: str, key: Mapping[str, Any], build: Callable[[Path], object]) -
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_suffix(".lock")):
         if not folder.is_dir():
-            _build(folder, text, build)
+            _build(folder, text, build, resumable)
     return folder
 
 
-def _build(folder: Path, key_text: str, build: Callable[[Path], object]) -> None:
+def _build(folder: Path, key_text: str, build: Callable[[Path], object], resumable: bool) -> None:
     part = folder.with_suffix(".part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir()
+    if not resumable:
+        shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(exist_ok=True)
     try:
         build(part)
         (part / "key.json").write_text(key_text + "\n", encoding="utf-8")
@@ -81,7 +91,8 @@ def _build(folder: Path, key_text: str, build: Callable[[Path], object]) -> None
             ) from error
         raise
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        if not resumable:
+            shutil.rmtree(part, ignore_errors=True)
 
 
 @functools.cache

@@ -21,13 +21,15 @@ from c2r_core.metrics.first_letter import (
 from c2r_core.metrics.first_letter_words import FirstLetterTask, harvest_words, letter_words
 from c2r_core.metrics.language_model import cross_entropy_recovered
 from c2r_core.metrics.reconstruction import evaluate_reconstruction
-from c2r_core.saes import SAE, BatchTopKSAE, fold_norm_factor, load_sae, save_sae
+from c2r_core.saes import SAE, BatchTopKSAE, load_sae, save_sae
 from c2r_core.support.cache import cached
 from c2r_core.support.profiles import LanguageModelProfile
 from c2r_core.training import C2R, Orthogonality, TrainConfig, train
 
 if TYPE_CHECKING:
+    import pandas as pd
     from transformer_lens.model_bridge import TransformerBridge
+    from transformers import PreTrainedTokenizerBase
 
 CHUNK = 8192  # tokens that a measurement reads at a time
 SPLIT_SEED = 0  # which documents are held out; the same for every run, whatever its seed
@@ -56,7 +58,7 @@ def standard_arms(lm: LanguageModelProfile) -> dict[str, LanguageModelArm]:
         "baseline": LanguageModelArm(lm.d_sae),
         "C²R": LanguageModelArm(lm.d_sae, c2r_weight=lm.c2r_weight),
         "OrtSAE": LanguageModelArm(lm.d_sae, orthogonality_weight=lm.orthogonality_weight),
-        f"baseline, {lm.small_d_sae} latents": LanguageModelArm(lm.small_d_sae),
+        "small baseline": LanguageModelArm(lm.small_d_sae),
     }
 
 
@@ -129,7 +131,7 @@ def train_arm(
 
     def build(folder: Path) -> None:
         sae = BatchTopKSAE(store.d_in, arm.d_sae, lm.k, seed=seed).to(device)
-        sae.norm_factor.fill_(store.norm_factor)
+        sae.norm_factor = store.norm_factor
         batches = StoreBatches(store, lm.batch_size, seed)
         checkpoint = folder / "checkpoint.safetensors"
         history = train(
@@ -139,7 +141,7 @@ def train_arm(
         save_sae(sae, folder / "sae")
         history.save(folder / "history.json")
 
-    return load_sae(cached("sae", key, build) / "sae", device)
+    return load_sae(cached("sae", key, build, resumable=True) / "sae", device)
 
 
 def first_letter_task(
@@ -172,14 +174,16 @@ def measure(
     task: FirstLetterTask,
     probes: LetterProbes,
 ) -> Mapping[str, Any]:
-    """Every measurement of one SAE, on documents it was not trained on unless the name says so."""
-    folded = fold_norm_factor(sae)
+    """Every measurement of one SAE, on documents it was not trained on unless the name says so.
+
+    The SAE takes raw activations (`fold_norm_factor`). The values are JSON-ready.
+    """
     held_out = activations.held_out
-    report = evaluate_reconstruction(folded, held_out.chunks(CHUNK))
-    with_dropped = evaluate_reconstruction(folded, held_out.chunks(CHUNK, dropped=True))
+    report = evaluate_reconstruction(sae, held_out.chunks(CHUNK))
+    with_dropped = evaluate_reconstruction(sae, held_out.chunks(CHUNK, dropped=True))
     n_train = min(len(activations.train), len(held_out))
     seen = evaluate_reconstruction(
-        folded,
+        sae,
         (
             activations.train.batch(range(i, min(i + CHUNK, n_train)))
             for i in range(0, n_train, CHUNK)
@@ -189,14 +193,14 @@ def measure(
     spread = np.linspace(0, len(contexts) - 1, min(lm.cross_entropy_contexts, len(contexts)))
     cross_entropy = cross_entropy_recovered(
         model,
-        folded,
+        sae,
         torch.from_numpy(contexts[spread.astype(int)]),
         lm.hook_name,
         drop_norm_ratio=lm.drop_norm_ratio,
         median_norm=held_out.manifest.median_norm,
         precision=resolve_precision(lm.precision, str(sae.W_dec.device)),
     )
-    letters = evaluate_first_letter(folded, task, probes)
+    letters = evaluate_first_letter(sae, task, probes)
     live = report.density > 0
     return {
         "fvu": report.fvu,
@@ -206,6 +210,65 @@ def measure(
         "live_share": report.live_share,
         "rare_share": float((report.density < 1e-4).double().mean()),
         "cross_entropy": asdict(cross_entropy),
-        "neighbours": asdict(neighbour_cosines(folded.W_dec, live)),
+        "neighbours": asdict(neighbour_cosines(sae.W_dec, live)),
         "first_letter": asdict(letters),
     }
+
+
+def summary_table(results: Mapping[tuple[str, int], Mapping[str, Any]]) -> pd.DataFrame:
+    """One row per (arm, seed) with the main numbers of what `measure` returned."""
+    import pandas as pd
+
+    rows = []
+    for (arm, seed), result in results.items():
+        letters, loss = result["first_letter"], result["cross_entropy"]
+        rows.append(
+            {
+                "arm": arm,
+                "seed": seed,
+                "fvu": result["fvu"],
+                "fvu_with_dropped_tokens": result["fvu_with_dropped_tokens"],
+                "fvu_on_training_documents": result["fvu_on_training_documents"],
+                "l0": result["l0"],
+                "ce_recovered": loss["recovered_zero"],
+                "kl": loss["kl"],
+                "absorption": letters["mean_absorption_fraction"],
+                "full_absorption": letters["mean_full_absorption"],
+                "split_size": letters["mean_split_size"],
+                "live_share": result["live_share"],
+                "rare_share": result["rare_share"],
+                "neighbour_cosine": result["neighbours"]["mean"],
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def letter_table(results: Mapping[tuple[str, int], Mapping[str, Any]], seed: int) -> pd.DataFrame:
+    """Absorbed fraction of every evaluated letter: columns arm, letter, value."""
+    import pandas as pd
+
+    rows = [
+        {"arm": arm, "letter": row["letter"], "value": row["absorption_fraction"]}
+        for (arm, of_seed), result in results.items()
+        for row in result["first_letter"]["letters"]
+        if of_seed == seed and row["absorption_fraction"] is not None
+    ]
+    return pd.DataFrame(rows, columns=["arm", "letter", "value"])
+
+
+@torch.no_grad()
+def strongest_contexts(
+    sae: SAE, store: ActivationStore, tokenizer: PreTrainedTokenizerBase, latent: int, n: int = 4
+) -> list[str]:
+    """The n contexts of the store in which a latent fires hardest, its token in «».
+
+    The SAE takes raw activations; contexts are quoted as Python strings, so that line breaks show.
+    """
+    acts = torch.cat([sae.encode(chunk)[:, latent].cpu() for chunk in store.chunks(CHUNK)])
+    texts = []
+    for row in acts.topk(n).indices.tolist():
+        window = store.text_around(row, tokenizer)
+        tokens = list(window.tokens)
+        tokens[window.position] = f"«{tokens[window.position]}»"
+        texts.append(repr("".join(tokens)))
+    return texts

@@ -149,7 +149,7 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     runs.add_argument("--out", type=Path, required=True, help="where the executed notebook goes")
     runs.add_argument("--profile", dest="PROFILE", help=", ".join(profile_names()))
     runs.add_argument("--seed", dest="SEED", type=int)
-    runs.add_argument("--device", dest="DEVICE", help="auto, cpu, cuda or mps")
+    runs.add_argument("--device", dest="DEVICE", help="auto, cpu or cuda")
     runs.add_argument(
         "-p", dest="others", nargs=2, action="append", default=[], metavar=("NAME", "VALUE")
     )

@@ -153,7 +153,7 @@ def start(notebook: str, profile: str = "default", seed: int = 0, device: str = 
     seed : int
         Not negative.
     device : str
-        "cpu", "cuda", "cuda:1", "mps", or "auto": cuda where there is one, else cpu.
+        "cpu", "cuda", "cuda:1", or "auto": cuda where there is one, else cpu.
 
     Raises
     ------
@@ -181,7 +181,6 @@ def _usable_device(device: str) -> str:
     available = {
         "cpu": True,
         "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
     }
     if kind not in available:
         raise ValueError(unknown_name("device", device, ["auto", *available]))

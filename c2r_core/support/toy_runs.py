@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from c2r_core.data.toy import FeatureTree, ToyBatches
+from c2r_core.metrics.intervals import Interval, paired_interval
 from c2r_core.metrics.toy import evaluate_toy
 from c2r_core.saes import SAE, create_sae, load_sae, save_sae
 from c2r_core.support.cache import cached
@@ -30,6 +31,8 @@ class ToyArm:
     orthogonality_weight: float = 0.0
 
 
+FIRST_SEED = 10  # λ was chosen on seeds below it; effects are confirmed on seeds from it on
+
 ToyRuns = dict[tuple[str, int], SAE]
 
 
@@ -46,6 +49,11 @@ def standard_arms(toy: ToyProfile) -> dict[str, ToyArm]:
         "C²R": ToyArm(c2r_weight=toy.c2r_weight),
         "OrtSAE": ToyArm(orthogonality_weight=toy.orthogonality_weight),
     }
+
+
+def confirmation_seeds(toy: ToyProfile, seed: int) -> list[int]:
+    """The profile's number of seeds, none of which was used to choose a weight."""
+    return [FIRST_SEED + seed + i for i in range(toy.seeds)]
 
 
 def train_toy_arms(
@@ -115,5 +123,18 @@ def toy_table(toy: ToyProfile, runs: ToyRuns) -> pd.DataFrame:
 
 
 def values_by_seed(table: pd.DataFrame, arm: str, metric: str) -> list[float]:
-    """One arm's values of a metric, ordered by seed: what `paired_interval` takes."""
+    """One arm's values of a metric, ordered by seed."""
     return table[table["arm"] == arm].sort_values("seed")[metric].tolist()
+
+
+def paired_difference(
+    table: pd.DataFrame,
+    metric: str,
+    *,
+    arm: str = "C²R",
+    baseline: str = "baseline",
+    scale: float = 1.0,
+) -> Interval:
+    """95 % interval of arm − scale · baseline in one metric of a `toy_table`, paired by seed."""
+    values = (values_by_seed(table, name, metric) for name in (arm, baseline))
+    return paired_interval(*values, scale=scale)

@@ -20,10 +20,10 @@ class TrainConfig:
     clip_norm : float
         Bound on the gradient's norm, for each SAE of a stack on its own.
     aux_k_coefficient : float
-        Weight of the dead-latent revival; 0 switches it off.
+        Weight of the dead-latent revival, in architectures that have a target L0; 0 switches it off.
     dead_after : float
         A latent is dead when it has been silent for as many samples as would have made a latent of
-        average firing rate k / d_sae fire this many times.
+        average firing rate, target L0 / d_sae, fire this many times.
     ema_share : float
         Horizon of running means (inference threshold), as a share of the steps.
     precision : "float32" or "bfloat16"

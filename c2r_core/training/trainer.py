@@ -98,6 +98,7 @@ class _Run:
         self.history = History()
         self.names = [name for name, _ in sae.named_parameters()]
         self.optimiser = torch.optim.Adam(sae.parameters(), lr=config.lr, fused=True)
+        self.revives = config.aux_k_coefficient > 0 and sae.target_l0 is not None
         self.precision = getattr(torch, config.precision)
         latents = sae.W_dec.shape[:-1]
         self.silent_samples = torch.zeros(latents, dtype=torch.long, device=sae.W_dec.device)
@@ -120,7 +121,7 @@ class _Run:
         losses = sae.training_losses(
             x,
             progress=self.step / config.steps,
-            dead=self._dead() if config.aux_k_coefficient > 0 else None,
+            dead=self._dead(),
             precision=self.precision,
         )
         total = losses.total(config.aux_k_coefficient)
@@ -143,19 +144,18 @@ class _Run:
         normalise_rows(sae.W_dec)
         sae.update_statistics(losses, config.ema_decay)
         logs = self.step % config.log_every == 0 or self.step == config.steps - 1
-        if logs or config.aux_k_coefficient > 0:
+        if logs or self.revives:
             fired = firing_counts(losses.feature_acts)
             self.silent_samples = torch.where(fired > 0, 0, self.silent_samples + x.shape[-2])
             if logs:
                 self._log(losses, penalties, l0=fired.sum(-1) / x.shape[-2])
         self.step += 1
 
-    def _dead(self) -> Tensor:
+    def _dead(self) -> Tensor | None:
         """Latents silent for so long that an average one would have fired `dead_after` times."""
-        active = getattr(self.sae, "k", None)
-        if active is None:
-            return torch.zeros_like(self.silent_samples, dtype=torch.bool)
-        return self.silent_samples > self.config.dead_after * self.sae.d_sae / active
+        if not self.revives:
+            return None
+        return self.silent_samples > self.config.dead_after * self.sae.d_sae / self.sae.target_l0
 
     def _generator(self) -> Generator:
         return Generator().manual_seed(mix_seeds(self.config.seed, self.step))
@@ -183,7 +183,8 @@ class _Run:
     def _identity(self) -> dict:
         """What must be the same for a checkpoint to be continued."""
         described = {
-            "sae": self.sae.config | {"n_stacked": self.sae.n_stacked},
+            "sae": self.sae.config
+            | {"n_stacked": self.sae.n_stacked, "norm_factor": self.sae.norm_factor},
             "config": dataclasses.asdict(self.config),
             "regularisers": [{"name": r.name} | dataclasses.asdict(r) for r in self.regularisers],
         }

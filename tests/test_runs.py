@@ -1,0 +1,123 @@
+"""The experiments behind the notebooks, at smoke size: pairing, caching, and what they measure."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from c2r_core.data.language_models import load_language_model
+from c2r_core.saes import fold_norm_factor
+from c2r_core.support import language_model_runs as lm_runs
+from c2r_core.support import load_profile, toy_runs
+from c2r_core.support.results import plain
+
+SMOKE = load_profile("smoke")
+
+
+@pytest.fixture(scope="module")
+def toy():
+    return SMOKE.toy
+
+
+@pytest.fixture(scope="module")
+def runs(toy):
+    arms = toy_runs.standard_arms(toy)
+    return toy_runs.train_toy_arms(toy, "relu", arms, [0, 1])
+
+
+def forbid_training(monkeypatch, module):
+    def train(*args, **kwargs):
+        raise AssertionError("trained again instead of reading the cache")
+
+    monkeypatch.setattr(module, "train", train)
+
+
+def test_toy_arms_are_trained_once(toy, runs, monkeypatch):
+    forbid_training(monkeypatch, toy_runs)
+    again = toy_runs.train_toy_arms(toy, "relu", toy_runs.standard_arms(toy), [0, 1])
+    assert list(again) == [(arm, seed) for arm in ("baseline", "C²R", "OrtSAE") for seed in (0, 1)]
+    for run, sae in runs.items():
+        assert torch.equal(again[run].W_dec, sae.W_dec)
+    with pytest.raises(AssertionError, match="trained again"):
+        changed = toy.model_copy(update={"lr": 0.001})
+        toy_runs.train_toy_arms(changed, "relu", toy_runs.standard_arms(toy), [0, 1])
+
+
+def test_toy_arms_differ_only_by_their_penalty(toy, runs):
+    assert not torch.equal(runs["baseline", 0].W_dec, runs["C²R", 0].W_dec)
+    none = {"one": toy_runs.ToyArm(), "other": toy_runs.ToyArm()}
+    same = toy_runs.train_toy_arms(toy, "relu", none, [0])
+    torch.testing.assert_close(same["one", 0].W_dec, same["other", 0].W_dec)
+    torch.testing.assert_close(same["one", 0].W_dec, runs["baseline", 0].W_dec)
+
+
+def test_toy_table_and_paired_difference(toy, runs):
+    table = toy_runs.toy_table(toy, runs)
+    assert list(table["arm"]) == ["baseline"] * 2 + ["C²R"] * 2 + ["OrtSAE"] * 2
+    values = table["fvu"].tolist()
+    assert toy_runs.values_by_seed(table.iloc[::-1], "C²R", "fvu") == values[2:4]
+    difference = toy_runs.paired_difference(table, "fvu")
+    assert difference.mean == pytest.approx((values[2] + values[3] - values[0] - values[1]) / 2)
+    assert min(toy_runs.confirmation_seeds(toy, 0)) == toy_runs.FIRST_SEED
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return SMOKE.language_model
+
+
+@pytest.fixture(scope="module")
+def model(lm):
+    return load_language_model(lm.model)
+
+
+@pytest.fixture(scope="module")
+def activations(lm, model):
+    return lm_runs.harvest_activations(lm, model)
+
+
+def test_training_and_held_out_documents_are_apart(lm, activations):
+    train, held_out = activations.train.manifest, activations.held_out.manifest
+    assert train.text_fingerprint != held_out.text_fingerprint
+    assert (train.corpus_name, held_out.corpus_name) == ("sotu/train", "sotu/held-out")
+    assert train.n_tokens <= lm.train_tokens and train.context_size == lm.context_size
+
+
+def test_language_model_arm_is_trained_once_and_measured(lm, model, activations, monkeypatch):
+    arms = lm_runs.standard_arms(lm)
+    sae = lm_runs.train_arm(lm, arms["C²R"], activations.train, seed=0)
+    assert sae.norm_factor == activations.train.norm_factor
+    forbid_training(monkeypatch, lm_runs)
+    again = lm_runs.train_arm(lm, arms["C²R"], activations.train, seed=0)
+    assert torch.equal(again.W_dec, sae.W_dec)
+    with pytest.raises(AssertionError, match="trained again"):
+        lm_runs.train_arm(lm, arms["baseline"], activations.train, seed=0)
+
+    task, probes = lm_runs.first_letter_task(lm, model)
+    folded = fold_norm_factor(sae)
+    result = lm_runs.measure(folded, activations, lm, model, task, probes)
+    json.dumps(plain(result), allow_nan=False)
+    assert 0 < result["fvu"] < 2 and result["l0"] > 0
+    assert len(result["first_letter"]["letters"]) == 26
+    table = lm_runs.summary_table({("C²R", 0): plain(result)})
+    assert table.loc[0, "fvu"] == result["fvu"] and table.loc[0, "arm"] == "C²R"
+    assert set(lm_runs.letter_table({("C²R", 0): plain(result)}, seed=1).index) == set()
+
+
+def test_strongest_contexts_are_the_strongest(lm, model, activations):
+    sae = lm_runs.train_arm(lm, lm_runs.LanguageModelArm(lm.d_sae), activations.train, seed=0)
+    folded, store = fold_norm_factor(sae), activations.held_out
+    acts = torch.cat([folded.encode(chunk) for chunk in store.chunks(1000)])
+    latent = int(acts.max(0).values.argmax())
+    texts = lm_runs.strongest_contexts(folded, store, model.tokenizer, latent, n=2)
+    window = store.text_around(int(acts[:, latent].argmax()), model.tokenizer)
+    assert f"«{window.tokens[window.position]}»" in texts[0] and len(texts) == 2
+
+
+def test_precision_auto_is_resolved():
+    assert lm_runs.resolve_precision("float32", "cuda") == "float32"
+    assert lm_runs.resolve_precision("auto", "cuda:0") == "bfloat16"
+    assert lm_runs.resolve_precision("auto", "mps") == "float32"
+    assert lm_runs.resolve_precision("auto", "cpu") in ("float32", "bfloat16")
