@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from c2r_core.data.language_models import load_language_model
-from c2r_core.saes import fold_norm_factor
+from c2r_core.saes import ReLUSAE, fold_norm_factor
 from c2r_core.support import language_model_runs as lm_runs
 from c2r_core.support import load_profile, toy_runs
 from c2r_core.support.results import plain
@@ -61,6 +61,16 @@ def test_toy_table_and_paired_difference(toy, runs):
     difference = toy_runs.paired_difference(table, "fvu")
     assert difference.mean == pytest.approx((values[2] + values[3] - values[0] - values[1]) / 2)
     assert min(toy_runs.confirmation_seeds(toy, 0)) == toy_runs.FIRST_SEED
+
+
+def test_family_cosines_order_latents_by_what_they_carry(toy):
+    tree = toy_runs.feature_tree(toy)
+    sae = ReLUSAE(tree.d_in, tree.n_features, l1_weight=0.0)
+    with torch.no_grad():
+        sae.W_dec.copy_(tree.directions.flip(0))
+    names, cosines = toy_runs.family_cosines(sae, tree, parent=1, n=5)
+    torch.testing.assert_close(cosines, torch.eye(5), atol=1e-5, rtol=0)
+    assert names[0] == f"latent {tree.n_features - 2}"
 
 
 @pytest.fixture(scope="module")

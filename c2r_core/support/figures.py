@@ -96,6 +96,7 @@ def plot_matrix(
         cbar_kws={"label": label},
     )
     ax.tick_params(axis="y", rotation=0)
+    ax.set_xticks(ax.get_xticks(), list(columns), rotation=30, ha="right")
     return ax
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from c2r_core.data.toy import FeatureTree, ToyBatches
 from c2r_core.metrics.intervals import Interval, paired_interval
@@ -138,3 +139,20 @@ def paired_difference(
     """95 % interval of arm − scale · baseline in one metric of a `toy_table`, paired by seed."""
     values = (values_by_seed(table, name, metric) for name in (arm, baseline))
     return paired_interval(*values, scale=scale)
+
+
+@torch.no_grad()
+def family_cosines(
+    sae: SAE, tree: FeatureTree, parent: int = 0, n: int = 8
+) -> tuple[list[str], Tensor]:
+    """The n latents nearest to a parent or one of its children, as names and a matrix.
+
+    The matrix (n, 1 + children) holds their cosines with the true directions, parent first; rows
+    are ordered by the direction they are nearest to.
+    """
+    family = tree.directions[[parent, *tree.children[parent].tolist()]]
+    cosines = torch.nn.functional.normalize(sae.W_dec.cpu(), dim=-1) @ family.T
+    nearest = cosines.max(1)
+    chosen = nearest.values.topk(n).indices
+    chosen = chosen[torch.argsort(nearest.indices[chosen] * 10 - nearest.values[chosen])]
+    return [f"latent {i}" for i in chosen.tolist()], cosines[chosen]
