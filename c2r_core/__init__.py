@@ -9,6 +9,11 @@ from c2r_core.losses import c2r_loss, nearest_neighbours, orthogonality_loss
 from c2r_core.saes import (
     SAE,
     BatchTopKSAE,
+    GatedSAE,
+    JumpReLUSAE,
+    MatryoshkaBatchTopKSAE,
+    PAnnealSAE,
+    ReLUAprilSAE,
     ReLUSAE,
     TopKSAE,
     create_sae,
@@ -16,7 +21,7 @@ from c2r_core.saes import (
     load_sae,
     save_sae,
 )
-from c2r_core.training import C2R, History, Orthogonality, TrainConfig, train
+from c2r_core.training import C2R, History, Orthogonality, TrainConfig, create_regulariser, train
 
 __version__ = "0.1.0"
 
@@ -24,12 +29,18 @@ __all__ = [
     "C2R",
     "SAE",
     "BatchTopKSAE",
+    "GatedSAE",
     "History",
+    "JumpReLUSAE",
+    "MatryoshkaBatchTopKSAE",
     "Orthogonality",
+    "PAnnealSAE",
+    "ReLUAprilSAE",
     "ReLUSAE",
     "TopKSAE",
     "TrainConfig",
     "c2r_loss",
+    "create_regulariser",
     "create_sae",
     "fold_norm_factor",
     "load_sae",

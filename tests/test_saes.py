@@ -8,10 +8,15 @@ import json
 import pytest
 import torch
 
+from architectures import BATCH, D_IN, D_SAE, batch, every_architecture, make
 from c2r_core.losses import c2r_from_norms, c2r_loss
 from c2r_core.saes import (
-    ARCHITECTURES,
     BatchTopKSAE,
+    GatedSAE,
+    JumpReLUSAE,
+    MatryoshkaBatchTopKSAE,
+    PAnnealSAE,
+    ReLUAprilSAE,
     ReLUSAE,
     TopKSAE,
     create_sae,
@@ -22,28 +27,7 @@ from c2r_core.saes import (
 from c2r_core.saes.batch_topk import largest_entries
 from c2r_core.saes.sparse import firing_counts, latent_norms
 
-D_IN, D_SAE, BATCH = 12, 40, 16
-# Arguments beside d_in, d_sae and seed; an architecture not named here must need none.
-ARGUMENTS = {"relu": {"l1_weight": 0.01}, "topk": {"k": 3}, "batch_topk": {"k": 3}}
-every_architecture = pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
-k_sparse = pytest.mark.parametrize("sae_class", [TopKSAE, BatchTopKSAE])
-
-
-def make(architecture: str, seed=0):
-    sae = create_sae(
-        architecture, d_in=D_IN, d_sae=D_SAE, seed=seed, **ARGUMENTS.get(architecture, {})
-    )
-    with torch.no_grad():
-        rng = torch.Generator().manual_seed(5)
-        sae.b_enc += 0.1 * torch.randn(D_SAE, generator=rng)
-        sae.b_dec += 0.1 * torch.randn(D_IN, generator=rng)
-        if hasattr(sae, "threshold"):
-            sae.threshold += 0.4
-    return sae
-
-
-def batch(seed: int = 0, dtype=torch.float32) -> torch.Tensor:
-    return torch.randn(BATCH, D_IN, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+k_sparse = pytest.mark.parametrize("sae_class", [TopKSAE, BatchTopKSAE, MatryoshkaBatchTopKSAE])
 
 
 def gradients(sae, loss):
@@ -159,9 +143,30 @@ def test_a_stack_equals_its_single_saes(architecture):
     for single, taken in zip(singles, stack.unstack(), strict=True):
         for name, tensor in single.state_dict().items():
             assert torch.equal(tensor, taken.state_dict()[name])
-    for single, ours in zip(singles, gradients(stack, total.sum())[0], strict=True):
-        reference = gradients(single, single.training_losses(x[singles.index(single)]).total())[0]
-        torch.testing.assert_close(ours, reference)
+    stacked = gradients(stack, total.sum())
+    for i, single in enumerate(singles):
+        alone = gradients(single, single.training_losses(x[i]).total())
+        for ours, reference in zip(stacked, alone, strict=True):
+            torch.testing.assert_close(ours[i], reference)
+
+
+def test_unstacking_keeps_the_precision():
+    stack = make("jump_relu", seed=[0, 1]).double()
+    single = stack.unstack()[1]
+    assert single.W_dec.dtype == torch.float64 and torch.equal(single.threshold, stack.threshold[1])
+
+
+def test_a_threshold_below_zero_is_put_back_and_silent_latents_never_move_it():
+    sae = make("jump_relu")
+    with torch.no_grad():
+        sae.threshold.zero_()
+        sae.threshold[:5] = -0.2
+        sae.b_enc[5] = -100.0  # silent, although 0 is within the kernel of its threshold
+    losses = sae.training_losses(batch())
+    (gradient,) = torch.autograd.grad(losses.sparsity, [sae.threshold])
+    assert gradient[5] == 0 and (gradient[6:] != 0).any()
+    sae.update_statistics(losses, ema_decay=0.9)
+    assert (sae.threshold >= 0).all()
 
 
 @every_architecture
@@ -225,6 +230,20 @@ def test_damaged_folders_are_refused(tmp_path):
         (lambda: TopKSAE(0, 16, k=1), "d_in is 0"),
         (lambda: TopKSAE(8, 16, k=1, seed=[]), "empty sequence"),
         (lambda: ReLUSAE(8, 16, l1_weight=-1), "l1_weight is -1"),
+        (lambda: ReLUAprilSAE(8, 16, l1_weight=float("nan")), "l1_weight is nan"),
+        (lambda: GatedSAE(8, 16, l1_weight=-1), "l1_weight is -1"),
+        (lambda: JumpReLUSAE(8, 16, target_l0=17), "target_l0 is 17; expected .* d_sae=16"),
+        (lambda: JumpReLUSAE(8, 16, target_l0=0), "target_l0 is 0"),
+        (lambda: JumpReLUSAE(8, 16, target_l0=2, bandwidth=0), "bandwidth is 0"),
+        (lambda: JumpReLUSAE(8, 16, target_l0=2, sparsity_weight=-1), "sparsity_weight is -1"),
+        (lambda: PAnnealSAE(8, 16, l1_weight=-1), "l1_weight is -1"),
+        (lambda: PAnnealSAE(8, 16, l1_weight=1, p_end=0), "p_end is 0"),
+        (lambda: PAnnealSAE(8, 16, l1_weight=1, anneal_start=1), "anneal_start is 1"),
+        (
+            lambda: MatryoshkaBatchTopKSAE(8, 16, k=2, group_fractions=(0.25, 0.25)),
+            r"sizes \[4, 4\] sum to 8, not to d_sae=16",
+        ),
+        (lambda: MatryoshkaBatchTopKSAE(8, 9, k=2), "every group needs a latent"),
         (lambda: create_sae("top_k", d_in=8), "known are: batch_topk"),
         (lambda: make("topk").encode(torch.ones(3, 5)), "d_in=12"),
         (lambda: make("topk", seed=[0, 1])(torch.ones(3, D_IN)), "stack of 2 SAEs expects"),

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from architectures import every_architecture, new_sae
 from c2r_core.data.toy import FeatureTree, ToyBatches
 from c2r_core.losses import c2r_loss, orthogonality_loss
-from c2r_core.saes import BatchTopKSAE, ReLUSAE, TopKSAE
+from c2r_core.saes import BatchTopKSAE, ReLUAprilSAE, ReLUSAE, TopKSAE, load_sae, save_sae
 from c2r_core.training import C2R, DivergedError, Orthogonality, TrainConfig, train
 from c2r_core.training.trainer import clip_gradients, geometric_median
 
@@ -71,6 +72,45 @@ def test_first_step_is_adam_on_the_documented_total():
     torch.optim.Adam(sae.parameters(), lr=5e-3).step()
     with torch.no_grad():
         sae.W_dec /= sae.W_dec.norm(dim=1, keepdim=True)
+    assert_same_state(trained, sae, rtol=1e-4, atol=1e-5)
+
+
+@every_architecture
+@pytest.mark.parametrize("penalty", [C2R, Orthogonality])
+@pytest.mark.parametrize("seed", [0, [0, 1]], ids=["single", "stack"])
+def test_every_architecture_trains_with_every_penalty(architecture, penalty, seed, tmp_path):
+    def trained(weight):
+        sae = new_sae(architecture, 20, 30 if "matryoshka" not in architecture else 32, seed)
+        config = small_config(steps=30, lr=1e-3, log_every=1)
+        history = train(sae, ToyBatches(TREE, 32, seed), config, [penalty(weight)], progress=False)
+        return sae, history
+
+    sae, history = trained(0.3)
+    assert not torch.equal(sae.W_dec, trained(0.0)[0].W_dec), "the penalty must reach the decoder"
+    errors = torch.tensor([record["reconstruction"] for record in history.records])
+    assert (errors[-5:].mean(0) < errors[:5].mean(0)).all()
+    norms = sae.W_dec.detach().norm(dim=-1)
+    at_one = torch.allclose(norms, torch.ones_like(norms), atol=1e-5)
+    assert at_one == sae.unit_norm_decoder, "free rows must move, the others must not"
+    x = ToyBatches(TREE, 32, 7)(0)
+    for single in sae.unstack() if sae.n_stacked else [sae]:
+        loaded = load_sae(save_sae(single, tmp_path / "sae"))
+        assert torch.equal(loaded(x), single(x)) and torch.equal(loaded.encode(x), single.encode(x))
+
+
+def test_free_rows_follow_the_plain_gradient():
+    """One step by hand where the decoder is free: nothing removed from the gradient, no rescaling."""
+    config = small_config(steps=1, warmup_share=0, decay_share=0)
+    trained, _ = run(ReLUAprilSAE(20, 30, l1_weight=0.02, seed=1), config, [C2R(0.3)])
+    sae, x = ReLUAprilSAE(20, 30, l1_weight=0.02, seed=1), ToyBatches(TREE, 32, 0)(0)
+    with torch.no_grad():
+        sae.b_dec.copy_(geometric_median(x))
+    f = ((x - sae.b_dec) @ sae.W_enc + sae.b_enc).relu()
+    written = f * sae.W_dec.norm(dim=1)
+    loss = ((x - f @ sae.W_dec - sae.b_dec) ** 2).sum() / 32 + 0.02 * written.sum() / 32
+    (loss + 0.3 * c2r_loss(written, sae.W_dec)).backward()
+    torch.nn.utils.clip_grad_norm_(sae.parameters(), 1.0)
+    torch.optim.Adam(sae.parameters(), lr=5e-3).step()
     assert_same_state(trained, sae, rtol=1e-4, atol=1e-5)
 
 

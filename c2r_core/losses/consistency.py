@@ -39,7 +39,9 @@ def c2r_loss(
     feature_acts : Tensor, shape (..., batch, d_sae)
         Activations of the latents, >= 0.
     W_dec : Tensor, shape (..., d_sae, d_in)
-        Decoder rows, one per latent; need not be normalised.
+        Decoder rows, one per latent; need not be normalised. This is the published form, in which
+        their norms play no part: where they are not kept at 1, shrinking f and growing w makes the
+        value 0 for nothing. Pass f_i ‖w_i‖ there, as `c2r_core.C2R` does.
     alpha : float
         Exponent of the pair's activation norm, > 0; 1 in the paper.
     chunk_size, generator

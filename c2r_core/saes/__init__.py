@@ -11,7 +11,12 @@ from c2r_core.saes.base import (
     save_sae,
 )
 from c2r_core.saes.batch_topk import BatchTopKSAE
+from c2r_core.saes.gated import GatedSAE
+from c2r_core.saes.jump_relu import JumpReLUSAE
+from c2r_core.saes.matryoshka import MatryoshkaBatchTopKSAE
+from c2r_core.saes.p_anneal import PAnnealSAE
 from c2r_core.saes.relu import ReLUSAE
+from c2r_core.saes.relu_april import ReLUAprilSAE
 from c2r_core.saes.sparse import SparseActs
 from c2r_core.saes.topk import TopKSAE
 
@@ -19,6 +24,11 @@ __all__ = [
     "ARCHITECTURES",
     "SAE",
     "BatchTopKSAE",
+    "GatedSAE",
+    "JumpReLUSAE",
+    "MatryoshkaBatchTopKSAE",
+    "PAnnealSAE",
+    "ReLUAprilSAE",
     "ReLUSAE",
     "SparseActs",
     "TopKSAE",

@@ -30,7 +30,8 @@ class TrainingLosses(NamedTuple):
 
     reconstruction, sparsity and aux_k are means over the batch, shape (...), one value per SAE of
     a stack; terms that an architecture lacks are 0. min_active is the smallest kept activation
-    where an architecture keeps a fixed number, else None.
+    where an architecture keeps a fixed number, else None. gate_reconstruction is the error of the
+    gate's own reconstruction where an architecture has a gate, else None.
     """
 
     reconstruction: Tensor
@@ -38,10 +39,12 @@ class TrainingLosses(NamedTuple):
     aux_k: Tensor
     feature_acts: FeatureActs
     min_active: Tensor | None = None
+    gate_reconstruction: Tensor | None = None
 
     def total(self, aux_k_coefficient: float = 0.0) -> Tensor:
         """The architecture's own objective, shape (...), before any regulariser."""
-        return self.reconstruction + self.sparsity + aux_k_coefficient * self.aux_k
+        own = self.reconstruction + self.sparsity + aux_k_coefficient * self.aux_k
+        return own if self.gate_reconstruction is None else own + self.gate_reconstruction
 
 
 class SAE(nn.Module):
@@ -60,14 +63,17 @@ class SAE(nn.Module):
 
     Attributes
     ----------
-    W_enc : (..., d_in, d_sae); b_enc : (..., d_sae); W_dec : (..., d_sae, d_in), rows of norm 1;
-    b_dec : (..., d_in)
+    W_enc : (..., d_in, d_sae); b_enc : (..., d_sae); W_dec : (..., d_sae, d_in), rows of norm 1
+    at the start; b_dec : (..., d_in)
+    unit_norm_decoder : bool
+        Whether training keeps the decoder rows at norm 1; a class that leaves them free says False.
     norm_factor : float
         The SAE was trained on norm_factor * x (set by whoever trains it); see `fold_norm_factor`.
     """
 
     architecture: ClassVar[str]
     hyper_parameters: ClassVar[tuple[str, ...]] = ()
+    unit_norm_decoder: ClassVar[bool] = True
 
     def __init__(self, d_in: int, d_sae: int, *, seed: int | Sequence[int] = 0) -> None:
         super().__init__()
@@ -174,10 +180,10 @@ class SAE(nn.Module):
         state = self.state_dict()
         singles = []
         for i in range(self.n_stacked):
-            single = create_sae(**self.config)
+            single = create_sae(**self.config).to(self.W_dec)  # device and dtype
             single.load_state_dict({name: tensor[i].clone() for name, tensor in state.items()})
             single.norm_factor = self.norm_factor
-            singles.append(single.to(self.W_dec.device))
+            singles.append(single)
         return singles
 
 
@@ -275,7 +281,7 @@ def fold_norm_factor(sae: SAE) -> SAE:
     """A copy of the SAE that takes raw activations, its normalising factor folded in.
 
     Trained on c·x, the copy satisfies folded.encode(x) = sae.encode(c·x) / c and
-    folded(x) = sae(c·x) / c, so decoder rows keep norm 1 and activations have the units of x.
+    folded(x) = sae(c·x) / c: decoder rows stay as they are and activations have the units of x.
     """
     folded = copy.deepcopy(sae)
     if not (math.isfinite(sae.norm_factor) and sae.norm_factor > 0):

@@ -1,4 +1,4 @@
-"""What TopK and BatchTopK share: a step that touches only the kept entries, and dead-latent revival."""
+"""What the TopK family shares: a step that touches only the kept entries, and dead-latent revival."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from c2r_core.saes.base import SAE, TrainingLosses, reconstruction_loss
-from c2r_core.saes.sparse import EncodeKept, SparseActs, decode_sparse
+from c2r_core.saes.sparse import EncodeKept, FeatureActs, SparseActs, decode_sparse
 
 # k falls from d_in to its target over this share of the training.
 ANNEALED_SHARE = 0.01
@@ -39,6 +39,14 @@ class KSparseSAE(SAE):
         dimensions flattened: (..., batch · k), int64, in any order."""
         raise NotImplementedError
 
+    def reconstruct(self, x: Tensor, feature_acts: FeatureActs) -> tuple[Tensor, Tensor]:
+        """Reconstruction loss, shape (...), and the reconstruction by all latents, as x."""
+        if isinstance(feature_acts, SparseActs):
+            x_hat = decode_sparse(feature_acts, self.W_dec) + self.b_dec
+        else:
+            x_hat = self.decode(feature_acts)
+        return reconstruction_loss(x, x_hat), x_hat
+
     def training_losses(
         self,
         x: Tensor,
@@ -66,8 +74,7 @@ class KSparseSAE(SAE):
         values = pre_acts.flatten(-2).gather(-1, kept).to(x.dtype).relu()
         feature_acts = torch.zeros_like(pre_acts, dtype=x.dtype).flatten(-2)
         feature_acts = feature_acts.scatter(-1, kept, values).unflatten(-1, pre_acts.shape[-2:])
-        x_hat = self.decode(feature_acts)
-        reconstruction = reconstruction_loss(x, x_hat)
+        reconstruction, x_hat = self.reconstruct(x, feature_acts)
         aux_k = torch.zeros_like(reconstruction)
         if dead is not None:
             dead_acts = pre_acts.to(x.dtype).masked_fill(~dead.unsqueeze(-2), -torch.inf)
@@ -91,8 +98,7 @@ class KSparseSAE(SAE):
         entries = SparseActs(kept_values, kept % self.d_sae, offsets, self.d_sae)
         values = EncodeKept.apply(entries, centred, self.W_enc, self.b_enc, self.b_dec).relu()
         feature_acts = entries._replace(values=values)
-        x_hat = decode_sparse(feature_acts, self.W_dec) + self.b_dec
-        reconstruction = reconstruction_loss(x, x_hat)
+        reconstruction, x_hat = self.reconstruct(x, feature_acts)
         aux_k = torch.zeros_like(reconstruction)
         if dead is not None and dead.any():
             dead_acts = (x - self.b_dec) @ self.W_enc[:, dead] + self.b_enc[dead]

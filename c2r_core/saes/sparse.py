@@ -38,6 +38,13 @@ class SparseActs(NamedTuple):
         batch = torch.arange(len(self.offsets), device=self.offsets.device)
         return batch.repeat_interleave(ends - self.offsets)
 
+    def of_latents(self, first: int, n: int) -> SparseActs:
+        """Activations of the n latents from `first` on, as those of a dictionary of n latents."""
+        inside = (self.latents >= first) & (self.latents < first + n)
+        n_before = F.pad(inside.cumsum(0), (1, 0))
+        latents = self.latents[inside] - first
+        return SparseActs(self.values[inside], latents, n_before[self.offsets], n)
+
     def to_dense(self) -> Tensor:
         """The same activations as a Tensor of shape (batch, d_sae)."""
         dense = self.values.new_zeros(len(self.offsets), self.d_sae)

@@ -1,16 +1,38 @@
 """The training loop, its recipe and its regularisers."""
 
+from c2r_core.training.ablations import (
+    CoActivation,
+    GroupLasso,
+    PairMinimum,
+    PairProduct,
+    UnweightedSum,
+)
 from c2r_core.training.history import History
-from c2r_core.training.regularisers import C2R, Orthogonality, Regulariser
+from c2r_core.training.regularisers import (
+    C2R,
+    REGULARISERS,
+    Orthogonality,
+    Regulariser,
+    create_regulariser,
+    register_regulariser,
+)
 from c2r_core.training.schedules import TrainConfig
 from c2r_core.training.trainer import DivergedError, train
 
 __all__ = [
     "C2R",
+    "REGULARISERS",
+    "CoActivation",
     "DivergedError",
+    "GroupLasso",
     "History",
     "Orthogonality",
+    "PairMinimum",
+    "PairProduct",
     "Regulariser",
     "TrainConfig",
+    "UnweightedSum",
+    "create_regulariser",
+    "register_regulariser",
     "train",
 ]

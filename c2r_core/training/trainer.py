@@ -21,7 +21,7 @@ from c2r_core.training.checkpoints import (
     write_checkpoint,
 )
 from c2r_core.training.history import History
-from c2r_core.training.regularisers import Regulariser
+from c2r_core.training.regularisers import Regulariser, strength_at
 from c2r_core.training.schedules import TrainConfig
 
 BatchSource = Callable[[int], Tensor]
@@ -129,19 +129,21 @@ class _Run:
             raise DivergedError(self._divergence(losses))
         penalties = {}
         for regulariser, weight in zip(self.regularisers, self.weights, strict=True):
-            since_start = self.step - regulariser.start
-            if since_start >= 0 and since_start % regulariser.every == 0:
+            strength = strength_at(regulariser, self.step)
+            if strength > 0:
                 value = regulariser(losses.feature_acts, sae.W_dec, self._generator())
                 penalties[regulariser.name] = value.detach()
-                total = total + weight * regulariser.every * value
+                total = total + weight * strength * value
         for group in self.optimiser.param_groups:
             group["lr"] = config.lr_at(self.step)
         self.optimiser.zero_grad()
         total.sum().backward()
-        remove_parallel_gradient(sae.W_dec)
+        if sae.unit_norm_decoder:
+            remove_parallel_gradient(sae.W_dec)
         clip_gradients(list(sae.parameters()), config.clip_norm, stacked=sae.n_stacked is not None)
         self.optimiser.step()
-        normalise_rows(sae.W_dec)
+        if sae.unit_norm_decoder:
+            normalise_rows(sae.W_dec)
         sae.update_statistics(losses, config.ema_decay)
         logs = self.step % config.log_every == 0 or self.step == config.steps - 1
         if logs or self.revives:
@@ -219,7 +221,9 @@ class _Run:
 
 
 def _terms(losses: TrainingLosses) -> dict[str, Tensor]:
-    return {n: getattr(losses, n).detach() for n in ("reconstruction", "sparsity", "aux_k")}
+    names = ("reconstruction", "sparsity", "aux_k", "gate_reconstruction")
+    terms = {name: getattr(losses, name) for name in names}
+    return {name: value.detach() for name, value in terms.items() if value is not None}
 
 
 # -- pieces of the recipe, for a single SAE (…) or a stack (n_stacked, …) -------------------------
