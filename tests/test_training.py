@@ -11,8 +11,17 @@ import torch
 from architectures import every_architecture, new_sae
 from c2r_core.data.toy import FeatureTree, ToyBatches
 from c2r_core.losses import c2r_loss, orthogonality_loss
-from c2r_core.saes import BatchTopKSAE, ReLUAprilSAE, ReLUSAE, TopKSAE, load_sae, save_sae
+from c2r_core.saes import (
+    BatchTopKSAE,
+    PAnnealSAE,
+    ReLUAprilSAE,
+    ReLUSAE,
+    TopKSAE,
+    load_sae,
+    save_sae,
+)
 from c2r_core.training import C2R, DivergedError, Orthogonality, TrainConfig, train
+from c2r_core.training.resampling import resample_dead
 from c2r_core.training.trainer import clip_gradients, geometric_median
 
 TREE = FeatureTree(d_in=20, n_parents=2, children_per_parent=2, n_singles=4)
@@ -212,6 +221,72 @@ def test_dead_latents_are_revived():
     assert live_after(1.0) > live_after(0.0)
 
 
+def half_dead(sae):
+    with torch.no_grad():
+        sae.b_enc[..., :15] = -100.0  # far out of reach
+    return sae
+
+
+def resampling_config(**changes):
+    return small_config(**{"steps": 60, "resample_every": 10, "lr": 1e-3} | changes)
+
+
+@pytest.mark.parametrize("sae_class", [ReLUSAE, ReLUAprilSAE, PAnnealSAE])
+def test_resampling_brings_dead_latents_back(sae_class):
+    x = ToyBatches(TREE, 500, 7)(0)
+    live = {}
+    for every in (0, 10):
+        sae = half_dead(sae_class(20, 30, l1_weight=0.01))
+        run(sae, resampling_config(resample_every=every))
+        live[every] = (sae.encode(x) > 0).any(0)
+    assert not live[0][:15].any() and live[10].all()
+
+
+def test_resampling_by_hand():
+    sae, x = half_dead(ReLUSAE(20, 30, l1_weight=0.01)), ToyBatches(TREE, 32, 0)(0)
+    optimiser = torch.optim.Adam(sae.parameters())
+    sae.training_losses(x).total().backward()
+    optimiser.step()
+    before = {name: value.clone() for name, value in sae.state_dict().items()}
+    dead = torch.arange(30) < 15
+    x[0] = x[0] + 50  # so badly reconstructed that it is drawn nearly always
+    resample_dead(sae, dead, x, optimiser, seed=0)
+    to_worst = torch.nn.functional.normalize(x[0] - sae.b_dec, dim=0)
+    assert ((sae.W_dec[dead] @ to_worst) > 0.999).sum() >= 14
+    length = 0.2 * before["W_enc"][:, ~dead].norm(dim=0).mean()
+    torch.testing.assert_close(
+        sae.W_enc[:, dead], length * sae.W_dec[dead].T / sae.W_dec[dead].norm(dim=1)
+    )
+    assert (sae.b_enc[dead] == 0).all()
+    for name in ("W_enc", "b_enc", "W_dec"):
+        parameter, live = getattr(sae, name), (slice(None), ~dead) if name == "W_enc" else (~dead,)
+        gone = (slice(None), dead) if name == "W_enc" else (dead,)
+        assert torch.equal(parameter[live], before[name][live]), "live latents are left alone"
+        for moment in ("exp_avg", "exp_avg_sq"):
+            values = optimiser.state[parameter][moment]
+            assert (values[gone] == 0).all() and (values[live] != 0).any()
+
+
+def test_a_stack_resamples_each_sae_as_if_alone_and_a_resumed_run_too(tmp_path):
+    config = resampling_config(checkpoint_every=15)
+    stack = half_dead(ReLUSAE(20, 30, l1_weight=0.02, seed=[0, 1]))
+    train(stack, ToyBatches(TREE, 32, [0, 1]), config, progress=False)
+    for seed, sae in enumerate(stack.unstack()):
+        alone, _ = run(half_dead(ReLUSAE(20, 30, l1_weight=0.02, seed=seed)), config, [], seed=seed)
+        assert_same_state(sae, alone, rtol=1e-2, atol=1e-3)
+
+    def dying(step):
+        if step == 18:
+            raise KeyboardInterrupt
+        return ToyBatches(TREE, 32, 1)(step)
+
+    path, new = tmp_path / "run.safetensors", half_dead(ReLUSAE(20, 30, l1_weight=0.02, seed=1))
+    with pytest.raises(KeyboardInterrupt):
+        train(new, dying, config, checkpoint=path, progress=False)
+    resumed, _ = run(ReLUSAE(20, 30, l1_weight=0.02, seed=1), config, [], seed=1, checkpoint=path)
+    assert_same_state(resumed, alone, **EXACT)
+
+
 def test_learning_rate_schedule():
     config = TrainConfig(steps=100, lr=1.0)
     rates = [config.lr_at(step) for step in range(100)]
@@ -276,6 +351,8 @@ def test_divergence_names_step_terms_and_checkpoint(tmp_path):
         (lambda: C2R(0.1, start=-1), "start is -1"),
         (lambda: TrainConfig(steps=0), "steps is 0"),
         (lambda: TrainConfig(steps=5, lr=0), "lr is 0"),
+        (lambda: TrainConfig(steps=5, resample_every=-1), "resample_every is -1"),
+        (lambda: run(config=resampling_config()), "BatchTopKSAE does not resample"),
         (lambda: TrainConfig(steps=5, precision="float16"), "precision is 'float16'"),
         (lambda: TrainConfig(steps=5, decay_share=1.5), "decay_share is 1.5"),
     ],

@@ -67,6 +67,8 @@ class SAE(nn.Module):
     at the start; b_dec : (..., d_in)
     unit_norm_decoder : bool
         Whether training keeps the decoder rows at norm 1; a class that leaves them free says False.
+    resamples : bool
+        Whether W_enc, b_enc and W_dec are all there is to a latent, so that a dead one can be drawn anew.
     norm_factor : float
         The SAE was trained on norm_factor * x (set by whoever trains it); see `fold_norm_factor`.
     """
@@ -74,6 +76,7 @@ class SAE(nn.Module):
     architecture: ClassVar[str]
     hyper_parameters: ClassVar[tuple[str, ...]] = ()
     unit_norm_decoder: ClassVar[bool] = True
+    resamples: ClassVar[bool] = False
 
     def __init__(self, d_in: int, d_sae: int, *, seed: int | Sequence[int] = 0) -> None:
         super().__init__()

@@ -36,6 +36,7 @@ class PAnnealSAE(SAE):
 
     architecture = "p_anneal"
     hyper_parameters = ("l1_weight", "p_end", "anneal_start")
+    resamples = True
 
     def __init__(
         self,

@@ -24,6 +24,7 @@ class ReLUSAE(SAE):
 
     architecture = "relu"
     hyper_parameters = ("l1_weight",)
+    resamples = True
 
     def __init__(
         self, d_in: int, d_sae: int, l1_weight: float, *, seed: int | Sequence[int] = 0

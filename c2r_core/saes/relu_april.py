@@ -30,6 +30,7 @@ class ReLUAprilSAE(SAE):
     architecture = "relu_april"
     hyper_parameters = ("l1_weight",)
     unit_norm_decoder = False
+    resamples = True
 
     def __init__(
         self, d_in: int, d_sae: int, l1_weight: float, *, seed: int | Sequence[int] = 0

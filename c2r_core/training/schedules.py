@@ -24,6 +24,10 @@ class TrainConfig:
     dead_after : float
         A latent is dead when it has been silent for as many samples as would have made a latent of
         average firing rate, target L0 / d_sae, fire this many times.
+    resample_every : int
+        Steps between draws of new directions for the dead latents of a ReLU SAE, in the first half of
+        the training; dead are those silent for half as many steps. 0 never does. 25 000 of 200 000 steps
+        in Bricken et al., 2023.
     ema_share : float
         Horizon of running means (inference threshold), as a share of the steps.
     precision : "float32" or "bfloat16"
@@ -41,6 +45,7 @@ class TrainConfig:
     clip_norm: float = 1.0
     aux_k_coefficient: float = 1 / 32
     dead_after: float = 200.0
+    resample_every: int = 0
     ema_share: float = 0.05
     precision: str = "float32"
     seed: int = 0
@@ -57,6 +62,10 @@ class TrainConfig:
         for name in ("warmup_share", "decay_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected a share from 0 to 1.")
+        if self.resample_every < 0:
+            raise ValueError(
+                f"resample_every is {self.resample_every}; expected a number of steps >= 0."
+            )
         if self.precision not in ("float32", "bfloat16"):
             raise ValueError(f"precision is {self.precision!r}; expected 'float32' or 'bfloat16'.")
 
@@ -65,6 +74,12 @@ class TrainConfig:
         rising = (step + 1) / max(1.0, self.warmup_share * self.steps)
         falling = (self.steps - step) / max(1.0, self.decay_share * self.steps)
         return self.lr * min(1.0, rising, falling)
+
+    def resamples_after(self, step: int) -> bool:
+        """Whether dead latents are drawn anew at the end of this step."""
+        done = step + 1
+        due = self.resample_every > 0 and done % self.resample_every == 0
+        return due and 2 * done <= self.steps
 
     @property
     def ema_decay(self) -> float:

@@ -22,6 +22,7 @@ from c2r_core.training.checkpoints import (
 )
 from c2r_core.training.history import History
 from c2r_core.training.regularisers import Regulariser, strength_at
+from c2r_core.training.resampling import resample_dead
 from c2r_core.training.schedules import TrainConfig
 
 BatchSource = Callable[[int], Tensor]
@@ -99,6 +100,11 @@ class _Run:
         self.names = [name for name, _ in sae.named_parameters()]
         self.optimiser = torch.optim.Adam(sae.parameters(), lr=config.lr, fused=True)
         self.revives = config.aux_k_coefficient > 0 and sae.target_l0 is not None
+        if config.resample_every > 0 and not sae.resamples:
+            raise ValueError(
+                f"resample_every is {config.resample_every}, but {type(sae).__name__} does not resample "
+                "dead latents; take 0 (aux_k_coefficient revives those of the TopK family)."
+            )
         self.precision = getattr(torch, config.precision)
         latents = sae.W_dec.shape[:-1]
         self.silent_samples = torch.zeros(latents, dtype=torch.long, device=sae.W_dec.device)
@@ -146,11 +152,15 @@ class _Run:
             normalise_rows(sae.W_dec)
         sae.update_statistics(losses, config.ema_decay)
         logs = self.step % config.log_every == 0 or self.step == config.steps - 1
-        if logs or self.revives:
+        if logs or self.revives or config.resample_every > 0:
             fired = firing_counts(losses.feature_acts)
             self.silent_samples = torch.where(fired > 0, 0, self.silent_samples + x.shape[-2])
             if logs:
                 self._log(losses, penalties, l0=fired.sum(-1) / x.shape[-2])
+        if config.resamples_after(self.step):
+            dead = self.silent_samples >= config.resample_every / 2 * x.shape[-2]
+            resample_dead(sae, dead, x, self.optimiser, mix_seeds(config.seed, self.step))
+            self.silent_samples[dead] = 0
         self.step += 1
 
     def _dead(self) -> Tensor | None:
