@@ -43,7 +43,7 @@ export MALLOC_TRIM_THRESHOLD_ := 17179869184
 export MALLOC_TOP_PAD_ := 268435456
 unexport MPLBACKEND
 
-.PHONY: help setup data lab test smoke reproduce refresh nbval lint lock clean
+.PHONY: help setup data lab test smoke reproduce refresh nbval bench lint lock clean
 .DELETE_ON_ERROR:
 
 help:
@@ -100,6 +100,9 @@ nbval: $(DATA) ## run the committed notebooks again and compare their outputs
 	  $(PYTHON) -m pytest notebooks --nbval --nbval-current-env -p tests.nbval_plugin \
 	    --nbval-sanitize-with tests/nbval_sanitize.cfg
 	@$(if $(CI)$(FRESH),rm -rf runs/nbval)
+
+bench: $(ENV) ## what the fast paths buy, as ratios against plain references
+	$(PYTHON) benchmarks/training_step.py
 
 lint: $(ENV) ## ruff: rules and format
 	$(PYTHON) -m ruff check .

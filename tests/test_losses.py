@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from c2r_core.losses import (
     c2r_from_norms,
     c2r_loss,
+    consistency,
     nearest_neighbours,
     orthogonality_loss,
 )
@@ -66,6 +68,11 @@ def test_orthogonality_equals_the_published_values(name):
     loss.backward()
     assert loss.item() == pytest.approx(float(reference["orth_loss"]), rel=1e-5)
     assert_close_to_largest(W_dec.grad, reference["orth_grad_W_dec"], 1e-4)
+
+
+def test_the_example_in_the_docstring_is_right():
+    assert doctest.testmod(consistency).attempted > 0
+    assert doctest.testmod(consistency).failed == 0
 
 
 def test_c2r_with_every_norm_a_half_is_orthogonality():

@@ -10,7 +10,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from c2r_core.data.toy import FeatureTree, ToySample
-from c2r_core.saes.base import SAE
+from c2r_core.metrics.protocol import AnySAE
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class ToyReport:
 
 
 @torch.no_grad()
-def evaluate_toy(sae: SAE, tree: FeatureTree, sample: ToySample) -> ToyReport:
+def evaluate_toy(sae: AnySAE, tree: FeatureTree, sample: ToySample) -> ToyReport:
     """Measure one SAE trained on `ToyBatches(tree, ...)`.
 
     - mcc: |cosine| of decoder rows and true directions, mean over the best one-to-one matching.
@@ -57,8 +57,8 @@ def evaluate_toy(sae: SAE, tree: FeatureTree, sample: ToySample) -> ToyReport:
 
     Parameters
     ----------
-    sae : SAE
-        Single, trained on x · tree.norm_factor.
+    sae : any object with encode, decode and W_dec
+        Takes x · tree.norm_factor.
     tree : FeatureTree
     sample : ToySample
         Held-out samples, x not normalised.
