@@ -54,7 +54,7 @@ setup: $(ENV) ## an environment with the locked versions (venv; uv where install
 
 $(ENV): requirements.lock pyproject.toml
 	@echo "Installing requirements.lock: about 2.3 GB and two minutes"
-	@$(if $(VENV),$(if $(UV),uv venv --quiet --allow-existing --python $(or $(FOUND),3.11),$(BASE) -m venv) .venv)
+	@$(if $(VENV),$(if $(UV),uv venv --quiet --seed --allow-existing --python $(or $(FOUND),3.11),$(BASE) -m venv) .venv)
 ifneq ($(UV)$(TORCH),)
 	@$(if $(UV),,$(PYTHON) -m pip install --quiet uv)
 	$(or $(UV),$(PYTHON) -m uv) pip install --quiet --python $(PYTHON) \

@@ -189,6 +189,8 @@ def test_half_precision_input_is_compared_in_float32():
         (torch.ones(3, 1), torch.ones(1, 2), {}, "d_sae >= 2"),
         (torch.ones(3, 4), torch.full((4, 2), torch.nan), {}, "W_dec holds a NaN"),
         (torch.full((3, 4), torch.inf), torch.ones(4, 2), {}, "feature_acts holds a NaN"),
+        (torch.ones(3, 2, 4), torch.ones(4, 2), {}, "leading dimensions"),
+        (torch.ones(3, 2, 4), torch.ones(2, 4, 2), {}, "leading dimensions"),
         (torch.ones(3, 4), torch.ones(4, 2), {"alpha": 0}, "alpha is 0"),
         (torch.ones(3, 4), torch.ones(4, 2), {"alpha": float("nan")}, "alpha is nan"),
         (torch.ones(3, 4), torch.ones(4, 2), {"chunk_size": 2}, "generator"),

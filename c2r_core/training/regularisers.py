@@ -15,7 +15,8 @@ from c2r_core.saes.sparse import FeatureActs, latent_norms
 class Regulariser(Protocol):
     """The one seam through which a penalty enters the training.
 
-    The trainer adds weight · every · value on every `every`-th step from `start` on.
+    Implementations are frozen dataclasses: a checkpoint records their fields. The trainer adds
+    weight · every · value on every `every`-th step from `start` on.
     """
 
     name: ClassVar[str]
