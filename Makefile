@@ -43,7 +43,7 @@ export MALLOC_TRIM_THRESHOLD_ := 17179869184
 export MALLOC_TOP_PAD_ := 268435456
 unexport MPLBACKEND
 
-.PHONY: help setup data lab test smoke reproduce refresh nbval lint lock clean
+.PHONY: help setup data lab test smoke reproduce refresh nbval bench lint lock clean
 .DELETE_ON_ERROR:
 
 help:
@@ -54,7 +54,7 @@ setup: $(ENV) ## an environment with the locked versions (venv; uv where install
 
 $(ENV): requirements.lock pyproject.toml
 	@echo "Installing requirements.lock: about 2.3 GB and two minutes"
-	@$(if $(VENV),$(if $(UV),uv venv --quiet --allow-existing --python $(or $(FOUND),3.11),$(BASE) -m venv) .venv)
+	@$(if $(VENV),$(if $(UV),uv venv --quiet --seed --allow-existing --python $(or $(FOUND),3.11),$(BASE) -m venv) .venv)
 ifneq ($(UV)$(TORCH),)
 	@$(if $(UV),,$(PYTHON) -m pip install --quiet uv)
 	$(or $(UV),$(PYTHON) -m uv) pip install --quiet --python $(PYTHON) \
@@ -100,6 +100,9 @@ nbval: $(DATA) ## run the committed notebooks again and compare their outputs
 	  $(PYTHON) -m pytest notebooks --nbval --nbval-current-env -p tests.nbval_plugin \
 	    --nbval-sanitize-with tests/nbval_sanitize.cfg
 	@$(if $(CI)$(FRESH),rm -rf runs/nbval)
+
+bench: $(ENV) ## what the fast paths buy, as ratios against plain references
+	$(PYTHON) benchmarks/training_step.py
 
 lint: $(ENV) ## ruff: rules and format
 	$(PYTHON) -m ruff check .

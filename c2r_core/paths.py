@@ -14,7 +14,8 @@ import platformdirs
 _CHECKOUT = Path(__file__).resolve().parent.parent
 
 
-def _directory(variable: str, name: str) -> Path:
+def project_folder(variable: str, name: str) -> Path:
+    """The folder that an environment variable names, else `name` in the checkout or the user's cache."""
     if os.environ.get(variable):
         return Path(os.environ[variable]).expanduser().resolve()
     if (_CHECKOUT / "pyproject.toml").is_file():
@@ -24,12 +25,12 @@ def _directory(variable: str, name: str) -> Path:
 
 def data_dir() -> Path:
     """Folder of language models and text: $C2R_DATA, else `data/` of the checkout, else the user's cache."""
-    return _directory("C2R_DATA", "data")
+    return project_folder("C2R_DATA", "data")
 
 
 def cache_dir() -> Path:
     """Folder of harvested activations and trained SAEs: $C2R_CACHE, else `cache/` likewise."""
-    return _directory("C2R_CACHE", "cache")
+    return project_folder("C2R_CACHE", "cache")
 
 
 @contextmanager
@@ -47,7 +48,12 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         old = part.with_suffix(".old")
         if folder.exists():
             folder.rename(old)
-        part.rename(folder)
+        try:
+            part.rename(folder)
+        except OSError:
+            if old.exists():
+                old.rename(folder)
+            raise
         shutil.rmtree(old, ignore_errors=True)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)

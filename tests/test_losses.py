@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from c2r_core.losses import (
     c2r_from_norms,
     c2r_loss,
+    consistency,
     nearest_neighbours,
     orthogonality_loss,
 )
@@ -66,6 +68,11 @@ def test_orthogonality_equals_the_published_values(name):
     loss.backward()
     assert loss.item() == pytest.approx(float(reference["orth_loss"]), rel=1e-5)
     assert_close_to_largest(W_dec.grad, reference["orth_grad_W_dec"], 1e-4)
+
+
+def test_the_example_in_the_docstring_is_right():
+    assert doctest.testmod(consistency).attempted > 0
+    assert doctest.testmod(consistency).failed == 0
 
 
 def test_c2r_with_every_norm_a_half_is_orthogonality():
@@ -182,6 +189,8 @@ def test_half_precision_input_is_compared_in_float32():
         (torch.ones(3, 1), torch.ones(1, 2), {}, "d_sae >= 2"),
         (torch.ones(3, 4), torch.full((4, 2), torch.nan), {}, "W_dec holds a NaN"),
         (torch.full((3, 4), torch.inf), torch.ones(4, 2), {}, "feature_acts holds a NaN"),
+        (torch.ones(3, 2, 4), torch.ones(4, 2), {}, "leading dimensions"),
+        (torch.ones(3, 2, 4), torch.ones(2, 4, 2), {}, "leading dimensions"),
         (torch.ones(3, 4), torch.ones(4, 2), {"alpha": 0}, "alpha is 0"),
         (torch.ones(3, 4), torch.ones(4, 2), {"alpha": float("nan")}, "alpha is nan"),
         (torch.ones(3, 4), torch.ones(4, 2), {"chunk_size": 2}, "generator"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from c2r_core.metrics.dictionary import neighbour_cosines
-from c2r_core.metrics.intervals import paired_interval
+from c2r_core.metrics.intervals import mean_interval, paired_interval
 from c2r_core.metrics.reconstruction import evaluate_reconstruction
 from c2r_core.saes import TopKSAE
 
@@ -68,6 +68,8 @@ def test_nothing_to_evaluate_is_an_error():
         evaluate_reconstruction(Plain(1), [])
     with pytest.raises(ValueError, match="no variance"):
         evaluate_reconstruction(Plain(1), [torch.zeros(5, 6)])
+    with pytest.raises(ValueError, match="NaN or an infinity"):
+        evaluate_reconstruction(Plain(1), [torch.full((5, 6), torch.nan)])
 
 
 def test_neighbour_cosines_count_live_latents_only():
@@ -90,6 +92,7 @@ def test_paired_interval_is_students_t():
     assert interval.low == pytest.approx(2 - half) and interval.high == pytest.approx(2 + half)
     halved = paired_interval([1.0, 1.0], [4.0, 4.0], scale=0.5)
     assert halved == (-1, -1, -1)
+    assert mean_interval([1.0, 3.0]).mean == 2
     for arm, baseline in [([1.0], [1.0]), ([1.0, 2.0], [1.0]), ([1.0, float("nan")], [1.0, 2.0])]:
         with pytest.raises(ValueError, match="pairs"):
             paired_interval(arm, baseline)

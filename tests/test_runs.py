@@ -10,8 +10,10 @@ import torch
 from c2r_core.data.language_models import load_language_model
 from c2r_core.saes import ReLUSAE, fold_norm_factor
 from c2r_core.support import language_model_runs as lm_runs
-from c2r_core.support import load_profile, toy_runs
+from c2r_core.support import language_model_tables as lm_tables
+from c2r_core.support import load_profile, session, toy_runs, toy_tables, tune_toys
 from c2r_core.support.results import plain
+from conftest import PROJECT
 
 SMOKE = load_profile("smoke")
 
@@ -23,7 +25,7 @@ def toy():
 
 @pytest.fixture(scope="module")
 def runs(toy):
-    arms = toy_runs.standard_arms(toy)
+    arms = toy_runs.standard_arms(toy, "relu")
     return toy_runs.train_toy_arms(toy, "relu", arms, [0, 1])
 
 
@@ -36,13 +38,13 @@ def forbid_training(monkeypatch, module):
 
 def test_toy_arms_are_trained_once(toy, runs, monkeypatch):
     forbid_training(monkeypatch, toy_runs)
-    again = toy_runs.train_toy_arms(toy, "relu", toy_runs.standard_arms(toy), [0, 1])
+    again = toy_runs.train_toy_arms(toy, "relu", toy_runs.standard_arms(toy, "relu"), [0, 1])
     assert list(again) == [(arm, seed) for arm in ("baseline", "C²R", "OrtSAE") for seed in (0, 1)]
     for run, sae in runs.items():
         assert torch.equal(again[run].W_dec, sae.W_dec)
     with pytest.raises(AssertionError, match="trained again"):
         changed = toy.model_copy(update={"lr": 0.001})
-        toy_runs.train_toy_arms(changed, "relu", toy_runs.standard_arms(toy), [0, 1])
+        toy_runs.train_toy_arms(changed, "relu", toy_runs.standard_arms(toy, "relu"), [0, 1])
 
 
 def test_toy_arms_differ_only_by_their_penalty(toy, runs):
@@ -54,13 +56,12 @@ def test_toy_arms_differ_only_by_their_penalty(toy, runs):
 
 
 def test_toy_table_and_paired_difference(toy, runs):
-    table = toy_runs.toy_table(toy, runs)
+    table = toy_tables.toy_table(toy, runs)
     assert list(table["arm"]) == ["baseline"] * 2 + ["C²R"] * 2 + ["OrtSAE"] * 2
     values = table["fvu"].tolist()
-    assert toy_runs.values_by_seed(table.iloc[::-1], "C²R", "fvu") == values[2:4]
-    difference = toy_runs.paired_difference(table, "fvu")
+    assert toy_tables.values_by_seed(table.iloc[::-1], "C²R", "fvu") == values[2:4]
+    difference = toy_tables.paired_difference(table, "fvu")
     assert difference.mean == pytest.approx((values[2] + values[3] - values[0] - values[1]) / 2)
-    assert min(toy_runs.confirmation_seeds(toy, 0)) == toy_runs.FIRST_SEED
 
 
 def test_family_cosines_order_latents_by_what_they_carry(toy):
@@ -68,7 +69,7 @@ def test_family_cosines_order_latents_by_what_they_carry(toy):
     sae = ReLUSAE(tree.d_in, tree.n_features, l1_weight=0.0)
     with torch.no_grad():
         sae.W_dec.copy_(tree.directions.flip(0))
-    names, cosines = toy_runs.family_cosines(sae, tree, parent=1, n=5)
+    names, cosines = toy_tables.family_cosines(sae, tree, parent=1, n=5)
     torch.testing.assert_close(cosines, torch.eye(5), atol=1e-5, rtol=0)
     assert names[0] == f"latent {tree.n_features - 2}"
 
@@ -107,13 +108,22 @@ def test_language_model_arm_is_trained_once_and_measured(lm, model, activations,
 
     task, probes = lm_runs.first_letter_task(lm, model)
     folded = fold_norm_factor(sae)
-    result = lm_runs.measure(folded, activations, lm, model, task, probes)
+    result = lm_tables.measure(folded, activations, lm, model, task, probes)
     json.dumps(plain(result), allow_nan=False)
     assert 0 < result["fvu"] < 2 and result["l0"] > 0
     assert len(result["first_letter"]["letters"]) == 26
-    table = lm_runs.summary_table({("C²R", 0): plain(result)})
+    table = lm_tables.summary_table({("C²R", 0): plain(result)})
     assert table.loc[0, "fvu"] == result["fvu"] and table.loc[0, "arm"] == "C²R"
-    assert set(lm_runs.letter_table({("C²R", 0): plain(result)}, seed=1).index) == set()
+    rows = {
+        "letters": [
+            {"letter": "A", "absorption_fraction": 0.25},
+            {"letter": "Q", "absorption_fraction": None},
+        ]
+    }
+    scored = {("C²R", seed): {"first_letter": rows} for seed in (0, 1)}
+    assert lm_tables.letter_table(scored, seed=1).to_dict("records") == [
+        {"arm": "C²R", "letter": "A", "value": 0.25}
+    ]
 
 
 def test_strongest_contexts_are_the_strongest(lm, model, activations):
@@ -121,7 +131,7 @@ def test_strongest_contexts_are_the_strongest(lm, model, activations):
     folded, store = fold_norm_factor(sae), activations.held_out
     acts = torch.cat([folded.encode(chunk) for chunk in store.chunks(1000)])
     latent = int(acts.max(0).values.argmax())
-    texts = lm_runs.strongest_contexts(folded, store, model.tokenizer, latent, n=2)
+    texts = lm_tables.strongest_contexts(folded, store, model.tokenizer, latent, n=2)
     window = store.text_around(int(acts[:, latent].argmax()), model.tokenizer)
     assert f"«{window.tokens[window.position]}»" in texts[0] and len(texts) == 2
 
@@ -131,3 +141,17 @@ def test_precision_auto_is_resolved():
     assert lm_runs.resolve_precision("auto", "cuda:0") == "bfloat16"
     assert lm_runs.resolve_precision("auto", "mps") == "float32"
     assert lm_runs.resolve_precision("auto", "cpu") in ("float32", "bfloat16")
+
+
+def test_weights_of_the_profile_are_the_ones_that_were_chosen():
+    outcome = json.loads((PROJECT / "results" / "tuning" / "toy.json").read_text())
+    default = load_profile("default").toy
+    assert outcome["chosen"] == {name: getattr(default, name) for name in outcome["chosen"]}
+    assert outcome["weights"] == tune_toys.WEIGHTS
+    assert max(outcome["seeds"]) < session.FIRST_SEED, "tuned and confirmed on the same seeds"
+
+
+def test_a_corpus_with_too_few_tokens_is_an_error(lm, model):
+    greedy = lm.model_copy(update={"train_tokens": 10**9, "held_out_share": 0.99})
+    with pytest.raises(ValueError, match="the profile asks for 1,000,000,000"):
+        lm_runs.harvest_activations(greedy, model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -208,6 +209,23 @@ def test_a_full_disk_leaves_the_saved_sae_unharmed(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["sae"]
 
 
+def test_a_failing_rename_puts_the_old_folder_back(tmp_path, monkeypatch):
+    sae = make("topk")
+    save_sae(sae, tmp_path / "sae")
+    rename = Path.rename
+
+    def failing(path, target):
+        if path.suffix == ".part":
+            raise OSError("no")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(OSError, match="Could not write the SAE"):
+        save_sae(make("topk", seed=1), tmp_path / "sae")
+    assert torch.equal(load_sae(tmp_path / "sae").W_dec, sae.W_dec)
+    assert [p.name for p in tmp_path.iterdir()] == ["sae"]
+
+
 def test_damaged_folders_are_refused(tmp_path):
     folder = save_sae(make("topk"), tmp_path / "sae")
     config = json.loads((folder / "config.json").read_text())
@@ -216,6 +234,12 @@ def test_damaged_folders_are_refused(tmp_path):
         load_sae(folder)
     (folder / "config.json").write_text(json.dumps(config | {"format_version": 99}))
     with pytest.raises(ValueError, match="format version 99"):
+        load_sae(folder)
+    (folder / "config.json").write_text(json.dumps(config | {"unknown": 1}))
+    with pytest.raises(ValueError, match="one too many"):
+        load_sae(folder)
+    (folder / "config.json").write_text('{"cut')
+    with pytest.raises(ValueError, match="damaged"):
         load_sae(folder)
     (folder / "sae.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="save_sae"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from c2r_core.data.toy import FeatureTree, ToyBatches
+from c2r_core.data.toy import FeatureTree, ToyBatches, ToySample
 from c2r_core.metrics.toy import evaluate_toy
 from c2r_core.saes import ReLUSAE
 
@@ -61,6 +61,7 @@ def test_a_perfect_dictionary_is_perfect():
     assert report.absorption == 0 and report.near_duplicates == 0 and report.split_share == 0
     assert report.latents_per_parent == report.latents_per_feature == 1
     assert report.detector_f1 == pytest.approx(1, abs=1e-3) and report.fvu < 1e-3
+    assert report.detector_precision == 1 and report.split_share_at_08 == 0
     assert report.live_share == 1 and report.l0 == pytest.approx(
         float(TREE.probabilities.sum()), rel=0.05
     )
@@ -87,7 +88,18 @@ def test_planted_duplicates_are_found():
     report = evaluate_toy(perfect_sae(rows), TREE, draw(5_000))
     assert report.near_duplicates == pytest.approx(4 / 22)
     assert report.latents_per_parent == pytest.approx(5 / 3)
-    assert report.split_share == pytest.approx(2 / 20)
+    assert report.split_share == report.split_share_at_08 == pytest.approx(2 / 20)
+    assert report.uniqueness == pytest.approx(20 / 22)
+
+
+def test_a_parent_that_never_occurs_is_left_out_of_the_mean():
+    sample = draw(5_000)
+    features = sample.features.clone()
+    features[:, [0, *TREE.children[0].tolist()]] = 0
+    report = evaluate_toy(
+        perfect_sae(TREE.directions), TREE, ToySample(features @ TREE.directions, features)
+    )
+    assert report.absorption == 0 and report.silent_alone == 0
 
 
 def test_dead_latents_do_not_count():

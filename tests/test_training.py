@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from c2r_core.saes import (
     save_sae,
 )
 from c2r_core.training import C2R, DivergedError, Orthogonality, TrainConfig, train
+from c2r_core.training.checkpoints import read_checkpoint
 from c2r_core.training.resampling import resample_dead
 from c2r_core.training.trainer import clip_gradients, geometric_median
 
@@ -137,9 +139,11 @@ def test_a_stronger_penalty_means_less_similar_rows():
     assert similarity[1] < 0.5 * similarity[0]
 
 
-@pytest.mark.parametrize("stop_at", [5, 9])
+@pytest.mark.parametrize("stop_at", [5, 19])
 def test_resumed_run_equals_an_uninterrupted_one(tmp_path, stop_at):
-    options = {"regularisers": [C2R(0.1, chunk_size=7)], "config": small_config()}
+    # dead_after=2: after 15 silent batches a latent is revived, so the counters matter too
+    config = small_config(steps=24, dead_after=0.5)
+    options = {"regularisers": [C2R(0.1, chunk_size=7)], "config": config}
     whole, history = run(**options)
 
     class Killed(Exception):
@@ -165,6 +169,10 @@ def test_a_checkpoint_of_another_training_is_refused(tmp_path):
     run(checkpoint=path)
     with pytest.raises(ValueError, match="another training: its regularisers"):
         run(checkpoint=path, regularisers=[C2R(0.2)])
+    with pytest.raises(ValueError, match="hash of the new SAE and the first batch"):
+        run(checkpoint=path, seed=1)
+    with pytest.raises(ValueError, match="hash of the new SAE and the first batch"):
+        run(checkpoint=path, batch=64)
     path.write_bytes(b"no checkpoint")
     with pytest.raises(ValueError, match="damaged"):
         run(checkpoint=path)
@@ -283,7 +291,8 @@ def test_a_stack_resamples_each_sae_as_if_alone_and_a_resumed_run_too(tmp_path):
     path, new = tmp_path / "run.safetensors", half_dead(ReLUSAE(20, 30, l1_weight=0.02, seed=1))
     with pytest.raises(KeyboardInterrupt):
         train(new, dying, config, checkpoint=path, progress=False)
-    resumed, _ = run(ReLUSAE(20, 30, l1_weight=0.02, seed=1), config, [], seed=1, checkpoint=path)
+    fresh = half_dead(ReLUSAE(20, 30, l1_weight=0.02, seed=1))
+    resumed, _ = run(fresh, config, [], seed=1, checkpoint=path)
     assert_same_state(resumed, alone, **EXACT)
 
 
@@ -338,9 +347,42 @@ def test_divergence_names_step_terms_and_checkpoint(tmp_path):
     assert path.exists()
 
 
+def test_a_diverging_penalty_never_reaches_a_checkpoint(tmp_path):
+    @dataclass(frozen=True)
+    class Exploding(Orthogonality):
+        def __call__(self, feature_acts, W_dec, generator):
+            calls.append(1)
+            value = super().__call__(feature_acts, W_dec, generator)
+            return value * (float("inf") if len(calls) > 7 else 1.0)
+
+    calls, path = [], tmp_path / "run.safetensors"
+    with pytest.raises(DivergedError, match=r"step 7: .*orthogonality inf.*last good checkpoint"):
+        run(regularisers=[Exploding(0.1)], checkpoint=path)
+    tensors, state = read_checkpoint(path)
+    assert state["step"] == 5 and all(torch.isfinite(t).all() for t in tensors.values())
+
+
+def test_encoder_in_bfloat16_trains_to_about_the_same():
+    errors = {}
+    for precision in ("float32", "bfloat16"):
+        sae, history = run(config=small_config(steps=150, precision=precision))
+        errors[precision] = history.records[-1]["reconstruction"]
+        assert sae.W_enc.dtype == torch.float32
+    assert errors["bfloat16"] == pytest.approx(errors["float32"], rel=0.2)
+    assert errors["bfloat16"] != errors["float32"]
+
+
+def test_half_precision_batches_are_accepted():
+    sae = TopKSAE(20, 30, k=2)
+    train(sae, lambda step: ToyBatches(TREE, 32, 0)(step).half(), small_config(), progress=False)
+    assert sae.W_dec.dtype == torch.float32
+
+
 @pytest.mark.parametrize(
     "call, message",
     [
+        (lambda: run(regularisers=[C2R(0.1), C2R(0.2)]), "each kind once"),
+        (lambda: TrainConfig(steps=5, aux_k_coefficient=-1), "aux_k_coefficient is -1"),
         (lambda: run(batch=1), "at least 2"),
         (lambda: run(TopKSAE(21, 30, k=2)), "d_in=21"),
         (lambda: run(regularisers=[C2R([0.1, 0.2])]), "c2r has 2 weights"),

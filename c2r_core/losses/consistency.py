@@ -95,7 +95,7 @@ def c2r_from_norms(
         )
     index = nearest_neighbours(W_dec, chunk_size=chunk_size, generator=generator).index
     similarity = neighbour_cosines(W_dec, index).relu() ** 2
-    pair_norms = norms + norms.expand(index.shape).gather(-1, index)
+    pair_norms = norms + norms.gather(-1, index)
     return (similarity * _power(pair_norms, alpha)).mean(-1)
 
 
@@ -123,11 +123,13 @@ def _check_last_dimension(
     given: Tensor, W_dec: Tensor, name: str, expected: str, dimensions: int
 ) -> None:
     d_sae = W_dec.shape[-2]
-    if given.ndim >= dimensions and given.shape[-1] == d_sae:
+    copies = given.shape[: given.ndim - dimensions]
+    if given.ndim >= dimensions and given.shape[-1] == d_sae and copies == W_dec.shape[:-2]:
         return
     transposed = given.ndim >= dimensions and given.shape[-1] == W_dec.shape[-1]
     hint = " W_dec looks transposed: pass W_dec.T." if transposed else ""
     raise ValueError(
         f"{name} has shape {tuple(given.shape)}; expected {expected} with d_sae={d_sae}, "
-        f"since W_dec has shape {tuple(W_dec.shape)}, one row per latent.{hint}"
+        f"since W_dec has shape {tuple(W_dec.shape)}, one row per latent, and leading dimensions "
+        f"equal to W_dec's.{hint}"
     )

@@ -6,7 +6,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from c2r_core.losses import nearest_neighbours
@@ -49,8 +48,3 @@ def neighbour_cosines(W_dec: Tensor, live: Tensor | None = None) -> NeighbourCos
         share_above_09=float((cosines > 0.9).mean()),
         n_live=len(rows),
     )
-
-
-def live_latents(density: Tensor) -> Tensor:
-    """Latents that fired at least once, from `ReconstructionReport.density`."""
-    return torch.as_tensor(density) > 0

@@ -1,4 +1,4 @@
-"""Intervals for paired comparisons."""
+"""Confidence intervals of means and of paired differences."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from scipy import stats
 
 
 class Interval(NamedTuple):
-    """Mean of paired differences and the ends of its confidence interval."""
+    """A mean and the ends of its confidence interval."""
 
     mean: float
     low: float
@@ -42,10 +42,24 @@ def paired_interval(
             f"Got {first.shape} and {second.shape} values; expected two sequences of equal length "
             "with at least two pairs, or there is no spread to measure."
         )
-    differences = first - scale * second
-    if not np.isfinite(differences).all():
-        raise ValueError("A value is NaN or infinite; leave out what was not evaluable, in pairs.")
-    mean = float(differences.mean())
-    error = float(differences.std(ddof=1)) / len(differences) ** 0.5
-    half_width = float(stats.t.ppf(0.5 + level / 2, len(differences) - 1)) * error
+    return mean_interval(first - scale * second, level=level)
+
+
+def mean_interval(values: Sequence[float] | np.ndarray, *, level: float = 0.95) -> Interval:
+    """Interval of the mean of at least two independent values (Student's t).
+
+    Raises
+    ------
+    ValueError
+        If there are fewer than two values, or one is not finite.
+    """
+    values = np.asarray(values, dtype=float)
+    if len(values) < 2 or not np.isfinite(values).all():
+        raise ValueError(
+            f"Got {values.tolist()}; expected at least two finite values. Leave out what was not "
+            "evaluable, in pairs."
+        )
+    mean = float(values.mean())
+    error = float(values.std(ddof=1)) / len(values) ** 0.5
+    half_width = float(stats.t.ppf(0.5 + level / 2, len(values) - 1)) * error
     return Interval(mean, mean - half_width, mean + half_width)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -49,7 +50,8 @@ def evaluate_reconstruction(sae: AnySAE, chunks: Iterable[Tensor]) -> Reconstruc
     Raises
     ------
     ValueError
-        If there are no tokens, or all activations are equal: nothing can be explained.
+        If there are no tokens, if all activations are equal (nothing can be explained), or if
+        something is not finite.
     """
     device = sae.W_dec.device
     n, fires = 0, torch.zeros(sae.W_dec.shape[0], dtype=torch.float64, device=device)
@@ -75,6 +77,8 @@ def evaluate_reconstruction(sae: AnySAE, chunks: Iterable[Tensor]) -> Reconstruc
     if n == 0:
         raise ValueError("There are no tokens to evaluate on; expected at least one chunk.")
     variance = sums["square"] / n - float((total / n).square().sum())
+    if not math.isfinite(variance + sums["error"]):
+        raise ValueError("A NaN or an infinity is among the activations or their reconstructions.")
     if variance <= 0:
         raise ValueError(f"All {n} activations are equal, so there is no variance to explain.")
     density = fires / n

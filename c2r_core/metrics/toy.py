@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from c2r_core.data.toy import FeatureTree, ToySample
-from c2r_core.saes.base import SAE
+from c2r_core.metrics.protocol import AnySAE
 
 
 @dataclass(frozen=True)
@@ -24,10 +23,13 @@ class ToyReport:
     mcc: float
     recovery: float
     uniqueness: float
+    detector_precision: float
+    detector_recall: float
     detector_f1: float
     latents_per_feature: float
     latents_per_parent: float
     split_share: float
+    split_share_at_08: float
     near_duplicates: float
     absorption: float
     silent_with_child: float
@@ -39,15 +41,17 @@ class ToyReport:
 
 
 @torch.no_grad()
-def evaluate_toy(sae: SAE, tree: FeatureTree, sample: ToySample) -> ToyReport:
+def evaluate_toy(sae: AnySAE, tree: FeatureTree, sample: ToySample) -> ToyReport:
     """Measure one SAE trained on `ToyBatches(tree, ...)`.
 
     - mcc: |cosine| of decoder rows and true directions, mean over the best one-to-one matching.
     - recovery: share of true directions with a latent at |cosine| > 0.9.
-    - uniqueness: distinct best-matching latents / features.
-    - detector_f1: F1 of (latent > 0) against the feature's presence, mean over features.
+    - uniqueness: distinct features among the live latents' best matches / live latents.
+    - detector_precision, _recall, _f1: (latent > 0) against the feature's presence, means over
+      features.
     - latents_per_feature, latents_per_parent: live latents at cosine > 0.6 with the direction.
-    - split_share: share of features with two or more such latents.
+    - split_share, split_share_at_08: share of features with two or more such latents, at cosine
+      0.6 and 0.8.
     - near_duplicates: share of live latents whose nearest live neighbour is at cosine > 0.7.
     - absorption and its two terms; child_latent_to_parent: cosine of a child's latent with the
       parent's direction, 0 where nothing is absorbed.
@@ -57,8 +61,8 @@ def evaluate_toy(sae: SAE, tree: FeatureTree, sample: ToySample) -> ToyReport:
 
     Parameters
     ----------
-    sae : SAE
-        Single, trained on x · tree.norm_factor.
+    sae : any object with encode, decode and W_dec
+        Takes x · tree.norm_factor.
     tree : FeatureTree
     sample : ToySample
         Held-out samples, x not normalised.
@@ -78,6 +82,7 @@ def evaluate_toy(sae: SAE, tree: FeatureTree, sample: ToySample) -> ToyReport:
     best = cosines.argmax(0)
     on, fires = sample.features > 0, acts[:, live][:, best] > 0
 
+    both = (fires & on).double()
     absolute = (torch.nn.functional.normalize(sae.W_dec, dim=-1) @ tree.directions.T).abs().numpy()
     matched = absolute[linear_sum_assignment(-absolute)]
     latents = (cosines > 0.6).sum(0).double()
@@ -89,15 +94,18 @@ def evaluate_toy(sae: SAE, tree: FeatureTree, sample: ToySample) -> ToyReport:
     return ToyReport(
         mcc=float(matched.mean()),
         recovery=float((absolute.max(0) > 0.9).mean()),
-        uniqueness=len(np.unique(best.numpy())) / tree.n_features,
-        detector_f1=float(_f1(fires, on).mean()),
+        uniqueness=len(cosines.argmax(1).unique()) / len(rows),
+        detector_precision=float(both.sum(0).div(fires.sum(0).clamp(min=1)).mean()),
+        detector_recall=float(both.sum(0).div(on.sum(0).clamp(min=1)).mean()),
+        detector_f1=float((2 * both.sum(0) / (fires.sum(0) + on.sum(0)).clamp(min=1)).mean()),
         latents_per_feature=float(latents.mean()),
         latents_per_parent=float(latents[parents].mean()),
         split_share=float((latents >= 2).double().mean()),
+        split_share_at_08=float(((cosines > 0.8).sum(0) >= 2).double().mean()),
         near_duplicates=_near_duplicates(rows),
-        absorption=float((silent_with_child - silent_alone).mean()),
-        silent_with_child=float(silent_with_child.mean()),
-        silent_alone=float(silent_alone.mean()),
+        absorption=float((silent_with_child - silent_alone).nanmean()),
+        silent_with_child=float(silent_with_child.nanmean()),
+        silent_alone=float(silent_alone.nanmean()),
         child_latent_to_parent=float(child_cosines.mean()),
         fvu=float(error / spread),
         l0=float((acts != 0).sum(1).double().mean()),
@@ -106,21 +114,19 @@ def evaluate_toy(sae: SAE, tree: FeatureTree, sample: ToySample) -> ToyReport:
 
 
 def _silence(tree: FeatureTree, on: Tensor, fires: Tensor) -> tuple[Tensor, Tensor]:
-    """P(parent's latent silent | parent on, and a child on / no child on), each (n_parents,)."""
+    """P(parent's latent silent | parent on, and a child on / no child on), each (n_parents,).
+
+    NaN for a parent that the sample never shows so: it is not evaluable, and left out of means.
+    """
     parent_on = on[:, : tree.n_parents]
     silent = ~fires[:, : tree.n_parents]
     child_on = on[:, tree.children].any(-1)
     with_child, alone = parent_on & child_on, parent_on & ~child_on
 
     def share(condition: Tensor) -> Tensor:
-        return (silent & condition).sum(0).double() / condition.sum(0).clamp(min=1)
+        return (silent & condition).sum(0).double() / condition.sum(0)
 
     return share(with_child), share(alone)
-
-
-def _f1(fires: Tensor, on: Tensor) -> Tensor:
-    both = (fires & on).sum(0).double()
-    return 2 * both / (fires.sum(0) + on.sum(0)).clamp(min=1)
 
 
 def _near_duplicates(rows: Tensor) -> float:

@@ -256,7 +256,8 @@ def load_sae(folder: str | Path, device: str | torch.device = "cpu") -> SAE:
     FileNotFoundError
         If the folder lacks `config.json` or `sae.safetensors`.
     ValueError
-        If the config is of another format version or architecture, or does not fit the tensors.
+        If the config is damaged, of another format version or architecture, or does not fit the
+        tensors.
     """
     folder = Path(folder)
     for name in ("config.json", "sae.safetensors"):
@@ -264,14 +265,22 @@ def load_sae(folder: str | Path, device: str | torch.device = "cpu") -> SAE:
             raise FileNotFoundError(
                 f"{folder} holds no {name}; expected a folder written by save_sae."
             )
-    config = json.loads((folder / "config.json").read_text())
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{folder}/config.json is damaged ({error}).") from error
     version = config.pop("format_version", None)
     if version != FORMAT_VERSION:
         raise ValueError(
             f"{folder} has format version {version!r}; this code reads {FORMAT_VERSION}."
         )
-    norm_factor = config.pop("norm_factor")
-    sae = create_sae(**config)
+    try:
+        norm_factor = config.pop("norm_factor")
+        sae = create_sae(**config)
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"{folder}/config.json lacks an entry, or has one too many: {error}"
+        ) from error
     sae.norm_factor = norm_factor
     try:
         sae.load_state_dict(load_file(folder / "sae.safetensors"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -25,9 +26,9 @@ class KSparseSAE(SAE):
 
     def __init__(self, d_in: int, d_sae: int, k: int, *, seed: int | Sequence[int] = 0) -> None:
         super().__init__(d_in, d_sae, seed=seed)
-        if not isinstance(k, int) or not 1 <= k <= d_sae:
+        if not isinstance(k, Integral) or not 1 <= k <= d_sae:
             raise ValueError(f"k is {k!r}; expected an integer from 1 to d_sae={d_sae}.")
-        self.k = k
+        self.k = int(k)
 
     @property
     def target_l0(self) -> float:
@@ -118,7 +119,8 @@ def _aux_k_loss(dead_acts: Tensor, W_dec: Tensor, residual: Tensor) -> Tensor:
     """Error of the residual's reconstruction by the strongest dead latents, over its variance.
 
     dead_acts (..., batch, n) are pre-activations, W_dec (..., n, d_in) their decoder rows. The
-    gradient reaches decoder and encoder of the dead latents, and nothing else: `residual` has none.
+    gradient reaches these latents' decoder and encoder (and b_dec, through the encoder's input),
+    but no latent that is alive: `residual` has none.
     """
     k_aux = min(residual.shape[-1] // 2, dead_acts.shape[-1])
     strongest = dead_acts.topk(k_aux, dim=-1, sorted=False)

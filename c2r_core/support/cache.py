@@ -9,17 +9,26 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from filelock import FileLock
 
 from c2r_core.paths import cache_dir
 
 _PACKAGE = Path(__file__).resolve().parent.parent
-ARTEFACT_ROOMS = ("losses", "saes", "data", "training")
-"""The parts of c2r_core that can change an artefact, with the modules that lie beside them."""
+ARTEFACT_CODE = (
+    "*.py",
+    "losses/**/*.py",
+    "saes/**/*.py",
+    "data/**/*.py",
+    "training/**/*.py",
+    "metrics/first_letter_words.py",
+    "support/*_runs.py",
+)
+"""The parts of c2r_core whose code can change an artefact."""
+LIBRARIES = ("torch", "transformers", "transformer_lens")
 
 
 def cached(
@@ -31,9 +40,10 @@ def cached(
 ) -> Path:
     """Folder of the artefact described by `key`; `build(folder)` fills it the first time.
 
-    The address is a hash of the kind, the key, the code of the rooms that can influence an artefact
-    and torch's version. Two processes that want the same artefact build it once. A build that
-    fails or is killed leaves nothing that could be taken for an artefact.
+    The address is a hash of the kind, the key, the code that can influence an artefact (ARTEFACT_CODE)
+    and the versions of torch, transformers and transformer_lens. Two processes that want the same
+    artefact build it once. A build that fails or is killed leaves nothing that could be taken for
+    an artefact.
 
     Parameters
     ----------
@@ -59,7 +69,7 @@ def cached(
         "kind": kind,
         "key": key,
         "code": code_fingerprint(),
-        "torch": torch.__version__,
+        "libraries": {library: version(library) for library in LIBRARIES},
     }
     text = json.dumps(described, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False)
     address = hashlib.sha256(text.encode()).hexdigest()[:20]
@@ -96,9 +106,8 @@ def _build(folder: Path, key_text: str, build: Callable[[Path], object], resumab
 
 
 @functools.cache
-def code_fingerprint(rooms: tuple[str, ...] = ARTEFACT_ROOMS) -> str:
-    """Hash of the code in some rooms of c2r_core; comments and docstrings do not count."""
-    patterns = ["*.py", *(f"{room}/**/*.py" for room in rooms)]
+def code_fingerprint(patterns: tuple[str, ...] = ARTEFACT_CODE) -> str:
+    """Hash of the code in some files of c2r_core; comments and docstrings do not count."""
     digest = hashlib.sha256()
     for file in sorted(file for pattern in patterns for file in _PACKAGE.glob(pattern)):
         digest.update(file.relative_to(_PACKAGE).as_posix().encode())

@@ -50,13 +50,14 @@ class ToyProfile(_Section):
     batch_size: Count
     steps: Count
     lr: Positive
-    c2r_weight: Weight
-    """λ, for unit-norm decoders and the batch size above; it does not transfer to another one."""
-    orthogonality_weight: Weight
+    c2r_weight: dict[str, Weight]
+    """λ by architecture, for E‖x‖² = 1 and the batch size above; it does not transfer to another
+    one. Chosen by tune_toys.py, as is the next."""
+    orthogonality_weight: dict[str, Weight]
     evaluation_samples: Count
     """Fresh samples on which metrics are measured."""
     seeds: Count
-    """Seeds 0 … seeds-1 are run, the same data for every arm."""
+    """How many seeds are run, the same data for every arm."""
 
 
 class LanguageModelProfile(_Section):
@@ -87,8 +88,10 @@ class LanguageModelProfile(_Section):
     lr: Positive
     c2r_weight: Weight
     """λ, for E‖x‖² = 1 and the batch size above; it does not transfer to another one."""
-    c2r_every: Count
-    """T: the penalty acts on every T-th step, times T."""
+    penalty_every: Count
+    """T: C²R and OrtSAE act on every T-th step, times T."""
+    chunk_size: Count | None
+    """Random chunks of the neighbour search, 8192 in the paper; null searches all latents."""
     orthogonality_weight: Weight
     aux_k_coefficient: Weight
     """Weight of the dead latents' revival; the paper's is 1/32."""

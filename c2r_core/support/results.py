@@ -17,7 +17,7 @@ import torch
 from pydantic import BaseModel
 
 from c2r_core import paths
-from c2r_core.support.cache import ARTEFACT_ROOMS, code_fingerprint
+from c2r_core.support.cache import ARTEFACT_CODE, code_fingerprint
 
 COMMITTED_PROFILES = ("full", "paper")
 
@@ -28,7 +28,7 @@ def results_dir(profile: str) -> Path:
     $C2R_RESULTS replaces both.
     """
     room = "results" if profile in COMMITTED_PROFILES else "runs"
-    return paths._directory("C2R_RESULTS", room) / profile
+    return paths.project_folder("C2R_RESULTS", room) / profile
 
 
 def plain(value: Any) -> Any:
@@ -94,7 +94,7 @@ def provenance(*, profile: str, seed: int, device: str, seconds: float) -> dict[
         package = "not installed"
     return {
         "package_version": package,
-        "code": code_fingerprint((*ARTEFACT_ROOMS, "metrics")),
+        "code": code_fingerprint((*ARTEFACT_CODE, "metrics/*.py")),
         "profile": profile,
         "seed": seed,
         "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,

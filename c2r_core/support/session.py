@@ -25,6 +25,7 @@ from c2r_core.support.results import (
 )
 
 RESULTS_SCHEMA = 1
+FIRST_SEED = 10
 
 
 class Session:
@@ -38,6 +39,13 @@ class Session:
         self._started = time.monotonic()
         self._claims: list[Claim] = []
         self._records: dict[str, Any] = {}
+
+    def seeds(self, n: int) -> list[int]:
+        """n seeds for training runs that a claim rests on.
+
+        They begin at FIRST_SEED: weights are chosen on smaller ones, effects confirmed on these.
+        """
+        return [FIRST_SEED + self.seed + i for i in range(n)]
 
     def record(self, **values: Any) -> None:
         """Keep measured values for the results file: numbers, arrays, dataclasses, nested or not.
@@ -93,6 +101,8 @@ class Session:
         ----------
         name : str
             Names the file; it must say everything that differs between cells, the seed included.
+            What code computed a kept cell is in its provenance; delete cells that new code would
+            compute differently.
         compute : callable
             Returns the cell's values: numbers, lists, mappings or dataclasses.
         settings : mapping or profile section, optional
@@ -103,7 +113,7 @@ class Session:
         The values as read from JSON, the same whether computed or kept.
         """
         path = results_dir(self.profile.name) / self.notebook / f"{name}.json"
-        key = plain({"seed": self.seed, "settings": settings or self.profile})
+        key = plain(settings or self.profile)
         if self.profile.name in COMMITTED_PROFILES and path.is_file():
             kept = read_json(path)
             if kept["key"] == key:

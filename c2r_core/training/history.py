@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -21,15 +19,6 @@ class History:
     """
 
     records: list[dict[str, Any]] = field(default_factory=list)
-
-    def save(self, path: Path) -> None:
-        """Write the records as JSON; `History.load` reads them."""
-        path.write_text(json.dumps(self.records), encoding="utf-8")
-
-    @classmethod
-    def load(cls, path: Path) -> History:
-        """Read what `save` wrote."""
-        return cls(json.loads(path.read_text(encoding="utf-8")))
 
     def frame(self) -> pd.DataFrame:
         """Long table with the columns step, copy, term, value; copy is 0 outside a stack."""

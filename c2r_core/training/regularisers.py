@@ -16,8 +16,9 @@ from c2r_core.saes.sparse import FeatureActs, latent_norms
 class Regulariser(Protocol):
     """The one seam through which a penalty enters the training.
 
-    The trainer adds weight · every · value on every `every`-th step from `start` on, the weight rising
-    linearly over the first `warmup` steps of these.
+    Implementations are frozen dataclasses: a checkpoint records their fields. The trainer adds
+    weight · every · value on every `every`-th step from `start` on, the weight rising linearly over
+    the first `warmup` steps of these.
     """
 
     name: ClassVar[str]

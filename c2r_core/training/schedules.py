@@ -59,6 +59,10 @@ class TrainConfig:
         for name in ("lr", "clip_norm", "dead_after", "ema_share"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} is {getattr(self, name)}; expected a positive number.")
+        if not 0 <= self.aux_k_coefficient < float("inf"):
+            raise ValueError(
+                f"aux_k_coefficient is {self.aux_k_coefficient}; expected a number >= 0."
+            )
         for name in ("warmup_share", "decay_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected a share from 0 to 1.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -55,7 +56,8 @@ def train(
         Penalties to add, such as C2R(weight=...).
     checkpoint : path, optional
         File to write the state to every config.checkpoint_every steps. If it exists, training goes
-        on from it, and ends with the same SAE as if it had never stopped.
+        on from it, and ends with the same SAE as if it had never stopped (to the bit on a CPU; a GPU adds in
+        changing order).
     progress : bool
         Show a progress bar.
 
@@ -73,11 +75,12 @@ def train(
     OSError
         If a checkpoint cannot be written; the one before it is left unharmed.
     """
-    run = _Run(sae, config, regularisers, Path(checkpoint) if checkpoint else None)
+    first_batch = _checked(batches(0), sae, 0)
+    run = _Run(sae, config, regularisers, Path(checkpoint) if checkpoint else None, first_batch)
     if run.checkpoint is not None and run.checkpoint.exists():
         run.resume()
     else:
-        run.begin(_checked(batches(0), sae, 0))
+        run.begin(first_batch)
     for step in tqdm(
         range(run.step, config.steps), initial=run.step, total=config.steps, disable=not progress
     ):
@@ -90,11 +93,24 @@ def train(
 class _Run:
     """State of one training. The order of things in `take_step` is the recipe."""
 
-    def __init__(self, sae, config, regularisers, checkpoint):
-        self.sae: SAE = sae
-        self.config: TrainConfig = config
-        self.regularisers: Sequence[Regulariser] = tuple(regularisers)
-        self.checkpoint: Path | None = checkpoint
+    def __init__(
+        self,
+        sae: SAE,
+        config: TrainConfig,
+        regularisers: Sequence[Regulariser],
+        checkpoint: Path | None,
+        first_batch: Tensor,
+    ) -> None:
+        names = [regulariser.name for regulariser in regularisers]
+        if len(set(names)) < len(names):
+            raise ValueError(
+                f"Regularisers are {names}; give each kind once, with its whole weight."
+            )
+        self.sae = sae
+        self.config = config
+        self.regularisers = tuple(regularisers)
+        self.checkpoint = checkpoint
+        self.identity = self._identity(first_batch)
         self.step = 0
         self.history = History()
         self.names = [name for name, _ in sae.named_parameters()]
@@ -132,7 +148,7 @@ class _Run:
         )
         total = losses.total(config.aux_k_coefficient)
         if not torch.isfinite(total).all():
-            raise DivergedError(self._divergence(losses))
+            raise DivergedError(self._divergence(_terms(losses)))
         penalties = {}
         for regulariser, weight in zip(self.regularisers, self.weights, strict=True):
             strength = strength_at(regulariser, self.step)
@@ -140,6 +156,8 @@ class _Run:
                 value = regulariser(losses.feature_acts, sae.W_dec, self._generator())
                 penalties[regulariser.name] = value.detach()
                 total = total + weight * strength * value
+        if not torch.isfinite(total).all():
+            raise DivergedError(self._divergence(_terms(losses) | penalties))
         for group in self.optimiser.param_groups:
             group["lr"] = config.lr_at(self.step)
         self.optimiser.zero_grad()
@@ -177,8 +195,8 @@ class _Run:
         record = {"step": self.step, "lr": self.config.lr_at(self.step)}
         self.history.records.append(record | {name: v.tolist() for name, v in terms.items()})
 
-    def _divergence(self, losses: TrainingLosses) -> str:
-        terms = ", ".join(f"{name} {value.tolist()}" for name, value in _terms(losses).items())
+    def _divergence(self, terms: dict[str, Tensor]) -> str:
+        listed = ", ".join(f"{name} {value.tolist()}" for name, value in terms.items())
         saved = self.checkpoint is not None and self.checkpoint.exists()
         last = (
             f"The last good checkpoint is {self.checkpoint}."
@@ -186,39 +204,45 @@ class _Run:
             else "There is no checkpoint."
         )
         return (
-            f"Training diverged at step {self.step}: {terms}. {last} "
+            f"Training diverged at step {self.step}: {listed}. {last} "
             "Try a smaller lr or a smaller regulariser weight."
         )
 
     # -- checkpoints ------------------------------------------------------------------------
 
-    def _identity(self) -> dict:
+    def _identity(self, first_batch: Tensor) -> dict:
         """What must be the same for a checkpoint to be continued."""
+        start = hashlib.sha256()
+        for tensor in (first_batch, *self.sae.state_dict().values()):
+            start.update(tensor.detach().cpu().contiguous().numpy().tobytes())
         described = {
             "sae": self.sae.config
             | {"n_stacked": self.sae.n_stacked, "norm_factor": self.sae.norm_factor},
             "config": dataclasses.asdict(self.config),
             "regularisers": [{"name": r.name} | dataclasses.asdict(r) for r in self.regularisers],
+            "start (hash of the new SAE and the first batch)": start.hexdigest()[:16],
         }
         return json.loads(json.dumps(described))
 
     def save(self) -> None:
         if self.checkpoint is None:
             return
+        if not all(torch.isfinite(p).all() for p in self.sae.parameters()):
+            raise DivergedError(self._divergence({}))
         tensors = {f"sae.{name}": tensor for name, tensor in self.sae.state_dict().items()}
         tensors |= optimiser_tensors(self.optimiser, self.names)
         tensors["silent_samples"] = self.silent_samples
-        state = {"step": self.step, "history": self.history.records, "run": self._identity()}
+        state = {"step": self.step, "history": self.history.records, "run": self.identity}
         write_checkpoint(self.checkpoint, tensors, state)
 
     def resume(self) -> None:
         tensors, state = read_checkpoint(self.checkpoint)
-        ours = self._identity()
-        for part, value in state["run"].items():
-            if value != ours[part]:
+        for part, ours in self.identity.items():
+            theirs = state["run"].get(part)
+            if theirs != ours:
                 raise ValueError(
-                    f"{self.checkpoint} belongs to another training: its {part} is {value}, but now "
-                    f"it is {ours[part]}. Name another file, or delete this one to start anew."
+                    f"{self.checkpoint} belongs to another training: its {part} is {theirs}, but "
+                    f"now it is {ours}. Name another file, or delete this one to start anew."
                 )
         prefix = "sae."
         self.sae.load_state_dict(
@@ -278,13 +302,16 @@ def normalise_rows(W_dec: Tensor) -> None:
 
 def _checked(x: Tensor, sae: SAE, step: int) -> Tensor:
     sae.check_input(x)
-    if x.shape[-2] < 2:
+    if x.shape[-2] < 2 or x.ndim != sae.W_dec.ndim:
         raise ValueError(
-            f"The batch of step {step} has {x.shape[-2]} sample; expected at least 2, since "
-            "BatchTopK and C²R act across samples."
+            f"The batch of step {step} has shape {tuple(x.shape)}; expected (batch, d_in), or "
+            "(n_stacked, batch, d_in) for a stack, with at least 2 samples: BatchTopK and C²R act "
+            "across samples."
         )
+    x = x.to(sae.W_dec.device, sae.W_dec.dtype)
     if not torch.isfinite(x.sum()):  # one pass; a NaN or an infinity never leaves a sum
         raise ValueError(
-            f"The batch of step {step} holds a NaN or an infinity; check the activations it is made of."
+            f"The batch of step {step} holds a NaN or an infinity; check the activations it is "
+            "made of."
         )
-    return x.to(sae.W_dec.device)
+    return x

@@ -1,0 +1,75 @@
+"""What the toy runs are worth: tables, paired differences, and a look into a dictionary."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from c2r_core.data.toy import FeatureTree, ToySample
+from c2r_core.metrics.intervals import Interval, paired_interval
+from c2r_core.metrics.toy import evaluate_toy
+from c2r_core.saes import SAE
+from c2r_core.support.profiles import ToyProfile
+from c2r_core.support.toy_runs import ToyRuns, feature_tree
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+EVALUATION_SEED = 10**6  # no training seed comes near, so evaluation samples are new
+
+
+def evaluation_sample(toy: ToyProfile) -> ToySample:
+    """The samples on which all toy SAEs are measured; no run has seen them."""
+    generator = torch.Generator().manual_seed(EVALUATION_SEED)
+    return feature_tree(toy).sample(toy.evaluation_samples, generator)
+
+
+def toy_table(toy: ToyProfile, runs: ToyRuns) -> pd.DataFrame:
+    """One row per run: arm, seed and the fields of `ToyReport`, on samples no run has seen."""
+    import pandas as pd
+
+    tree, sample = feature_tree(toy), evaluation_sample(toy)
+    return pd.DataFrame(
+        [
+            {"arm": arm, "seed": seed} | asdict(evaluate_toy(sae, tree, sample))
+            for (arm, seed), sae in runs.items()
+        ]
+    )
+
+
+def values_by_seed(table: pd.DataFrame, arm: str, metric: str) -> list[float]:
+    """One arm's values of a metric, ordered by seed."""
+    return table[table["arm"] == arm].sort_values("seed")[metric].tolist()
+
+
+def paired_difference(
+    table: pd.DataFrame,
+    metric: str,
+    *,
+    arm: str = "C²R",
+    baseline: str = "baseline",
+    scale: float = 1.0,
+) -> Interval:
+    """95 % interval of arm − scale · baseline in one metric of a `toy_table`, paired by seed."""
+    values = (values_by_seed(table, name, metric) for name in (arm, baseline))
+    return paired_interval(*values, scale=scale)
+
+
+@torch.no_grad()
+def family_cosines(
+    sae: SAE, tree: FeatureTree, parent: int = 0, n: int = 8
+) -> tuple[list[str], Tensor]:
+    """The n latents nearest to a parent or one of its children, as names and a matrix.
+
+    The matrix (n, 1 + children) holds their cosines with the true directions, parent first; rows
+    are ordered by the direction they are nearest to.
+    """
+    family = tree.directions[[parent, *tree.children[parent].tolist()]]
+    cosines = torch.nn.functional.normalize(sae.W_dec.cpu(), dim=-1) @ family.T
+    nearest = cosines.max(1)
+    chosen = nearest.values.topk(n).indices
+    chosen = chosen[torch.argsort(nearest.indices[chosen] * 10 - nearest.values[chosen])]
+    return [f"latent {i}" for i in chosen.tolist()], cosines[chosen]
