@@ -31,6 +31,14 @@ def test_plot_arms_marks_every_seed_and_the_mean():
     assert shapes[0] != shapes[1], "arms must differ in grey too"
 
 
+def test_plot_trade_shows_runs_and_lines_from_the_baseline():
+    table = pd.DataFrame({"arm": ["a", "b", "b"], "u": [0.1, 0.2, 0.4], "v": [1.0, 0.5, 0.7]})
+    ax = figures.plot_trade(table, "u", "v", labels=("U (share)", "V (share)"))
+    assert ax.collections[1].get_offsets().tolist() == [[0.2, 0.5], [0.4, 0.7]]
+    np.testing.assert_allclose(ax.lines[1].get_xydata(), [[0.1, 1.0], [0.3, 0.6]])
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("U (share)", "V (share)")
+
+
 def test_plot_matrix_writes_the_numbers():
     ax = figures.plot_matrix(
         torch.tensor([[0.25, 1.0]]), rows=["r"], columns=["c", "d"], label="cosine"

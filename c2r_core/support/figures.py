@@ -68,6 +68,31 @@ def plot_arms(table: pd.DataFrame, metric: str, *, label: str, ax: Axes | None =
     return ax
 
 
+def plot_trade(
+    table: pd.DataFrame, x: str, y: str, *, labels: tuple[str, str], ax: Axes | None = None
+) -> Axes:
+    """One metric against another, a mark for every run, with a line from the first arm's mean.
+
+    Parameters
+    ----------
+    table : DataFrame with the columns `arm`, `x` and `y`, one row per run; the first arm is the
+        baseline
+    labels : what the two axes say, units included
+    """
+    ax = ax or panels(1)[0]
+    means = table.groupby("arm", sort=False)[[x, y]].mean()
+    origin = means.iloc[0]
+    for position, (arm, rows) in enumerate(table.groupby("arm", sort=False)):
+        style = {"color": COLOURS[position % 6], "marker": MARKERS[position % 6]}
+        ax.scatter(rows[x], rows[y], s=60, label=arm, zorder=3, **style)
+        ends = [(origin[axis], means.loc[arm, axis]) for axis in (x, y)]
+        ax.plot(*ends, color=style["color"], linewidth=1, linestyle=":")
+    ax.margins(0.15)
+    ax.set(xlabel=labels[0], ylabel=labels[1])
+    ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return ax
+
+
 def plot_matrix(
     values: Tensor | np.ndarray,
     *,
