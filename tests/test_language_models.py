@@ -59,12 +59,12 @@ def test_embedded_models_load_in_silence_without_network(name, no_network, capfd
 def test_loading_leaves_the_verbosity_of_transformers_alone() -> None:
     from transformers.utils import logging
 
-    before = logging.get_verbosity()
+    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_info()
     try:
         load_language_model(RANDOM)
         assert logging.get_verbosity() == logging.INFO
-        assert logging.is_progress_bar_enabled()
+        assert logging.is_progress_bar_enabled() == bars
     finally:
         logging.set_verbosity(before)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 from dataclasses import dataclass
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -321,6 +322,7 @@ def test_clipping_bounds_each_sae_of_a_stack():
 
 def test_history_plots_what_it_recorded():
     _, history = run()
+    plt.plot([0, 1], [2, 3])  # another figure that is still open must stay as it is
     ax = history.plot("reconstruction")
     drawn = ax.lines[0].get_xydata()
     recorded = [[r["step"], r["reconstruction"]] for r in history.records]

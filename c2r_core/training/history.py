@@ -40,14 +40,15 @@ class History:
         ValueError
             If the term was not recorded; the message lists those that were.
         """
+        import matplotlib.pyplot as plt
         import seaborn as sns
 
         table = self.frame()
         known = list(dict.fromkeys(table["term"]))
         if term not in known:
             raise ValueError(f"No term {term!r} was recorded; there are: {', '.join(known)}.")
-        ax = sns.lineplot(
-            table[table["term"] == term], x="step", y="value", errorbar=("pi", 100), ax=ax
-        )
+        if ax is None:
+            _, ax = plt.subplots()
+        sns.lineplot(table[table["term"] == term], x="step", y="value", errorbar=("pi", 100), ax=ax)
         ax.set(xlabel="optimiser step", ylabel=term.replace("_", " "))
         return ax
