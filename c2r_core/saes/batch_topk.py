@@ -60,7 +60,7 @@ def largest_entries(values: Tensor, n: int, group: int = 16) -> Tensor:
     """Indices of the n largest entries along the last dimension, in any order; exact.
 
     A top-n entry lies in one of the n groups with the largest maxima: for each better group there
-    is a better entry. So only those groups are searched, six times as fast on a CPU when n is a
+    is a better entry. So only those groups are searched, several times as fast on a CPU when n is a
     small part of the entries.
     """
     length = values.shape[-1]
