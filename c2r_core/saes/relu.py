@@ -51,7 +51,11 @@ class ReLUSAE(SAE):
         reconstruction = reconstruction_loss(x, self.decode(feature_acts))
         return TrainingLosses(
             reconstruction=reconstruction,
-            sparsity=self.l1_weight * feature_acts.sum(-1).mean(-1),
+            sparsity=self.l1_weight * self.charged(feature_acts).mean(-1),
             aux_k=torch.zeros_like(reconstruction),
             feature_acts=feature_acts,
         )
+
+    def charged(self, feature_acts: Tensor) -> Tensor:
+        """What the penalty charges each sample for: (..., batch, d_sae) -> (..., batch)."""
+        return feature_acts.sum(-1)
