@@ -21,7 +21,16 @@ from c2r_core.saes import (
     load_sae,
     save_sae,
 )
-from c2r_core.training import C2R, History, Orthogonality, TrainConfig, create_regulariser, train
+from c2r_core.training import (
+    C2R,
+    History,
+    Orthogonality,
+    TrainConfig,
+    create_regulariser,
+    strength_from_weight,
+    train,
+    weight_from_strength,
+)
 
 __version__ = "0.1.0"
 
@@ -47,5 +56,7 @@ __all__ = [
     "nearest_neighbours",
     "orthogonality_loss",
     "save_sae",
+    "strength_from_weight",
     "train",
+    "weight_from_strength",
 ]

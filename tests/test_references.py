@@ -214,3 +214,13 @@ def test_p_anneal_starts_as_plain_l1():
         losses = sae.training_losses(x, progress=progress)
         torch.testing.assert_close(losses.sparsity, 0.01 * losses.feature_acts.sum(-1).mean())
     assert sae.p_at(0.55) == pytest.approx(0.6) and math.isclose(sae.p_at(1.0), 0.2)
+
+
+def test_the_april_updates_weight_rises():
+    sae = make("relu_april").double()
+    x = batch(dtype=torch.float64)
+    whole = sae.training_losses(x).sparsity
+    for progress, share in ((0.0, 0.0), (0.02, 0.4), (0.05, 1.0), (0.5, 1.0)):
+        torch.testing.assert_close(
+            sae.training_losses(x, progress=progress).sparsity, share * whole
+        )

@@ -6,12 +6,22 @@ import dataclasses
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Generator
 
 from architectures import batch, make
 from c2r_core import c2r_loss, create_regulariser
 from c2r_core.losses import nearest_neighbours
 from c2r_core.saes.sparse import SparseActs
-from c2r_core.training import C2R, REGULARISERS, Orthogonality
+from c2r_core.training import (
+    C2R,
+    PAPER_STRENGTH,
+    REGULARISERS,
+    Orthogonality,
+    strength_from_weight,
+    weight_from_strength,
+)
 from c2r_core.training.regularisers import strength_at
 
 every_regulariser = pytest.mark.parametrize("name", sorted(REGULARISERS))
@@ -138,3 +148,61 @@ def test_unknown_regularisers_list_the_known_ones():
     with pytest.raises(ValueError, match="'l1'; known are: c2r, co_activation, group_lasso"):
         create_regulariser("l1", weight=0.1)
     assert dataclasses.asdict(create_regulariser("c2r", weight=0.1)) == dataclasses.asdict(C2R(0.1))
+
+
+# -- strength ---------------------------------------------------------------------------------
+
+
+def test_the_papers_weight_is_the_papers_strength():
+    paper = {"batch_size": 2048, "d_sae": 65536}
+    assert weight_from_strength(PAPER_STRENGTH, **paper) == 5.0
+    assert strength_from_weight(5.0, **paper) == PAPER_STRENGTH == pytest.approx(0.884, abs=5e-4)
+
+
+@given(
+    strength=st.floats(0, 1e3),
+    batch_size=st.integers(1, 10**6),
+    d_sae=st.integers(1, 10**6),
+    alpha=st.floats(0.1, 3),
+    mean_square_norm=st.floats(1e-3, 1e3),
+)
+def test_weight_and_strength_are_inverse(strength, **setting):
+    weight = weight_from_strength(strength, **setting)
+    assert strength_from_weight(weight, **setting) == pytest.approx(strength, rel=1e-12)
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.0, 2.0])
+def test_equal_strength_is_an_equal_share_of_the_loss(alpha):
+    """Batch repeated, activations scaled, dictionary doubled: the penalty keeps its share."""
+    generator = Generator().manual_seed(0)
+    acts, rows = torch.rand(8, 6, generator=generator), torch.randn(6, 5, generator=generator)
+
+    def share(acts, W_dec, scale):
+        setting = {"batch_size": len(acts), "d_sae": len(W_dec), "alpha": alpha}
+        weight = weight_from_strength(0.7, **setting, mean_square_norm=scale**2)
+        penalty = C2R(weight, alpha=alpha, decoder_norm=False)(acts * scale, W_dec, generator)
+        return weight * penalty / scale**2
+
+    one = share(acts, rows, 1.0)
+    torch.testing.assert_close(share(acts.repeat(4, 1), rows, 1.0), one)
+    torch.testing.assert_close(share(acts, rows, 3.0), one)
+    # Twice the latents, each firing for half of the samples, in subspaces of their own.
+    torch.testing.assert_close(
+        share(torch.block_diag(acts, acts), torch.block_diag(rows, rows), 1.0), one
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("strength", -1),
+        ("batch_size", 0),
+        ("d_sae", 0),
+        ("alpha", 0),
+        ("mean_square_norm", float("nan")),
+    ],
+)
+def test_a_strength_out_of_range_is_an_error(name, value):
+    setting = {"strength": 1.0, "batch_size": 8, "d_sae": 4} | {name: value}
+    with pytest.raises(ValueError, match=f"{name} is {value}; expected"):
+        weight_from_strength(**setting)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from c2r_core.data.language_models import load_language_model
-from c2r_core.saes import ReLUSAE, fold_norm_factor
+from c2r_core.saes import ARCHITECTURES, ReLUSAE, fold_norm_factor
 from c2r_core.support import language_model_runs as lm_runs
 from c2r_core.support import language_model_tables as lm_tables
 from c2r_core.support import load_profile, session, toy_runs, toy_tables, tune_toys
@@ -49,7 +49,7 @@ def test_toy_arms_are_trained_once(toy, runs, monkeypatch):
 
 def test_toy_arms_differ_only_by_their_penalty(toy, runs):
     assert not torch.equal(runs["baseline", 0].W_dec, runs["C²R", 0].W_dec)
-    none = {"one": toy_runs.ToyArm(), "other": toy_runs.ToyArm()}
+    none = {"one": None, "other": None}
     same = toy_runs.train_toy_arms(toy, "relu", none, [0])
     torch.testing.assert_close(same["one", 0].W_dec, same["other", 0].W_dec)
     torch.testing.assert_close(same["one", 0].W_dec, runs["baseline", 0].W_dec)
@@ -143,15 +143,33 @@ def test_precision_auto_is_resolved():
     assert lm_runs.resolve_precision("auto", "cpu") in ("float32", "bfloat16")
 
 
-def test_weights_of_the_profile_are_the_ones_that_were_chosen():
+def test_settings_of_the_profile_are_the_ones_that_were_chosen():
     outcome = json.loads((PROJECT / "results" / "tuning" / "toy.json").read_text())
-    default = load_profile("default").toy
-    assert outcome["chosen"] == {name: getattr(default, name) for name in outcome["chosen"]}
-    assert outcome["weights"] == tune_toys.WEIGHTS
     assert max(outcome["seeds"]) < session.FIRST_SEED, "tuned and confirmed on the same seeds"
+    default = load_profile("default").toy
+    assert sorted(outcome["outcome"]) == sorted(ARCHITECTURES)
+    for architecture, chosen in outcome["outcome"].items():
+        assert chosen["architectures"] == default.architectures[architecture]
+        assert chosen["c2r_strength"] == default.c2r_strength[architecture]
+        assert chosen["orthogonality_weight"] == default.orthogonality_weight[architecture]
+        tried = [row["weight"] for row in chosen["tried"]["c2r"]]
+        assert tried == list(tune_toys.C2R_STRENGTHS)
 
 
 def test_a_corpus_with_too_few_tokens_is_an_error(lm, model):
     greedy = lm.model_copy(update={"train_tokens": 10**9, "held_out_share": 0.99})
     with pytest.raises(ValueError, match="the profile asks for 1,000,000,000"):
         lm_runs.harvest_activations(greedy, model)
+
+
+def test_every_architecture_has_toy_settings(toy):
+    for settings in (toy.architectures, toy.c2r_strength, toy.orthogonality_weight):
+        assert sorted(settings) == sorted(ARCHITECTURES)
+
+
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+def test_every_architecture_trains_on_the_toy(toy, architecture):
+    arms = toy_runs.standard_arms(toy, architecture)
+    trained = toy_runs.train_toy_arms(toy, architecture, arms, [0, 1])
+    table = toy_tables.toy_table(toy, trained)
+    assert len(table) == 6 and table["fvu"].notna().all()

@@ -51,10 +51,14 @@ class ReLUSAE(SAE):
         reconstruction = reconstruction_loss(x, self.decode(feature_acts))
         return TrainingLosses(
             reconstruction=reconstruction,
-            sparsity=self.l1_weight * self.charged(feature_acts).mean(-1),
+            sparsity=self.l1_weight_at(progress) * self.charged(feature_acts).mean(-1),
             aux_k=torch.zeros_like(reconstruction),
             feature_acts=feature_acts,
         )
+
+    def l1_weight_at(self, progress: float) -> float:
+        """Weight of the penalty after this share of the training."""
+        return self.l1_weight
 
     def charged(self, feature_acts: Tensor) -> Tensor:
         """What the penalty charges each sample for: (..., batch, d_sae) -> (..., batch)."""

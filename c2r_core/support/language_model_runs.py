@@ -18,7 +18,7 @@ from c2r_core.metrics.first_letter_words import FirstLetterTask, harvest_words, 
 from c2r_core.saes import SAE, BatchTopKSAE, load_sae, save_sae
 from c2r_core.support.cache import cached
 from c2r_core.support.profiles import LanguageModelProfile
-from c2r_core.training import C2R, Orthogonality, TrainConfig, train
+from c2r_core.training import C2R, Orthogonality, TrainConfig, train, weight_from_strength
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -39,7 +39,7 @@ class LanguageModelArm:
     """One way to train an SAE on the language model."""
 
     d_sae: int
-    c2r_weight: float = 0.0
+    c2r_strength: float = 0.0
     orthogonality_weight: float = 0.0
 
 
@@ -47,7 +47,7 @@ def standard_arms(lm: LanguageModelProfile) -> dict[str, LanguageModelArm]:
     """Baseline, C²R, OrtSAE, and a smaller baseline: what size alone would buy."""
     return {
         "baseline": LanguageModelArm(lm.d_sae),
-        "C²R": LanguageModelArm(lm.d_sae, c2r_weight=lm.c2r_weight),
+        "C²R": LanguageModelArm(lm.d_sae, c2r_strength=lm.c2r_strength),
         "OrtSAE": LanguageModelArm(lm.d_sae, orthogonality_weight=lm.orthogonality_weight),
         "small baseline": LanguageModelArm(lm.small_d_sae),
     }
@@ -112,8 +112,9 @@ def train_arm(
         seed=seed,
     )
     regularisers = []
-    if arm.c2r_weight > 0:
-        regularisers.append(C2R(arm.c2r_weight, every=lm.penalty_every, chunk_size=lm.chunk_size))
+    if arm.c2r_strength > 0:
+        weight = weight_from_strength(arm.c2r_strength, batch_size=lm.batch_size, d_sae=arm.d_sae)
+        regularisers.append(C2R(weight, every=lm.penalty_every, chunk_size=lm.chunk_size))
     if arm.orthogonality_weight > 0:
         regularisers.append(
             Orthogonality(

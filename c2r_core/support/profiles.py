@@ -43,16 +43,13 @@ class ToyProfile(_Section):
     magnitude_sd: Weight
     """Standard deviation of a feature's magnitude; its mean is 1."""
     d_sae: Count
-    k: Count
-    """Active latents per sample, on average (BatchTopK)."""
-    l1_weight: Weight
-    """Sparsity penalty of the ReLU arm."""
+    architectures: dict[str, dict[str, int | float]]
+    """Sparsity of each: constructor arguments beside d_in, d_sae and seed. Chosen by tune_toys.py."""
     batch_size: Count
     steps: Count
     lr: Positive
-    c2r_weight: dict[str, Weight]
-    """λ by architecture, for E‖x‖² = 1 and the batch size above; it does not transfer to another
-    one. Chosen by tune_toys.py, as is the next."""
+    c2r_strength: dict[str, Weight]
+    """By architecture, as `weight_from_strength` defines it. Chosen by tune_toys.py, as is the next."""
     orthogonality_weight: dict[str, Weight]
     evaluation_samples: Count
     """Fresh samples on which metrics are measured."""
@@ -86,8 +83,8 @@ class LanguageModelProfile(_Section):
     batch_size: Count
     steps: Count
     lr: Positive
-    c2r_weight: Weight
-    """λ, for E‖x‖² = 1 and the batch size above; it does not transfer to another one."""
+    c2r_strength: Weight
+    """As `weight_from_strength` defines it; 0.8839 in the paper."""
     penalty_every: Count
     """T: C²R and OrtSAE act on every T-th step, times T."""
     chunk_size: Count | None

@@ -17,10 +17,16 @@ from c2r_core.training.regularisers import (
     register_regulariser,
 )
 from c2r_core.training.schedules import TrainConfig
+from c2r_core.training.strength import (
+    PAPER_STRENGTH,
+    strength_from_weight,
+    weight_from_strength,
+)
 from c2r_core.training.trainer import DivergedError, train
 
 __all__ = [
     "C2R",
+    "PAPER_STRENGTH",
     "REGULARISERS",
     "CoActivation",
     "DivergedError",
@@ -34,5 +40,7 @@ __all__ = [
     "UnweightedSum",
     "create_regulariser",
     "register_regulariser",
+    "strength_from_weight",
     "train",
+    "weight_from_strength",
 ]
