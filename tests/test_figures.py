@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from matplotlib.collections import LineCollection
 
 from c2r_core.support import figures
 
@@ -29,6 +30,30 @@ def test_plot_arms_marks_every_seed_and_the_mean():
     assert ax.get_ylabel() == "FVU (share of variance)"
     shapes = [points.get_paths()[0].vertices.shape for points in ax.collections[::2]]
     assert shapes[0] != shapes[1], "arms must differ in grey too"
+
+
+def test_plot_grouped_marks_every_seed_beside_its_group():
+    table = pd.DataFrame(
+        {
+            "family": ["p", "p", "q", "q", "q"],
+            "arm": ["a", "b", "a", "b", "b"],
+            "fvu": [0.1, 0.2, 0.3, 0.4, 0.6],
+        }
+    )
+    ax = figures.plot_grouped(table, "family", "fvu", label="FVU (share)")
+    bars = [item for item in ax.collections if isinstance(item, LineCollection)]
+    marks = [item.get_offsets() for item in ax.collections if item not in bars]
+    np.testing.assert_allclose(marks[1], [[0.11, 0.2], [1.11, 0.4], [1.11, 0.6]])
+    heights = [bar.get_segments()[0][0][1] for bar in bars]
+    assert heights == pytest.approx([0.1, 0.3, 0.2, 0.5])
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["p", "q"]
+
+
+def test_plot_curves_joins_points_in_order():
+    table = pd.DataFrame({"arm": ["a", "a", "b"], "w": [1.0, 0.1, 1.0], "v": [5.0, 4.0, 3.0]})
+    ax = figures.plot_curves(table, "w", "v", labels=("weight", "V (share)"))
+    np.testing.assert_allclose(ax.lines[0].get_xydata(), [[0.1, 4.0], [1.0, 5.0]])
+    assert ax.get_xscale() == "log" and len(ax.lines) == 2
 
 
 def test_plot_trade_shows_runs_and_lines_from_the_baseline():

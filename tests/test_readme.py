@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 
+import pytest
 import torch
 
+import c2r_core
 from c2r_core.data.activations import harvest
 from c2r_core.data.language_models import RANDOM, load_language_model
 from c2r_core.data.text import Corpus, load_corpus
@@ -15,7 +17,7 @@ README = (PROJECT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_python_in_the_readme_runs(tmp_path, monkeypatch):
-    loss, training = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    loss, conversion, training = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     names = {
         "reconstruction": torch.tensor(1.0),
         "sparsity": torch.tensor(0.5),
@@ -24,6 +26,12 @@ def test_the_python_in_the_readme_runs(tmp_path, monkeypatch):
     }
     exec(loss, names)
     assert names["loss"] > 1.5
+    for line in conversion.splitlines():
+        if "#" in line:
+            call, said = line.split("#")
+            assert eval(call, dict(vars(c2r_core))) == pytest.approx(
+                float(said.split(":")[0]), rel=0.01
+            )
 
     monkeypatch.chdir(tmp_path)
     corpus = Corpus("few", load_corpus("sotu").documents[:8])

@@ -156,6 +156,33 @@ def test_settings_of_the_profile_are_the_ones_that_were_chosen():
         assert tried == list(tune_toys.C2R_STRENGTHS)
 
 
+def test_ablations_of_the_profile_are_the_ones_that_were_chosen():
+    outcome = json.loads((PROJECT / "results" / "tuning" / "ablations.json").read_text())
+    assert max(outcome["seeds"]) < session.FIRST_SEED
+    assert load_profile("default").toy.ablation_weight == {
+        name: {architecture: one["weight"] for architecture, one in by.items()}
+        for name, by in outcome["outcome"].items()
+    }
+
+
+def test_tuning_table_marks_what_was_chosen():
+    default = load_profile("default").toy
+    c2r = toy_tables.tuning_table("toy", "c2r")
+    chosen = c2r[c2r["chosen"]].set_index("architecture")["weight"].to_dict()
+    assert chosen == default.c2r_strength
+    assert len(c2r) == len(ARCHITECTURES) * len(tune_toys.C2R_STRENGTHS)
+    ablations = toy_tables.tuning_table("ablations")
+    assert sorted(set(ablations["penalty"])) == sorted(tune_toys.ABLATIONS)
+    assert ablations.groupby(["penalty", "architecture"])["chosen"].sum().eq(1).all()
+
+
+def test_architecture_table_names_the_architecture(toy, runs):
+    table = toy_tables.architecture_table(toy, {"one": runs, "other": runs})
+    assert table["architecture"].tolist() == ["one"] * 6 + ["other"] * 6
+    half = table[table["architecture"] == "other"].drop(columns="architecture")
+    assert half.reset_index(drop=True).equals(toy_tables.toy_table(toy, runs))
+
+
 def test_a_corpus_with_too_few_tokens_is_an_error(lm, model):
     greedy = lm.model_copy(update={"train_tokens": 10**9, "held_out_share": 0.99})
     with pytest.raises(ValueError, match="the profile asks for 1,000,000,000"):

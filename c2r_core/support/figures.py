@@ -68,6 +68,59 @@ def plot_arms(table: pd.DataFrame, metric: str, *, label: str, ax: Axes | None =
     return ax
 
 
+def plot_grouped(
+    table: pd.DataFrame, group: str, metric: str, *, label: str, ax: Axes | None = None
+) -> Axes:
+    """One metric of every group and arm: a mark for each seed, arms side by side within a group.
+
+    Parameters
+    ----------
+    table : DataFrame with the columns `group`, `arm` and `metric`, one row per run
+    group : str
+        Column whose values become the places along the axis, in order of appearance.
+    label : str
+        What the axis says, unit included.
+    """
+    ax = ax or panels(1, width=9)[0]
+    groups, arms = list(dict.fromkeys(table[group])), list(dict.fromkeys(table["arm"]))
+    for position, arm in enumerate(arms):
+        style = {"color": COLOURS[position % 6], "marker": MARKERS[position % 6]}
+        rows = table[table["arm"] == arm]
+        places = rows[group].map(groups.index) + (position - (len(arms) - 1) / 2) * 0.22
+        ax.scatter(places, rows[metric], s=30, label=arm, zorder=3, **style)
+        means = rows.groupby(group, sort=False)[metric].mean()
+        for name, mean in means.items():
+            place = groups.index(name) + (position - (len(arms) - 1) / 2) * 0.22
+            ax.hlines(mean, place - 0.09, place + 0.09, color=style["color"], linewidth=2)
+    for edge in range(1, len(groups)):
+        ax.axvline(edge - 0.5, color="0.9", linewidth=1)
+    ax.set_xticks(range(len(groups)), groups)
+    ax.set(ylabel=label, xlim=(-0.5, len(groups) - 0.5))
+    ax.grid(axis="x", visible=False)
+    ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return ax
+
+
+def plot_curves(
+    table: pd.DataFrame, x: str, y: str, *, labels: tuple[str, str], ax: Axes | None = None
+) -> Axes:
+    """One curve an arm of y against x, x on a logarithmic scale.
+
+    Parameters
+    ----------
+    table : DataFrame with the columns `arm`, `x` and `y`, one row per point
+    labels : what the two axes say, units included
+    """
+    ax = ax or panels(1, width=5)[0]
+    for position, (arm, rows) in enumerate(table.groupby("arm", sort=False)):
+        style = {"color": COLOURS[position % 6], "marker": MARKERS[position % 6]}
+        ordered = rows.sort_values(x)
+        ax.plot(ordered[x], ordered[y], label=arm, markersize=6, **style)
+    ax.set(xscale="log", xlabel=labels[0], ylabel=labels[1])
+    ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return ax
+
+
 def plot_trade(
     table: pd.DataFrame, x: str, y: str, *, labels: tuple[str, str], ax: Axes | None = None
 ) -> Axes:

@@ -51,10 +51,14 @@ class ToyProfile(_Section):
     c2r_strength: dict[str, Weight]
     """By architecture, as `weight_from_strength` defines it. Chosen by tune_toys.py, as is the next."""
     orthogonality_weight: dict[str, Weight]
+    ablation_weight: dict[str, dict[str, Weight]]
+    """By ablation, then by architecture. Chosen by tune_toys.py too."""
     evaluation_samples: Count
     """Fresh samples on which metrics are measured."""
     seeds: Count
     """How many seeds are run, the same data for every arm."""
+    comparison_seeds: Count
+    """The same, where many architectures or penalties are compared."""
 
 
 class LanguageModelProfile(_Section):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from c2r_core.metrics.intervals import Interval, paired_interval
 from c2r_core.metrics.toy import evaluate_toy
 from c2r_core.saes import SAE
 from c2r_core.support.profiles import ToyProfile
+from c2r_core.support.results import read_json, tuning_dir
 from c2r_core.support.toy_runs import ToyRuns, feature_tree
 
 if TYPE_CHECKING:
@@ -40,6 +42,53 @@ def toy_table(toy: ToyProfile, runs: ToyRuns) -> pd.DataFrame:
     )
 
 
+def architecture_table(toy: ToyProfile, runs: Mapping[str, ToyRuns]) -> pd.DataFrame:
+    """`toy_table` of several architectures, with the column `architecture` in front."""
+    import pandas as pd
+
+    tables = []
+    for architecture, of_one in runs.items():
+        table = toy_table(toy, of_one)
+        table.insert(0, "architecture", architecture)
+        tables.append(table)
+    return pd.concat(tables, ignore_index=True)
+
+
+def tuning_table(name: str, sweep: str | None = None) -> pd.DataFrame:
+    """What was tried when the toys' weights were chosen, from results/tuning (`tune_toys`).
+
+    Parameters
+    ----------
+    name : "toy" or "ablations"
+    sweep : "c2r" or "orthogonality", for "toy"
+
+    Returns
+    -------
+    DataFrame with the columns penalty, architecture, weight, chosen (bool) and the metrics that
+    were kept, means over the tuning seeds.
+    """
+    import pandas as pd
+
+    outcome = read_json(tuning_dir() / f"{name}.json")["outcome"]
+    if name == "toy":
+        chosen_by = {"c2r": "c2r_strength", "orthogonality": "orthogonality_weight"}[sweep]
+        found = {
+            (sweep, architecture): (one["tried"][sweep], one[chosen_by])
+            for architecture, one in outcome.items()
+        }
+    else:
+        found = {
+            (ablation, architecture): (one["tried"], one["weight"])
+            for ablation, by in outcome.items()
+            for architecture, one in by.items()
+        }
+    return pd.DataFrame(
+        {"penalty": penalty, "architecture": architecture, "chosen": row["weight"] == chosen} | row
+        for (penalty, architecture), (rows, chosen) in found.items()
+        for row in rows
+    )
+
+
 def values_by_seed(table: pd.DataFrame, arm: str, metric: str) -> list[float]:
     """One arm's values of a metric, ordered by seed."""
     return table[table["arm"] == arm].sort_values("seed")[metric].tolist()
@@ -52,10 +101,11 @@ def paired_difference(
     arm: str = "C²R",
     baseline: str = "baseline",
     scale: float = 1.0,
+    level: float = 0.95,
 ) -> Interval:
-    """95 % interval of arm − scale · baseline in one metric of a `toy_table`, paired by seed."""
+    """Interval of arm − scale · baseline in one metric of a `toy_table`, paired by seed."""
     values = (values_by_seed(table, name, metric) for name in (arm, baseline))
-    return paired_interval(*values, scale=scale)
+    return paired_interval(*values, scale=scale, level=level)
 
 
 @torch.no_grad()
