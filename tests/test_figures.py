@@ -120,3 +120,31 @@ def test_plot_letters_places_each_letter():
     assert [t.get_text() for t in ax.get_xticklabels()] == ["A", "C"]
     points = [points.get_offsets().tolist() for points in ax.collections]
     assert points == [[[1, 0.5], [0, 0.1]], [[1, 0.9]]]
+
+
+def test_plot_fronts_joins_means_in_order_of_the_strength():
+    table = pd.DataFrame(
+        {
+            "front": ["T = 1"] * 4 + ["T = 5"],
+            "strength": [0.3, 0.3, 0.0, 0.1, 0.0],
+            "fvu": [0.4, 0.6, 0.1, 0.2, 0.1],
+            "absorption": [0.0, 0.2, 0.5, 0.3, 0.5],
+        }
+    )
+    ax = figures.plot_fronts(table, "fvu", "absorption", labels=("FVU (share)", "absorption"))
+    np.testing.assert_allclose(ax.lines[0].get_xydata(), [[0.1, 0.5], [0.2, 0.3], [0.5, 0.1]])
+    assert [t.get_text() for t in ax.get_legend().get_texts()] == ["T = 1", "T = 5"]
+    assert len({(line.get_linestyle(), line.get_marker()) for line in ax.lines}) == 2
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("FVU (share)", "absorption")
+
+
+def test_plot_intervals_shows_means_and_ends():
+    table = pd.DataFrame(
+        {"world": ["a", "a"], "share": [0.1, 1.0], "mean": [1, 2], "low": [0, 1], "high": [3, 2.5]}
+    )
+    ax = figures.plot_intervals(table, x="share", by="world", labels=("weight", "MCC"))
+    bars = ax.containers[0]
+    np.testing.assert_allclose(bars.lines[0].get_xydata(), [[0.1, 1], [1, 2]])
+    ends = [segment[:, 1].tolist() for segment in bars.lines[2][0].get_segments()]
+    assert ends == [[0, 3], [1, 2.5]]
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["0.1", "1"]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -35,6 +38,85 @@ def test_x_is_made_of_orthonormal_directions():
     assert on[on > 0].std() == pytest.approx(TREE.magnitude_sd, abs=0.01)
 
 
+def test_random_streams_stay_what_they_were():
+    """Or every kept number on the tree would silently be about other data."""
+    features = draw(100).features
+    assert (features > 0).sum(0).tolist() == [
+        16,
+        13,
+        18,
+        1,
+        3,
+        5,
+        2,
+        2,
+        1,
+        5,
+        2,
+        1,
+        1,
+        3,
+        8,
+        5,
+        6,
+        9,
+        6,
+        4,
+    ]
+    assert float(features.double().sum()) == pytest.approx(109.315792, rel=1e-5)
+    assert TREE.directions[-1, :3].tolist() == pytest.approx(
+        [-0.042054, -0.044782, -0.298367], abs=1e-5
+    )
+    assert TREE.norm_factor == pytest.approx(0.9876573386435754, rel=1e-12)
+
+
+@pytest.mark.parametrize("cosine", [0.3, 0.6, 0.95])
+def test_groups_have_the_cosine_asked_for(cosine):
+    tree = FeatureTree(d_in=24, n_parents=2, n_singles=9, group_size=3, group_cosine=cosine)
+    group = torch.full((3, 3), cosine).fill_diagonal_(1)
+    expected = torch.block_diag(torch.eye(10), group, group, group)
+    torch.testing.assert_close(tree.directions @ tree.directions.T, expected, atol=1e-5, rtol=0)
+    plain = FeatureTree(d_in=24, n_parents=2, n_singles=9)
+    torch.testing.assert_close(tree.directions[:10], plain.directions[:10])
+    features = draw(50, tree=tree).features
+    assert torch.equal(features, draw(50, tree=plain).features), "only directions may differ"
+
+
+@pytest.mark.parametrize("correlation", [0.3, 1.0])
+def test_groups_fire_together_as_often_as_asked_for(correlation):
+    tree = FeatureTree(
+        d_in=8,
+        n_parents=0,
+        n_singles=6,
+        group_size=3,
+        single_probability=0.2,
+        group_correlation=correlation,
+    )
+    on = draw(200_000, tree=tree).features > 0
+    torch.testing.assert_close(on.float().mean(0), torch.full((6,), 0.2), atol=0.004, rtol=0)
+    group = torch.full((3, 3), correlation).fill_diagonal_(1)
+    expected = torch.block_diag(group, group)
+    torch.testing.assert_close(torch.corrcoef(on.T.float()), expected, atol=0.015, rtol=0)
+
+
+def test_groups_leave_the_other_features_alone():
+    together = replace(TREE, group_size=5, group_correlation=0.5)
+    assert torch.equal(
+        draw(500).features[:, :15] > 0, draw(500, tree=together).features[:, :15] > 0
+    )
+    torch.testing.assert_close(together.directions, TREE.directions)
+
+
+@pytest.mark.parametrize("changes", [{"group_cosine": 0.6}, {"group_correlation": 0.5}])
+def test_grouped_batches_are_normalised(changes):
+    tree = FeatureTree(
+        d_in=24, n_parents=0, n_singles=20, single_probability=0.2, group_size=5, **changes
+    )
+    tree = replace(tree, group_cosine=0.6)
+    x = ToyBatches(tree, 50_000)(0)
+    assert x.square().sum(1).mean() == pytest.approx(1, abs=0.02)
+
+
 def test_batches_are_normalised_and_depend_on_seed_and_step_alone():
     batches = ToyBatches(TREE, 20_000, seed=[3, 4, 3])
     x = batches(7)
@@ -59,6 +141,7 @@ def test_a_perfect_dictionary_is_perfect():
     report = evaluate_toy(perfect_sae(TREE.directions), TREE, draw(20_000))
     assert report.mcc == pytest.approx(1) and report.recovery == report.uniqueness == 1
     assert report.absorption == 0 and report.near_duplicates == 0 and report.split_share == 0
+    assert report.nearest_cosine == pytest.approx(0, abs=1e-5)
     assert report.latents_per_parent == report.latents_per_feature == 1
     assert report.detector_f1 == pytest.approx(1, abs=1e-3) and report.fvu < 1e-3
     assert report.detector_precision == 1 and report.split_share_at_08 == 0
@@ -87,6 +170,7 @@ def test_planted_duplicates_are_found():
     rows = torch.cat([TREE.directions, TREE.directions[:2]])
     report = evaluate_toy(perfect_sae(rows), TREE, draw(5_000))
     assert report.near_duplicates == pytest.approx(4 / 22)
+    assert report.nearest_cosine == pytest.approx(4 / 22, abs=1e-5)
     assert report.latents_per_parent == pytest.approx(5 / 3)
     assert report.split_share == report.split_share_at_08 == pytest.approx(2 / 20)
     assert report.uniqueness == pytest.approx(20 / 22)
@@ -117,7 +201,14 @@ def test_dead_latents_do_not_count():
 
 @pytest.mark.parametrize(
     "changes, message",
-    [({"d_in": 19}, "need d_in >= 20"), ({"parent_alone": 1.2}, "parent_alone is 1.2")],
+    [
+        ({"d_in": 19}, "need d_in >= 20"),
+        ({"parent_alone": 1.2}, "parent_alone is 1.2"),
+        ({"group_size": 2}, "group_size is 2; expected a divisor of the 5 singles"),
+        ({"group_size": 0}, "group_size is 0"),
+        ({"group_cosine": 1.0}, "group_cosine is 1.0; expected a cosine from 0 to below 1"),
+        ({"group_correlation": -0.1}, "group_correlation is -0.1"),
+    ],
 )
 def test_bad_trees_are_refused(changes, message):
     arguments = {"d_in": 24, "n_parents": 3, "children_per_parent": 4, "n_singles": 5}
@@ -128,3 +219,16 @@ def test_bad_trees_are_refused(changes, message):
 def test_a_parent_that_is_always_alone_has_no_children_on():
     tree = FeatureTree(d_in=24, n_parents=3, children_per_parent=4, n_singles=5, parent_alone=1.0)
     assert not (draw(1000, tree=tree).features[:, tree.children.flatten()] > 0).any()
+
+
+def test_without_parents_the_rest_is_measured():
+    tree = FeatureTree(d_in=12, n_parents=0, n_singles=10, group_size=5, group_cosine=0.6)
+    sae = ReLUSAE(12, 10, l1_weight=0.0)
+    with torch.no_grad():
+        sae.W_dec.copy_(tree.directions)
+        sae.W_enc.copy_(torch.linalg.pinv(tree.directions))
+        sae.b_enc.fill_(-1e-4)
+    report = evaluate_toy(sae, tree, draw(5_000, tree=tree))
+    assert report.mcc == pytest.approx(1) and report.recovery == 1 and report.fvu < 1e-3
+    assert report.nearest_cosine == pytest.approx(0.6) and report.near_duplicates == 0
+    assert math.isnan(report.absorption) and math.isnan(report.latents_per_parent)

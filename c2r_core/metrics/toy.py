@@ -31,6 +31,7 @@ class ToyReport:
     split_share: float
     split_share_at_08: float
     near_duplicates: float
+    nearest_cosine: float
     absorption: float
     silent_with_child: float
     silent_alone: float
@@ -52,12 +53,14 @@ def evaluate_toy(sae: AnySAE, tree: FeatureTree, sample: ToySample) -> ToyReport
     - latents_per_feature, latents_per_parent: live latents at cosine > 0.6 with the direction.
     - split_share, split_share_at_08: share of features with two or more such latents, at cosine
       0.6 and 0.8.
-    - near_duplicates: share of live latents whose nearest live neighbour is at cosine > 0.7.
+    - nearest_cosine: cosine of a live latent with its nearest live neighbour, mean over latents.
+    - near_duplicates: share of live latents for which it is > 0.7.
     - absorption and its two terms; child_latent_to_parent: cosine of a child's latent with the
       parent's direction, 0 where nothing is absorbed.
     - fvu, l0 and live_share (latents that fire at least once) on the sample.
 
-    A feature's latent is the live latent of largest cosine with its direction.
+    A feature's latent is the live latent of largest cosine with its direction. What is about parents
+    is NaN in a tree that has none.
 
     Parameters
     ----------
@@ -88,6 +91,7 @@ def evaluate_toy(sae: AnySAE, tree: FeatureTree, sample: ToySample) -> ToyReport
     latents = (cosines > 0.6).sum(0).double()
     parents = slice(0, tree.n_parents)
     silent_with_child, silent_alone = _silence(tree, on, fires)
+    nearest = (rows @ rows.T).fill_diagonal_(-1).max(1).values
     child_cosines = cosines[best[tree.children], torch.arange(tree.n_parents).unsqueeze(1)]
     error = (x - sae.decode(acts)).double().square().sum()
     spread = (x - x.mean(0)).double().square().sum()
@@ -102,7 +106,8 @@ def evaluate_toy(sae: AnySAE, tree: FeatureTree, sample: ToySample) -> ToyReport
         latents_per_parent=float(latents[parents].mean()),
         split_share=float((latents >= 2).double().mean()),
         split_share_at_08=float(((cosines > 0.8).sum(0) >= 2).double().mean()),
-        near_duplicates=_near_duplicates(rows),
+        near_duplicates=float((nearest > 0.7).double().mean()),
+        nearest_cosine=float(nearest.mean()),
         absorption=float((silent_with_child - silent_alone).nanmean()),
         silent_with_child=float(silent_with_child.nanmean()),
         silent_alone=float(silent_alone.nanmean()),
@@ -127,8 +132,3 @@ def _silence(tree: FeatureTree, on: Tensor, fires: Tensor) -> tuple[Tensor, Tens
         return (silent & condition).sum(0).double() / condition.sum(0)
 
     return share(with_child), share(alone)
-
-
-def _near_duplicates(rows: Tensor) -> float:
-    cosines = (rows @ rows.T).fill_diagonal_(-1)
-    return float((cosines.max(1).values > 0.7).double().mean())

@@ -287,3 +287,75 @@ def plot_letters(table: pd.DataFrame, *, label: str, ax: Axes | None = None) -> 
     ax.set(xlabel="first letter", ylabel=label, ylim=(-0.02, 1.02))
     ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return ax
+
+
+def plot_fronts(
+    table: pd.DataFrame,
+    x: str,
+    y: str,
+    *,
+    labels: tuple[str, str],
+    by: str = "front",
+    order: str = "strength",
+    ax: Axes | None = None,
+) -> Axes:
+    """One metric against another, a line for every front: means over seeds, joined along `order`.
+
+    Parameters
+    ----------
+    table : DataFrame with the columns `by`, `order`, `x` and `y`, one row per run
+    labels : what the two axes say, units included
+    """
+    ax = ax or panels(1)[0]
+    styles = ("-", "--", ":", "-.")
+    for position, (front, rows) in enumerate(table.groupby(by, sort=False)):
+        points = rows.groupby(order)[[x, y]].mean().sort_index()
+        ax.plot(
+            points[x],
+            points[y],
+            styles[position % 4],
+            color=COLOURS[position % 6],
+            marker=MARKERS[position % 6],
+            markersize=6,
+            linewidth=1.5,
+            label=front,
+        )
+    ax.set(xlabel=labels[0], ylabel=labels[1])
+    ax.locator_params(axis="x", nbins=4)
+    ax.legend(fontsize="small")
+    return ax
+
+
+def plot_intervals(
+    table: pd.DataFrame, *, x: str, by: str, labels: tuple[str, str], ax: Axes | None = None
+) -> Axes:
+    """Means with 95 % intervals against a weight on a logarithmic axis, a line for every group.
+
+    Parameters
+    ----------
+    table : DataFrame with the columns `by`, `x`, `mean`, `low` and `high`
+    labels : what the two axes say, units included
+    """
+    ax = ax or panels(1)[0]
+    styles = ("-", "--", ":", "-.")
+    groups = list(table.groupby(by, sort=False))
+    for position, (group, rows) in enumerate(groups):
+        aside = 1.06 ** (position - (len(groups) - 1) / 2)  # or bars would hide each other
+        ax.errorbar(
+            rows[x] * aside,
+            rows["mean"],
+            yerr=[rows["mean"] - rows["low"], rows["high"] - rows["mean"]],
+            linestyle=styles[position % 4],
+            color=COLOURS[position % 6],
+            marker=MARKERS[position % 6],
+            capsize=2,
+            linewidth=1.5,
+            label=group,
+        )
+    ax.axhline(0, color="0.4", linewidth=1, zorder=1)
+    ax.set(xlabel=labels[0], ylabel=labels[1], xscale="log")
+    values = sorted(table[x].unique())
+    ax.set_xticks(values, [f"{value:g}" for value in values])
+    ax.minorticks_off()
+    ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return ax

@@ -14,6 +14,7 @@ from c2r_core.support.names import unknown_name
 PROFILES_FILE = Path(__file__).with_name("profiles.yml")
 
 Count = Annotated[int, Field(ge=1)]
+CountOrZero = Annotated[int, Field(ge=0)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Weight = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
@@ -32,10 +33,14 @@ class ToyProfile(_Section):
 
     d_in: Count
     """Width of a sample."""
-    n_parents: Count
+    n_parents: CountOrZero
     children_per_parent: Count
-    n_singles: Count
+    n_singles: CountOrZero
     """Features that belong to no tree."""
+    group_size: Count = 1
+    """Singles in a group; this and the next two are as in `FeatureTree`. Notebook 09 varies them."""
+    group_cosine: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    group_correlation: Probability = 0.0
     parent_probability: Probability
     parent_alone: Probability
     """P(no child is on | the parent is on); else exactly one child is on."""
@@ -103,12 +108,46 @@ class LanguageModelProfile(_Section):
     seeds: Count
 
 
+class KnobsProfile(_Section):
+    """Fronts of notebook 08, on the features of `toy`; every mapping is by architecture."""
+
+    strengths: dict[str, list[Positive]]
+    """Points of every front, as `weight_from_strength` defines them."""
+    values: dict[str, dict[str, list[int | float]]]
+    """Values of each knob beside its standard one; start and warmup are shares of the steps."""
+    targets: dict[str, Positive]
+    """Absorption, or latents per parent, at which fronts are compared."""
+    seeds: Annotated[int, Field(ge=2)]
+    """How many seeds are run, at least two: intervals need a spread."""
+
+
+class CorrelatedProfile(_Section):
+    """Worlds of notebook 09: all features are singles in groups; the rest is as in `toy`."""
+
+    architectures: list[str]
+    n_features: Count
+    group_size: Count
+    """Features in a group; divides n_features."""
+    probability: Probability
+    """P(feature on)."""
+    cosines: list[Annotated[float, Field(ge=0, lt=1)]]
+    """Cosine of two true directions of a group, a world each."""
+    correlations: list[Probability]
+    """Correlation of two features of a group being on, a world each, with orthogonal directions."""
+    shares: list[Positive]
+    """Weights of C²R and OrtSAE, as shares of those tuned for the tree."""
+    seeds: Annotated[int, Field(ge=2)]
+    """How many seeds are run, at least two: intervals need a spread."""
+
+
 class Profile(_Section):
     """All values of one size of run."""
 
     name: str
     toy: ToyProfile
     language_model: LanguageModelProfile
+    knobs: KnobsProfile
+    correlated: CorrelatedProfile
 
 
 def load_profile(name: str, file: Path = PROFILES_FILE) -> Profile:
