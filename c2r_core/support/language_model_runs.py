@@ -107,6 +107,7 @@ def train_arm(
     config = TrainConfig(
         steps=lm.steps,
         lr=lm.lr,
+        clip_norm=lm.clip_norm,
         aux_k_coefficient=lm.aux_k_coefficient,
         precision=precision,
         seed=seed,

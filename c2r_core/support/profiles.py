@@ -92,6 +92,8 @@ class LanguageModelProfile(_Section):
     batch_size: Count
     steps: Count
     lr: Positive
+    clip_norm: Positive
+    """Bound on the gradient's norm, for E‖x‖² = 1; see `TrainConfig`."""
     c2r_strength: Weight
     """As `weight_from_strength` defines it; 0.8839 in the paper."""
     penalty_every: Count
