@@ -111,7 +111,10 @@ def test_every_architecture_trains_with_every_penalty(architecture, penalty, see
 
 
 def test_free_rows_follow_the_plain_gradient():
-    """One step by hand where the decoder is free: nothing removed from the gradient, no rescaling."""
+    """One step by hand where the decoder is free: nothing removed from the gradient, no rescaling.
+
+    It is the first step, in which the weight of the L1 penalty is still 0.
+    """
     config = small_config(steps=1, warmup_share=0, decay_share=0)
     trained, _ = run(ReLUAprilSAE(20, 30, l1_weight=0.02, seed=1), config, [C2R(0.3)])
     sae, x = ReLUAprilSAE(20, 30, l1_weight=0.02, seed=1), ToyBatches(TREE, 32, 0)(0)
@@ -119,7 +122,7 @@ def test_free_rows_follow_the_plain_gradient():
         sae.b_dec.copy_(geometric_median(x))
     f = ((x - sae.b_dec) @ sae.W_enc + sae.b_enc).relu()
     written = f * sae.W_dec.norm(dim=1)
-    loss = ((x - f @ sae.W_dec - sae.b_dec) ** 2).sum() / 32 + 0.02 * written.sum() / 32
+    loss = ((x - f @ sae.W_dec - sae.b_dec) ** 2).sum() / 32
     (loss + 0.3 * c2r_loss(written, sae.W_dec)).backward()
     torch.nn.utils.clip_grad_norm_(sae.parameters(), 1.0)
     torch.optim.Adam(sae.parameters(), lr=5e-3).step()
