@@ -43,7 +43,7 @@ export MALLOC_TRIM_THRESHOLD_ := 17179869184
 export MALLOC_TOP_PAD_ := 268435456
 unexport MPLBACKEND
 
-.PHONY: help setup data lab test smoke reproduce refresh nbval bench lint lock clean
+.PHONY: help setup data lab test smoke reproduce refresh nbval bench parity lint lock clean
 .DELETE_ON_ERROR:
 
 help:
@@ -58,9 +58,9 @@ $(ENV): requirements.lock pyproject.toml
 ifneq ($(UV)$(TORCH),)
 	@$(if $(UV),,$(PYTHON) -m pip install --quiet uv)
 	$(or $(UV),$(PYTHON) -m uv) pip install --quiet --python $(PYTHON) \
-	  $(if $(TORCH),--torch-backend $(TORCH)) -r requirements.lock -e .
+	  $(if $(TORCH),--torch-backend $(TORCH)) -c requirements.lock -e '.[dev]'
 else
-	$(PYTHON) -m pip install --quiet -r requirements.lock -e .
+	$(PYTHON) -m pip install --quiet -c requirements.lock -e '.[dev]'
 endif
 	@touch $@
 
@@ -104,13 +104,21 @@ nbval: $(DATA) ## run the committed notebooks again and compare their outputs
 bench: $(ENV) ## what the fast paths buy, as ratios against plain references
 	$(PYTHON) benchmarks/training_step.py
 
+parity: $(ENV)-saelens $(DATA) ## held-out FVU against SAELens's own trainer: results/saelens_parity.json
+	$(PYTHON) benchmarks/saelens_parity.py
+
+$(ENV)-saelens: $(ENV)
+	$(if $(UV),$(UV) pip install --python $(PYTHON),$(PYTHON) -m pip install) --quiet \
+	  -c requirements.lock -e '.[saelens]'
+	@touch $@
+
 lint: $(ENV) ## ruff: rules and format
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 
 lock: ## resolve pyproject.toml anew, keeping the pins that still fit
 	rm -rf .venv-lock && $(BASE) -m venv .venv-lock
-	.venv-lock/bin/pip install --quiet $(if $(UPGRADE),,-c requirements.lock) -e '.[dev]'
+	.venv-lock/bin/pip install --quiet $(if $(UPGRADE),,-c requirements.lock) -e '.[dev,saelens]'
 	.venv-lock/bin/pip check
 	{ grep '[#;]' requirements.lock; .venv-lock/bin/pip freeze --all | sed 's/+.*//' \
 	  | grep -vE '^(pip|nvidia|triton|cuda|-e|#)'; } | LC_ALL=C sort -f > requirements.lock.part

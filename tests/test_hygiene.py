@@ -219,7 +219,9 @@ def test_the_lock_satisfies_pyproject():
     import tomllib
 
     project = tomllib.loads((PROJECT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    wanted = project["dependencies"] + project["optional-dependencies"]["dev"]
+    extras = project["optional-dependencies"]
+    assert {"dev", "saelens"} <= set(extras)
+    wanted = project["dependencies"] + [one for extra in extras.values() for one in extra]
     for requirement in map(Requirement, wanted):
         pin = str(locked()[normalised(requirement.name)].specifier).removeprefix("==")
         assert requirement.specifier.contains(pin), f"{requirement} against {pin}"
@@ -230,7 +232,7 @@ def test_conda_users_get_the_lock():
     assert environment["name"] == "c2r", "the Makefile looks for this name"
     *conda, pip = environment["dependencies"]
     assert conda == ["python=3.11", "pip", "make"]
-    assert pip == {"pip": ["-r requirements.lock", "-e ."]}
+    assert pip == {"pip": ["-c requirements.lock", "-e .[dev]"]}
 
 
 def test_import_is_fast_and_light():
