@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Generator, Tensor
@@ -23,6 +23,19 @@ class ToySample(NamedTuple):
 
     x: Tensor
     features: Tensor
+
+
+class Features(Protocol):
+    """Synthetic features that can be sampled from: `FeatureTree`, `GatedForest`."""
+
+    @property
+    def norm_factor(self) -> float:
+        """The c for which E‖c·x‖² = 1."""
+        ...
+
+    def sample(self, n: int, generator: Generator) -> ToySample:
+        """Draw n samples; x is not normalised."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -183,14 +196,14 @@ class FeatureTree:
 
 @dataclass(frozen=True)
 class ToyBatches:
-    """Endless training batches of a FeatureTree, scaled to E‖x‖² = 1.
+    """Endless training batches of synthetic features, scaled to E‖x‖² = 1.
 
     Calling it with a step gives that step's batch: (batch_size, d_in) for one seed, and
     (len(seed), batch_size, d_in) for a sequence. Equal seeds get equal data, so that arms trained
     in one stack can be compared pair by pair.
     """
 
-    tree: FeatureTree
+    features: Features
     batch_size: int
     seed: int | Sequence[int] = 0
 
@@ -202,4 +215,4 @@ class ToyBatches:
 
     def _draw(self, seed: int, step: int) -> Tensor:
         generator = torch.Generator().manual_seed(mix_seeds(seed, step))
-        return self.tree.sample(self.batch_size, generator).x * self.tree.norm_factor
+        return self.features.sample(self.batch_size, generator).x * self.features.norm_factor

@@ -142,12 +142,34 @@ class CorrelatedProfile(_Section):
     """How many seeds are run, at least two: intervals need a spread."""
 
 
+class BenchmarkProfile(_Section):
+    """Runs on a `GatedForest`, many features of very different frequency."""
+
+    n_features: Count
+    d_in: Count
+    n_roots: CountOrZero
+    d_sae: Count
+    k: Count
+    batch_size: Count
+    steps: Count
+    lr: Positive
+    clip_norm: Positive
+    c2r_strength: Weight
+    """As `weight_from_strength` defines it. Chosen by benchmark_tables.py, as is the next."""
+    orthogonality_weight: Weight
+    penalty_every: Count
+    """T: C²R and OrtSAE act on every T-th step, times T."""
+    evaluation_samples: Annotated[int, Field(ge=1024)]
+    seeds: Count
+
+
 class Profile(_Section):
     """All values of one size of run."""
 
     name: str
     toy: ToyProfile
     language_model: LanguageModelProfile
+    benchmark: BenchmarkProfile
     knobs: KnobsProfile
     correlated: CorrelatedProfile
 

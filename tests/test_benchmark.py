@@ -1,0 +1,202 @@
+"""The gated forest keeps its promises, and its measures find what is planted."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from c2r_core import ReLUSAE
+from c2r_core.data.gated_forest import GatedForest
+from c2r_core.data.toy import ToyBatches
+from c2r_core.metrics.benchmark import evaluate_benchmark
+
+SMALL = GatedForest(
+    n_features=40,
+    d_in=64,
+    n_roots=3,
+    branching=3,
+    depth=2,
+    max_probability=0.5,
+    min_probability=0.05,
+    correlation_scale=0.0,
+    bias_norm=0.0,
+)
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def sample(forest: GatedForest, n: int = 50_000):
+    return forest.sample(n, generator(1))
+
+
+def changed(**values) -> GatedForest:
+    return dataclasses.replace(SMALL, **values)
+
+
+def test_parents_and_levels_agree():
+    assert [len(level) for level in SMALL.levels] == SMALL.level_sizes == [3, 9, 27]
+    assert (SMALL.parents[SMALL.levels[0]] == -1).all()
+    for above, below in zip(SMALL.levels, SMALL.levels[1:], strict=False):
+        assert SMALL.parents[below].tolist() == above.repeat_interleave(3).tolist()
+    child = SMALL.parents >= 0
+    rarer = SMALL.probabilities[child] <= SMALL.probabilities[SMALL.parents[child]]
+    assert rarer.all() and child.sum() == 36
+
+
+def test_frequency_follows_zipfs_law():
+    p = SMALL.probabilities
+    assert p[0] == 0.5 and p[-1] == 0.05 and (p.diff() < 0).all()
+    weight = (p - 0.05) / 0.45
+    assert weight[3] == pytest.approx((4**-0.5 - 40**-0.5) / (1 - 40**-0.5))
+
+
+def test_children_need_their_parent_and_exclude_each_other():
+    on = sample(SMALL).features > 0
+    child = (SMALL.parents >= 0).nonzero().flatten()
+    assert on[:, child].any()
+    assert not (on[:, child] & ~on[:, SMALL.parents[child]]).any()
+    for below in SMALL.levels[1:]:
+        assert int(on[:, below].unflatten(1, (-1, 3)).sum(2).max()) == 1
+
+
+def test_rates_of_a_tree_are_the_exact_ones():
+    """One root with two children: P(child) = P(root) · q · (1 − q'/2), by hand."""
+    forest = GatedForest(
+        n_features=3,
+        d_in=8,
+        n_roots=1,
+        branching=2,
+        depth=1,
+        max_probability=0.5,
+        min_probability=0.2,
+        compensates=False,
+        correlation_scale=0.0,
+        magnitude_sd=0.0,
+    )
+    root, first, second = forest.probabilities.tolist()
+    expected = [root, root * first * (1 - second / 2), root * second * (1 - first / 2)]
+    assert forest.firing_rates.tolist() == pytest.approx(expected, abs=0.01)
+    compensated = dataclasses.replace(forest, compensates=True).drawn_probabilities
+    assert compensated.tolist() == pytest.approx([root, first / root, second / root])
+
+
+def test_features_on_their_own_fire_as_meant():
+    forest = changed(n_roots=0, magnitude_sd=0.0)
+    assert (forest.parents == -1).all()
+    torch.testing.assert_close(forest.firing_rates, forest.probabilities, atol=0.01, rtol=0)
+
+
+def test_firing_is_correlated_only_where_it_is_asked_for():
+    def largest_correlation(scale: float) -> float:
+        forest = changed(n_roots=0, correlation_scale=scale, correlation_rank=5)
+        on = (sample(forest).features > 0).float()
+        return float(torch.corrcoef(on.T).fill_diagonal_(0).abs().max())
+
+    assert largest_correlation(0.0) < 0.03 and largest_correlation(0.3) > 0.1
+
+
+@pytest.mark.parametrize("cosine", [0.0, 0.5])
+def test_directions_have_norm_one_and_the_parents_cosine(cosine):
+    directions = changed(d_in=512, parent_cosine=cosine).directions
+    torch.testing.assert_close(directions.norm(dim=1), torch.ones(40))
+    child = SMALL.parents >= 0
+    with_parent = (directions[child] * directions[SMALL.parents[child]]).sum(1)
+    assert with_parent.mean() == pytest.approx(cosine, abs=0.02)
+
+
+def test_samples_are_scaled_and_repeatable():
+    batches = ToyBatches(SMALL, 4096, [1, 2])
+    x = batches(3)
+    assert torch.equal(x, batches(3)) and not torch.equal(x[0], x[1])
+    assert x.square().sum(-1).mean() == pytest.approx(1, abs=0.05)
+    one, other = (dataclasses.replace(SMALL, seed=seed).directions for seed in (0, 1))
+    assert not torch.equal(one, other)
+
+
+def test_the_full_definition_has_its_size():
+    full = GatedForest.full()
+    assert (full.n_features, full.d_in, sum(full.level_sizes)) == (16384, 768, 10880)
+    assert len(full.parents) == 16384
+
+
+def dictionary(forest: GatedForest, rows: torch.Tensor) -> ReLUSAE:
+    """An SAE that reads each row's feature exactly: the directions are independent."""
+    sae = ReLUSAE(forest.d_in, len(rows), l1_weight=0.0)
+    reading = torch.linalg.pinv(forest.directions.double()).float()
+    with torch.no_grad():
+        sae.W_dec.copy_(torch.nn.functional.normalize(rows @ forest.directions, dim=1))
+        sae.W_enc.copy_(reading @ torch.linalg.pinv(rows.double()).float())
+        sae.b_enc.fill_(-1e-4)
+    return sae
+
+
+def test_the_true_dictionary_is_perfect():
+    report = evaluate_benchmark(
+        dictionary(SMALL, torch.eye(40)), SMALL, n_samples=20_480, generator=generator()
+    )
+    assert report.mcc == pytest.approx(1) and report.uniqueness == 1 and report.f1 > 0.999
+    assert report.fvu < 1e-4 and report.l0 == pytest.approx(report.true_l0, rel=1e-3)
+    assert report.absorption == pytest.approx(0, abs=1e-6) and report.n_parents_evaluated > 5
+    assert sum(band.n_features for band in report.bands) == 40
+    assert all(band.recovery == 1 and band.detector_f1 > 0.999 for band in report.bands)
+
+
+def test_a_planted_absorption_is_found_exactly():
+    """The latent of a child holds its parent too, and the parent's latent is silent then."""
+    rows = torch.eye(40)
+    level = SMALL.levels[1]
+    rows[level, SMALL.parents[level]] = 1.0
+    sae = dictionary(SMALL, rows)
+    encode = sae.encode
+
+    def absorbing(x):
+        acts = encode(x)
+        features = torch.linalg.pinv(SMALL.directions.double()).float()
+        on = x @ features > 1e-3
+        acts[:, SMALL.levels[0]] = acts[:, SMALL.levels[0]].clamp(min=0)
+        taken = torch.zeros_like(on).index_add(1, SMALL.parents[level], on[:, level])
+        return acts.where(~taken, 0.0)
+
+    sae.encode = absorbing
+    report = evaluate_benchmark(sae, SMALL, n_samples=20_480, generator=generator())
+    n_roots, n_middle = 3, report.n_parents_evaluated - 3
+    assert n_middle >= 0
+    assert report.absorption == pytest.approx(n_roots / report.n_parents_evaluated, abs=0.02)
+
+
+def test_a_random_dictionary_is_poor():
+    report = evaluate_benchmark(
+        ReLUSAE(64, 20, l1_weight=0.0), SMALL, n_samples=2048, generator=generator()
+    )
+    assert report.mcc < 0.5 and all(band.recovery == 0 for band in report.bands)
+    assert report.absorption is None and report.n_parents_evaluated == 0
+
+
+def test_what_cannot_be_measured_is_an_error():
+    sae = ReLUSAE(64, 20, l1_weight=0.0)
+    with pytest.raises(ValueError, match="n_samples is 10; expected at least 1024"):
+        evaluate_benchmark(sae, SMALL, n_samples=10, generator=generator())
+    with torch.no_grad():
+        sae.b_enc.fill_(-100)
+    with pytest.raises(ValueError, match="No latent fires"):
+        evaluate_benchmark(sae, SMALL, n_samples=1024, generator=generator())
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"n_features": 1, "n_roots": 0}, "n_features is 1"),
+        ({"min_probability": 0.6}, "expected 0 < min < max < 1"),
+        ({"branching": 1}, "branching 1"),
+        ({"n_roots": 4}, "4 trees hold 52 features"),
+        ({"parent_cosine": 1.0}, "parent_cosine is 1.0"),
+        ({"correlation_rank": 100, "correlation_scale": 0.1}, "Lower one of them"),
+    ],
+)
+def test_an_impossible_forest_is_an_error(values, message):
+    with pytest.raises(ValueError, match=message):
+        changed(**values)
