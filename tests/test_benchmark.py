@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -11,6 +12,9 @@ from c2r_core import ReLUSAE
 from c2r_core.data.gated_forest import GatedForest
 from c2r_core.data.toy import ToyBatches
 from c2r_core.metrics.benchmark import evaluate_benchmark
+from c2r_core.support import benchmark_runs, benchmark_tables, load_profile
+from c2r_core.support.session import FIRST_SEED
+from conftest import PROJECT
 
 SMALL = GatedForest(
     n_features=40,
@@ -157,7 +161,6 @@ def test_a_planted_absorption_is_found_exactly():
         acts = encode(x)
         features = torch.linalg.pinv(SMALL.directions.double()).float()
         on = x @ features > 1e-3
-        acts[:, SMALL.levels[0]] = acts[:, SMALL.levels[0]].clamp(min=0)
         taken = torch.zeros_like(on).index_add(1, SMALL.parents[level], on[:, level])
         return acts.where(~taken, 0.0)
 
@@ -200,3 +203,46 @@ def test_what_cannot_be_measured_is_an_error():
 def test_an_impossible_forest_is_an_error(values, message):
     with pytest.raises(ValueError, match=message):
         changed(**values)
+
+
+# -- the experiment ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    return load_profile("smoke").benchmark
+
+
+def test_arms_share_start_and_data_and_are_trained_once(benchmark, monkeypatch):
+    arms = benchmark_runs.benchmark_arms(benchmark)
+    runs = benchmark_runs.train_benchmark_arms(benchmark, arms, [0, 1])
+    assert list(runs) == [(arm, seed) for arm in ("baseline", "C²R", "OrtSAE") for seed in (0, 1)]
+    assert not torch.equal(runs["baseline", 0].W_dec, runs["C²R", 0].W_dec)
+
+    def train(*args, **kwargs):
+        raise AssertionError("trained again instead of reading the cache")
+
+    monkeypatch.setattr(benchmark_runs, "train", train)
+    again = benchmark_runs.train_benchmark_arms(benchmark, {"other name": None}, [0, 1])
+    assert torch.equal(again["other name", 1].W_dec, runs["baseline", 1].W_dec)
+
+
+def test_tables_have_a_row_for_each_run_and_band(benchmark):
+    runs = benchmark_runs.train_benchmark_arms(benchmark, {"baseline": None}, [0, 1])
+    reports = benchmark_tables.benchmark_reports(benchmark, runs)
+    table = benchmark_tables.benchmark_table(reports)
+    assert table[["arm", "seed"]].to_records(index=False).tolist() == [
+        ("baseline", 0),
+        ("baseline", 1),
+    ]
+    bands = benchmark_tables.band_table(reports)
+    assert len(bands) == sum(len(report.bands) for report in reports.values())
+    assert bands.groupby("seed")["n_features"].sum().tolist() == [benchmark.n_features] * 2
+
+
+def test_weights_of_the_profile_are_the_ones_that_were_chosen():
+    outcome = json.loads((PROJECT / "results" / "tuning" / "benchmark.json").read_text())
+    assert max(outcome["seeds"]) < FIRST_SEED, "tuned and confirmed on the same seeds"
+    default = load_profile("default").benchmark
+    for name in ("c2r_strength", "orthogonality_weight"):
+        assert outcome["outcome"][name]["chosen"] == getattr(default, name)
