@@ -359,3 +359,53 @@ def plot_intervals(
     ax.minorticks_off()
     ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return ax
+
+
+def plot_batch_norms(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """Norm over a batch against the firings expected in it, a curve a group, with both limits.
+
+    Parameters
+    ----------
+    table : DataFrame with the columns `arm`, `firings` and `norm`, the norm in units of the root
+        mean square of the latent's activations
+    """
+    ax = plot_curves(
+        table,
+        "firings",
+        "norm",
+        labels=(
+            "firings expected in a batch, B·p",
+            "mean norm over a batch\n(typical activations)",
+        ),
+        ax=ax,
+    )
+    ends = np.array([table["firings"].min(), table["firings"].max()])
+    ax.plot(ends, ends**0.5, color="0.4", linewidth=1, linestyle="--", label="√(B·p)")
+    few = np.array([ends[0], min(4.0, ends[1])])
+    ax.plot(few, few, color="0.4", linewidth=1, linestyle=":", label="B·p")
+    ax.set(yscale="log")
+    ax.legend(fontsize="small", title="latents by firing rate", loc="upper left")
+    return ax
+
+
+def plot_slopes(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """Slope of log norm on log batch size by firing rate: medians, with bars to the quartiles.
+
+    Parameters
+    ----------
+    table : DataFrame with the columns `rate`, `slope`, `slope_low` and `slope_high`
+    """
+    ax = ax or panels(1)[0]
+    points = table.drop_duplicates("rate")
+    ax.errorbar(
+        points["rate"],
+        points["slope"],
+        yerr=[points["slope"] - points["slope_low"], points["slope_high"] - points["slope"]],
+        color=COLOURS[0],
+        marker=MARKERS[0],
+        capsize=3,
+    )
+    for limit in (0.5, 1.0):
+        ax.axhline(limit, color="0.4", linewidth=1, linestyle="--", zorder=1)
+    ax.set(xscale="log", xlabel="firing rate p", ylabel="slope in log B", ylim=(0.4, 1.1))
+    return ax

@@ -163,6 +163,34 @@ class BenchmarkProfile(_Section):
     seeds: Count
 
 
+class StrengthProfile(_Section):
+    """Runs of notebook 11: which λ does the same at other sizes."""
+
+    toy_batch_sizes: list[Count]
+    """Beside the toy's own, as are the next two."""
+    toy_widths: list[Count]
+    toy_ks: list[Count]
+    strengths: list[Positive]
+    """Points of every toy setting, as `weight_from_strength` defines them."""
+    target: Positive
+    """Absorption at which the toy settings are compared."""
+    toy_seeds: Count
+    norm_batch_sizes: list[Count]
+    """Batch sizes at which norms are measured, multiples of the smallest."""
+    norm_tokens: Count
+    least_firings: Count
+    """Firings among these tokens that a latent needs for its rate to count as known."""
+    groups: Count
+    """Equally large groups of latents by firing rate."""
+    batch_sizes: list[Count]
+    """Batch sizes of the language-model runs beside the section's own."""
+    steps: Count
+    language_model_strength: Positive
+    """Of the run at the section's own batch size."""
+    seeds: Count
+    """Seeds of the language-model runs."""
+
+
 class Profile(_Section):
     """All values of one size of run."""
 
@@ -172,6 +200,7 @@ class Profile(_Section):
     benchmark: BenchmarkProfile
     knobs: KnobsProfile
     correlated: CorrelatedProfile
+    strength: StrengthProfile
 
 
 def load_profile(name: str, file: Path = PROFILES_FILE) -> Profile:
