@@ -16,8 +16,8 @@ from matplotlib.axes import Axes
 from torch import Tensor
 
 # Dark, middle and light, in an order that also separates the hues.
-COLOURS = ("#1b3a57", "#d1603d", "#5ba3a0", "#c9b458", "#8a6fa8", "#9a9a9a")
-MARKERS = ("o", "s", "^", "D", "v", "P")
+COLOURS = ("#1b3a57", "#d1603d", "#5ba3a0", "#c9b458", "#8a6fa8", "#9a9a9a", "#5f7f2e", "#e39aa8")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<")
 
 
 def use_style() -> None:
@@ -58,7 +58,7 @@ def plot_arms(table: pd.DataFrame, metric: str, *, label: str, ax: Axes | None =
     for position, (arm, rows) in enumerate(table.groupby("arm", sort=False)):
         values = rows[metric].to_numpy(dtype=float)
         offsets = np.linspace(-0.15, 0.15, len(values)) if len(values) > 1 else np.zeros(1)
-        style = {"color": COLOURS[position % 6], "marker": MARKERS[position % 6]}
+        style = {"color": COLOURS[position % 8], "marker": MARKERS[position % 8]}
         ax.scatter(position + offsets, values, s=36, label=arm, zorder=3, **style)
         ax.hlines(values.mean(), position - 0.3, position + 0.3, color=style["color"], linewidth=2)
     arms = list(dict.fromkeys(table["arm"]))
@@ -84,7 +84,7 @@ def plot_grouped(
     ax = ax or panels(1, width=9)[0]
     groups, arms = list(dict.fromkeys(table[group])), list(dict.fromkeys(table["arm"]))
     for position, arm in enumerate(arms):
-        style = {"color": COLOURS[position % 6], "marker": MARKERS[position % 6]}
+        style = {"color": COLOURS[position % 8], "marker": MARKERS[position % 8]}
         rows = table[table["arm"] == arm]
         places = rows[group].map(groups.index) + (position - (len(arms) - 1) / 2) * 0.22
         ax.scatter(places, rows[metric], s=30, label=arm, zorder=3, **style)
@@ -113,7 +113,7 @@ def plot_curves(
     """
     ax = ax or panels(1, width=5)[0]
     for position, (arm, rows) in enumerate(table.groupby("arm", sort=False)):
-        style = {"color": COLOURS[position % 6], "marker": MARKERS[position % 6]}
+        style = {"color": COLOURS[position % 8], "marker": MARKERS[position % 8]}
         ordered = rows.sort_values(x)
         ax.plot(ordered[x], ordered[y], label=arm, markersize=6, **style)
     ax.set(xscale="log", xlabel=labels[0], ylabel=labels[1])
@@ -136,7 +136,7 @@ def plot_trade(
     means = table.groupby("arm", sort=False)[[x, y]].mean()
     origin = means.iloc[0]
     for position, (arm, rows) in enumerate(table.groupby("arm", sort=False)):
-        style = {"color": COLOURS[position % 6], "marker": MARKERS[position % 6]}
+        style = {"color": COLOURS[position % 8], "marker": MARKERS[position % 8]}
         ax.scatter(rows[x], rows[y], s=60, label=arm, zorder=3, **style)
         ends = [(origin[axis], means.loc[arm, axis]) for axis in (x, y)]
         ax.plot(*ends, color=style["color"], linewidth=1, linestyle=":")
@@ -195,7 +195,7 @@ def plot_firing(shares: Mapping[str, Sequence[float]], groups: Sequence[str], ax
             values,
             width * 0.92,
             label=name,
-            color=COLOURS[position % 6],
+            color=COLOURS[position % 8],
             hatch=("", "//", "..")[position % 3],
             edgecolor="white",
         )
@@ -256,7 +256,7 @@ def plot_cumulative(
             ordered,
             height,
             styles[position % 4],
-            color=COLOURS[position % 6],
+            color=COLOURS[position % 8],
             label=name,
             linewidth=2,
         )
@@ -279,8 +279,8 @@ def plot_letters(table: pd.DataFrame, *, label: str, ax: Axes | None = None) -> 
         ax.scatter(
             places,
             rows["value"],
-            color=COLOURS[position % 6],
-            marker=MARKERS[position % 6],
+            color=COLOURS[position % 8],
+            marker=MARKERS[position % 8],
             label=arm,
         )
     ax.set_xticks(range(len(letters)), letters)
@@ -314,8 +314,8 @@ def plot_fronts(
             points[x],
             points[y],
             styles[position % 4],
-            color=COLOURS[position % 6],
-            marker=MARKERS[position % 6],
+            color=COLOURS[position % 8],
+            marker=MARKERS[position % 8],
             markersize=6,
             linewidth=1.5,
             label=front,
@@ -346,8 +346,8 @@ def plot_intervals(
             rows["mean"],
             yerr=[rows["mean"] - rows["low"], rows["high"] - rows["mean"]],
             linestyle=styles[position % 4],
-            color=COLOURS[position % 6],
-            marker=MARKERS[position % 6],
+            color=COLOURS[position % 8],
+            marker=MARKERS[position % 8],
             capsize=2,
             linewidth=1.5,
             label=group,
