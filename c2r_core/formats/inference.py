@@ -1,0 +1,144 @@
+"""An SAE of another library, reduced to what measuring it takes: encode, decode and W_dec."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class InferenceSAE(nn.Module):
+    """f = activation(p) with the projection p = (x − b) W_enc, and x̂ = f W_dec + b_dec.
+
+    Weights are kept in float32, whatever the file holds, because metrics are measured in it.
+
+    Parameters
+    ----------
+    W_enc : Tensor, shape (d_in, d_sae)
+    W_dec : Tensor, shape (d_sae, d_in)
+    b_dec : Tensor, shape (d_in,)
+    activation : ReLU, TopK, JumpReLU or Gated
+        Maps projections (..., d_sae) to feature activations; holds the encoder's biases.
+    centred : bool
+        Whether b_dec is subtracted from x before the encoder (b = b_dec) or not (b = 0).
+
+    Raises
+    ------
+    ValueError
+        If the shapes do not fit each other; a transposed decoder is named as such.
+    """
+
+    W_enc: Tensor
+    W_dec: Tensor
+    b_dec: Tensor
+
+    def __init__(
+        self, W_enc: Tensor, W_dec: Tensor, b_dec: Tensor, activation: nn.Module, *, centred: bool
+    ) -> None:
+        super().__init__()
+        if W_enc.ndim != 2:
+            raise ValueError(f"W_enc has shape {tuple(W_enc.shape)}; expected (d_in, d_sae).")
+        d_in, d_sae = W_enc.shape
+        if W_dec.shape != (d_sae, d_in):
+            turned = " It is transposed." if W_dec.shape == (d_in, d_sae) else ""
+            raise ValueError(
+                f"W_dec has shape {tuple(W_dec.shape)}; expected (d_sae, d_in) = {(d_sae, d_in)}, "
+                f"one row per latent, to go with W_enc of shape {tuple(W_enc.shape)}.{turned}"
+            )
+        _check_shape("b_dec", b_dec, (d_in,))
+        for name, tensor in activation.named_buffers():
+            if tensor.ndim > 0:
+                _check_shape(name, tensor, (d_sae,))
+        if isinstance(activation, TopK) and activation.k > d_sae:
+            raise ValueError(f"k is {activation.k}; expected at most d_sae = {d_sae}.")
+        self.register_buffer("W_enc", W_enc.float())
+        self.register_buffer("W_dec", W_dec.float().contiguous())
+        self.register_buffer("b_dec", b_dec.float())
+        self.activation = activation.float()
+        self.centred = centred
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Feature activations (..., d_sae) of raw activations x (..., d_in)."""
+        if x.shape[-1] != self.W_enc.shape[0]:
+            raise ValueError(
+                f"x has shape {tuple(x.shape)}; this SAE expects (..., d_in={self.W_enc.shape[0]})."
+            )
+        return self.activation((x - self.b_dec if self.centred else x) @ self.W_enc)
+
+    def decode(self, feature_acts: Tensor) -> Tensor:
+        """Reconstruction (..., d_in) from feature activations (..., d_sae)."""
+        return feature_acts @ self.W_dec + self.b_dec
+
+
+class ReLU(nn.Module):
+    """relu(p + b_enc)."""
+
+    def __init__(self, b_enc: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("b_enc", b_enc)
+
+    def forward(self, projection: Tensor) -> Tensor:
+        return (projection + self.b_enc).relu()
+
+
+class TopK(nn.Module):
+    """The k largest of relu(p + b_enc) in each sample."""
+
+    def __init__(self, b_enc: Tensor, k: int) -> None:
+        super().__init__()
+        if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+            raise ValueError(f"k is {k!r}; expected a positive integer.")
+        self.register_buffer("b_enc", b_enc)
+        self.k = k
+
+    def forward(self, projection: Tensor) -> Tensor:
+        kept = (projection + self.b_enc).topk(self.k, dim=-1, sorted=False)
+        return torch.zeros_like(projection).scatter(-1, kept.indices, kept.values.relu())
+
+
+class JumpReLU(nn.Module):
+    """relu(z) where z = p + b_enc exceeds the threshold, one for each latent or one for all."""
+
+    def __init__(self, b_enc: Tensor, threshold: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("b_enc", b_enc)
+        self.register_buffer("threshold", threshold)
+
+    def forward(self, projection: Tensor) -> Tensor:
+        pre_acts = projection + self.b_enc
+        return pre_acts.relu() * (pre_acts > self.threshold)
+
+
+class Gated(nn.Module):
+    """relu(exp(r_mag) p + b_mag) where p + b_gate is positive."""
+
+    def __init__(self, b_gate: Tensor, r_mag: Tensor, b_mag: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("b_gate", b_gate)
+        self.register_buffer("r_mag", r_mag)
+        self.register_buffer("b_mag", b_mag)
+
+    def forward(self, projection: Tensor) -> Tensor:
+        magnitude = (self.r_mag.exp() * projection + self.b_mag).relu()
+        return magnitude * (projection + self.b_gate > 0)
+
+
+def take(tensors: dict[str, Tensor], *names: str, file: str) -> list[Tensor]:
+    """The tensors of the given names, which must be all that a file holds.
+
+    Raises
+    ------
+    ValueError
+        If one is missing, or the file holds another: then it is not of the architecture that the
+        config names, and what the other tensor does would be lost.
+    """
+    if set(tensors) != set(names):
+        raise ValueError(
+            f"{file} holds the tensors {sorted(tensors)}; expected {sorted(names)} for the "
+            "architecture that its config names."
+        )
+    return [tensors[name] for name in names]
+
+
+def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tensor.shape != shape:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {shape}.")
