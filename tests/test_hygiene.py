@@ -251,10 +251,17 @@ def test_import_is_fast_and_light():
 
 def project_files():
     """Every text file that belongs to the project."""
-    rooms = [PROJECT / name for name in ("c2r_core", "notebooks", "tests", "results", ".ci")]
+    rooms = [
+        PROJECT / name
+        for name in (".ci", "benchmarks", "c2r_core", "notebooks", "results", "tests")
+    ]
     paths = [*PROJECT.iterdir(), *(path for room in rooms for path in room.rglob("*"))]
     binary = (".npz", ".pyc", ".png")
-    return [path for path in paths if path.is_file() and path.suffix not in binary]
+    return [
+        path
+        for path in paths
+        if path.is_file() and path.suffix not in binary and path.name != ".git"  # a worktree's
+    ]
 
 
 def test_no_file_names_a_folder_of_somebodys_machine():
