@@ -384,7 +384,7 @@ def plot_batch_norms(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     few = np.array([ends[0], min(4.0, ends[1])])
     ax.plot(few, few, color="0.4", linewidth=1, linestyle=":", label="B·p")
     ax.set(yscale="log")
-    ax.legend(fontsize="small", title="latents by firing rate", loc="upper left")
+    ax.legend(fontsize="small", title="latents by firing rate", loc="lower right")
     return ax
 
 
@@ -408,4 +408,5 @@ def plot_slopes(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     for limit in (0.5, 1.0):
         ax.axhline(limit, color="0.4", linewidth=1, linestyle="--", zorder=1)
     ax.set(xscale="log", xlabel="firing rate p", ylabel="slope in log B", ylim=(0.4, 1.1))
+    ax.xaxis.set_minor_formatter("")
     return ax
