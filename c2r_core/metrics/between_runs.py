@@ -30,7 +30,7 @@ SHARED_COSINE = 0.7
 """Cosine above which two matched latents count as the same one."""
 
 EXACT_LIMIT = 16_384
-"""Widest pair of dictionaries to match exactly: 36 s of one core and 3.2 GB of memory (4096: 2 s)."""
+"""Widest pair of dictionaries to match exactly: about 36 s of one core (4096: about 4.5 s)."""
 
 # A block of cosines holds at most this many entries (64 MiB in float32).
 _BLOCK_ENTRIES = 2**24
