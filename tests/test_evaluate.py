@@ -30,7 +30,8 @@ from conftest import PROJECT
 from foreign_saes import write_dictionary_learning, write_sae_lens
 
 D_IN, D_SAE = 64, 96  # the random model's width
-SMOKE = load_profile("smoke").language_model
+PROFILE = load_profile("smoke")
+SMOKE, SIZES = PROFILE.language_model, PROFILE.evaluation
 CORE = ("reconstruction", "model_preservation", "decoder", "live_decoder")
 
 
@@ -179,10 +180,10 @@ def test_the_package_does_not_import_the_command():
 def test_values_by_hand(sae, model, corpus):
     report = measured(sae, model, corpus)
     held_out = split_documents(corpus, SMOKE.held_out_share, seed=SPLIT_SEED)[1]
-    bench = Bench(None, SMOKE, language_model=model, corpus=corpus)
+    bench = Bench(None, SMOKE, SIZES, language_model=model, corpus=corpus)
     assert bench.documents.corpus == held_out
 
-    with Bench(sae, SMOKE, language_model=model, corpus=corpus) as bench:
+    with Bench(sae, SMOKE, SIZES, language_model=model, corpus=corpus) as bench:
         x = bench.activations.batch(range(len(bench.activations))).double()
         contexts = torch.from_numpy(bench.activations.contexts)
     stored = run_to_hook(model, contexts, SMOKE.hook_name)[:, 1:].flatten(0, 1)

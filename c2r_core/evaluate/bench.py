@@ -18,7 +18,7 @@ from c2r_core.metrics.protocol import AnySAE
 from c2r_core.metrics.reconstruction import ReconstructionReport, evaluate_reconstruction
 from c2r_core.support.cache import cached
 from c2r_core.support.language_model_runs import SPLIT_SEED, resolve_precision
-from c2r_core.support.profiles import LanguageModelProfile
+from c2r_core.support.profiles import EvaluationProfile, LanguageModelProfile
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -44,6 +44,8 @@ class Bench:
         Takes raw activations.
     lm : LanguageModelProfile
         Model, hook, corpus and sizes.
+    sizes : EvaluationProfile
+        How much the other metrics read.
     seed : int
         Of the words' split, the probes and the selector.
     device : str
@@ -58,6 +60,7 @@ class Bench:
         self,
         sae: AnySAE,
         lm: LanguageModelProfile,
+        sizes: EvaluationProfile,
         *,
         seed: int = 0,
         device: str = "cpu",
@@ -66,6 +69,7 @@ class Bench:
     ) -> None:
         self.sae = sae
         self.lm = lm
+        self.sizes = sizes
         self.seed = seed
         self.device = device
         self.precision = resolve_precision(lm.precision, device)

@@ -116,7 +116,8 @@ def evaluate(
         metric; or if the SAE was trained on the very documents that are held out here.
     """
     names = chosen_metrics(metrics)
-    lm = load_profile(profile).language_model
+    values = load_profile(profile)
+    lm = values.language_model
     named = {
         "model": model if isinstance(model, str) else None,
         "hook_name": hook_name,
@@ -135,6 +136,7 @@ def evaluate(
     with Bench(
         opened.sae,
         lm,
+        values.evaluation,
         seed=seed,
         device=device,
         language_model=None if isinstance(model, str) else model,
@@ -249,7 +251,7 @@ def _training_text(folder: Path) -> str | None:
 def _provenance(profile: str, seed: int, device: str) -> dict[str, Any]:
     """As in other results, but for the time taken: it would differ between equal runs."""
     made = provenance(profile=profile, seed=seed, device=device, seconds=0.0)
-    code = (*ARTEFACT_CODE, "metrics/*.py", "formats/*.py", "evaluate/*.py")
+    code = (*ARTEFACT_CODE, "metrics/*.py", "formats/*.py", "evaluate/**/*.py")
     unwanted = ("seconds", "profile", "seed")
     return {key: value for key, value in made.items() if key not in unwanted} | {
         "code": code_fingerprint(code)

@@ -191,6 +191,15 @@ class StrengthProfile(_Section):
     """Seeds of the language-model runs."""
 
 
+class EvaluationProfile(_Section):
+    """How much the metrics read that go beyond reconstruction and first letters."""
+
+    passages: Count
+    """Passages of the held-out documents, for the labelled tasks."""
+    passage_tokens: Count
+    """Tokens of each."""
+
+
 class Profile(_Section):
     """All values of one size of run."""
 
@@ -201,6 +210,7 @@ class Profile(_Section):
     knobs: KnobsProfile
     correlated: CorrelatedProfile
     strength: StrengthProfile
+    evaluation: EvaluationProfile
 
 
 def load_profile(name: str, file: Path = PROFILES_FILE) -> Profile:

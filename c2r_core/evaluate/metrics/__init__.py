@@ -1,0 +1,56 @@
+"""What is measured: a file for each group, one function and one line of METRICS for each metric.
+
+A metric reads the bench and returns values, or raises a ValueError that says why this SAE, model or
+corpus does not allow it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from c2r_core.evaluate.bench import Bench
+from c2r_core.evaluate.metrics import absorption, core
+from c2r_core.evaluate.report import Section
+from c2r_core.support.names import unknown_name
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric: the group it is asked for by, how it is measured, what that gives."""
+
+    group: str
+    measure: Callable[[Bench], Section]
+    values: type[Section]
+    reads_model: bool = True
+
+
+METRICS: dict[str, Metric] = {
+    "reconstruction": Metric("core", core.measure_reconstruction, core.Reconstruction),
+    "model_preservation": Metric("core", core.measure_model_preservation, core.ModelPreservation),
+    "decoder": Metric("core", core.measure_decoder, core.Decoder, reads_model=False),
+    "live_decoder": Metric("core", core.measure_live_decoder, core.Decoder),
+    "absorption": Metric(
+        "absorption", absorption.measure_absorption, absorption.AbsorptionFirstLetter
+    ),
+}
+
+GROUPS = tuple(dict.fromkeys(metric.group for metric in METRICS.values()))
+
+
+def chosen_metrics(names: Iterable[str]) -> list[str]:
+    """The metrics that names of groups or of single metrics stand for, in the order of METRICS.
+
+    Raises
+    ------
+    ValueError
+        If a name is unknown, or there is none.
+    """
+    names = list(names)
+    known = list(dict.fromkeys([*GROUPS, *METRICS]))
+    for name in names:
+        if name not in known:
+            raise ValueError(unknown_name("metric", name, known))
+    if not names:
+        raise ValueError(f"No metric was asked for; known are {', '.join(known)}.")
+    return [name for name, metric in METRICS.items() if {name, metric.group} & set(names)]
