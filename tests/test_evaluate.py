@@ -18,7 +18,7 @@ from c2r_core.evaluate import METRICS, Report, evaluate, json_schema, write_repo
 from c2r_core.evaluate import __main__ as command
 from c2r_core.evaluate.bench import Bench, held_out_documents
 from c2r_core.evaluate.evaluation import SCHEMA_FILE
-from c2r_core.evaluate.metrics import chosen_metrics
+from c2r_core.evaluate.metrics import chosen_metrics, standard_metrics
 from c2r_core.evaluate.report import NotEvaluable, Section
 from c2r_core.formats.inference import InferenceSAE, ReLU
 from c2r_core.metrics.first_letter import LetterProbes, evaluate_first_letter
@@ -32,6 +32,7 @@ from foreign_saes import write_dictionary_learning, write_sae_lens
 D_IN, D_SAE = 64, 96  # the random model's width
 PROFILE = load_profile("smoke")
 SMOKE, SIZES = PROFILE.language_model, PROFILE.evaluation
+FIRST = ("core", "absorption")
 CORE = ("reconstruction", "model_preservation", "decoder", "live_decoder")
 
 
@@ -68,9 +69,11 @@ def folder(sae, tmp_path_factory):
     return save_sae(sae, tmp_path_factory.mktemp("own") / "sae")
 
 
-def measured(sae, model, corpus, metrics="core", **options):
+def measured(sae, model, corpus, *metrics, **options):
     """A smoke-size evaluation with a model and a corpus that are loaded already."""
-    return evaluate(sae, model=model, corpus=corpus, metrics=[metrics], profile="smoke", **options)
+    return evaluate(
+        sae, model=model, corpus=corpus, metrics=metrics or ["core"], profile="smoke", **options
+    )
 
 
 def assert_only(report, not_evaluable):
@@ -347,7 +350,7 @@ def linear_sae(d_in=D_IN, d_sae=D_SAE, bias=0.0):
 
 def test_a_dead_dictionary(model, corpus, monkeypatch):
     monkeypatch.setattr(Bench, "letters", planted_letters()[:2])
-    report = evaluate(linear_sae(bias=-1e9), model=model, corpus=corpus, profile="smoke")
+    report = measured(linear_sae(bias=-1e9), model, corpus, *FIRST)
     no_latent = "24 begin too few of them, 0 are not told by a probe on the model itself, and for 2"
     assert_only(report, {"live_decoder": "0 latents are live", "absorption": no_latent})
     values = report.metrics.reconstruction.values
@@ -359,8 +362,8 @@ def test_a_dead_dictionary(model, corpus, monkeypatch):
 
 
 def test_an_empty_dictionary(model, corpus):
-    report = evaluate(linear_sae(d_sae=0), model=model, corpus=corpus, profile="smoke")
-    assert_only(report, dict.fromkeys(METRICS, "The dictionary is empty"))
+    report = measured(linear_sae(d_sae=0), model, corpus, *FIRST)
+    assert_only(report, dict.fromkeys((*CORE, "absorption"), "The dictionary is empty"))
 
 
 def test_a_dictionary_of_nan(model, corpus):
@@ -373,7 +376,7 @@ def test_a_dictionary_of_nan(model, corpus):
 
 def test_another_width(model, corpus, monkeypatch):
     monkeypatch.setattr(Bench, "letters", planted_letters()[:2])
-    report = evaluate(linear_sae(d_in=D_IN + 1), model=model, corpus=corpus, profile="smoke")
+    report = measured(linear_sae(d_in=D_IN + 1), model, corpus, *FIRST)
     reasons = dict.fromkeys(CORE, "takes activations of width 65") | {"absorption": "64 entries"}
     del reasons["decoder"]  # needs no activations
     assert_only(report, reasons)
@@ -385,28 +388,44 @@ def test_a_tokenizer_that_breaks_the_template(sae, model, corpus, monkeypatch):
         return [i[::-1] if "has the first letter" in text else i for text, i in pairs]
 
     replace_call(monkeypatch, model.tokenizer, turn_prompts_around)
-    report = evaluate(sae, model=model, corpus=corpus, profile="smoke")
+    report = measured(sae, model, corpus, *FIRST)
     assert_only(report, {"absorption": "is a single token behind"})
 
 
 def test_a_corpus_without_words(sae, model):
     texts = (f"{i} 1234567890 +-*/ " * 200 for i in range(4))
     digits = Corpus("digits", tuple(Document(str(i), text) for i, text in enumerate(texts)))
-    report = evaluate(sae, model=model, corpus=digits, profile="smoke")
+    report = measured(sae, model, digits, *FIRST)
     assert_only(report, {"absorption": "No token of corpus 'digits/held-out'"})
 
 
 def test_too_few_words(sae, model, corpus):
-    report = evaluate(sae, model=model, corpus=corpus, profile="smoke")
+    report = measured(sae, model, corpus, *FIRST)
     assert_only(report, {"absorption": "None of the 26 letters could be measured on"})
     assert "begin too few of them" in report.not_evaluable["absorption"]
 
 
 def test_documents_too_short_for_a_context(sae, model):
     short = Corpus("short", tuple(Document(str(i), f"A short text {i}.") for i in range(4)))
-    report = evaluate(sae, model=model, corpus=short, profile="smoke")
+    report = measured(sae, model, short, *FIRST)
     reasons = dict.fromkeys(("reconstruction", "model_preservation", "live_decoder"), "fills a")
     assert_only(report, reasons | {"absorption": "None of the 26 letters"})
+
+
+@pytest.mark.parametrize("fault", ["dead", "empty", "NaN", "another width"])
+def test_a_bad_sae_harms_no_report(fault, model, corpus):
+    bad = {
+        "dead": linear_sae(bias=-1e9),
+        "empty": linear_sae(d_sae=0),
+        "NaN": linear_sae(bias=float("nan")),
+        "another width": linear_sae(d_in=D_IN + 1),
+    }
+    report = evaluate(bad[fault], model=model, corpus=corpus, profile="smoke")
+    assert report.settings.metrics == list(standard_metrics())
+    for name in report.settings.metrics:
+        record = getattr(report.metrics, name)
+        assert record.status == "evaluated" or len(record.reason) > 20
+    assert Report.model_validate_json(report.model_dump_json()) == report
 
 
 def test_an_error_of_the_program_is_raised(sae, model, corpus, monkeypatch):
@@ -466,7 +485,7 @@ def test_the_command_in_the_readme_is_one():
     text = (PROJECT / "README.md").read_text(encoding="utf-8").replace("\\\n", "")
     (line,) = [line for line in text.splitlines() if "-m c2r_core.evaluate my_sae" in line]
     given = command._parser().parse_args(line.split("c2r_core.evaluate")[1].split())
-    assert chosen_metrics(given.metrics.split(",")) == list(METRICS)
+    assert given.metrics is None  # all
     assert (given.model, given.hook, given.corpus) == (
         "smollm2-135m",
         "blocks.4.hook_resid_post",

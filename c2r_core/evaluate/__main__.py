@@ -43,7 +43,8 @@ def main(arguments: list[str] | None = None) -> int:
             model=given.model,
             hook_name=given.hook,
             corpus=given.corpus,
-            metrics=given.metrics.split(","),
+            metrics=None if given.metrics is None else given.metrics.split(","),
+            against=given.against,
             profile=given.profile,
             seed=given.seed,
             device=given.device,
@@ -86,10 +87,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", default="report.json", help="default: %(default)s")
     parser.add_argument(
         "--metrics",
-        default=",".join(GROUPS),
         help=f"groups ({', '.join(GROUPS)}) or single metrics ({', '.join(METRICS)}), separated by "
-        "commas; default: %(default)s",
+        "commas; default: all, as far as the other options allow",
     )
+    parser.add_argument("--against", help="folder of another SAE, to compare with")
     parser.add_argument(
         "--profile",
         default="default",

@@ -54,6 +54,8 @@ class Bench:
         In place of the one that `lm` names; what it computes is not cached.
     corpus : Corpus, optional
         In place of the one that `lm` names.
+    against : AnySAE, optional
+        Another SAE to compare with.
     """
 
     def __init__(
@@ -66,8 +68,10 @@ class Bench:
         device: str = "cpu",
         language_model: TransformerBridge | None = None,
         corpus: Corpus | None = None,
+        against: AnySAE | None = None,
     ) -> None:
         self.sae = sae
+        self.against = against
         self.lm = lm
         self.sizes = sizes
         self.seed = seed

@@ -12,7 +12,7 @@ from pydantic import ValidationError, create_model
 from c2r_core.data.language_models import check_hook_name
 from c2r_core.data.text import Corpus
 from c2r_core.evaluate.bench import Bench
-from c2r_core.evaluate.metrics import GROUPS, METRICS, chosen_metrics
+from c2r_core.evaluate.metrics import METRICS, chosen_metrics, standard_metrics
 from c2r_core.evaluate.report import (
     SCHEMA_VERSION,
     Evaluated,
@@ -76,7 +76,8 @@ def evaluate(
     model: str | TransformerBridge | None = None,
     hook_name: str | None = None,
     corpus: str | Path | Corpus | None = None,
-    metrics: Iterable[str] = GROUPS,
+    metrics: Iterable[str] | None = None,
+    against: AnySAE | str | Path | None = None,
     profile: str = "default",
     seed: int = 0,
     device: str = "cpu",
@@ -101,7 +102,10 @@ def evaluate(
     corpus : str, Path or Corpus, optional
         As `load_corpus` takes it, or a loaded one.
     metrics : iterable of str
-        Groups ("core", "absorption") or single metrics (keys of METRICS).
+        Groups ("core", "absorption", …) or single metrics (keys of METRICS). None measures all that
+        need nothing else, and those whose needs are given.
+    against : AnySAE, str or Path, optional
+        Another SAE, to be compared with latent by latent; as `sae`.
     profile : str
         A profile of profiles.yml: how many contexts, tokens and words.
     seed : int
@@ -115,7 +119,8 @@ def evaluate(
         If there is nothing to measure or to measure on: no such SAE, model, hook, corpus, profile or
         metric; or if the SAE was trained on the very documents that are held out here.
     """
-    names = chosen_metrics(metrics)
+    given = () if against is None else ("against",)
+    names = chosen_metrics(standard_metrics(given) if metrics is None else metrics)
     values = load_profile(profile)
     lm = values.language_model
     named = {
@@ -124,10 +129,8 @@ def evaluate(
         "corpus": str(corpus) if isinstance(corpus, str | Path) else None,
     }
     lm = lm.model_copy(update={key: value for key, value in named.items() if value is not None})
-    if isinstance(sae, str | Path):
-        opened, trained_on = open_sae(sae, device), _training_text(Path(sae))
-    else:
-        opened, trained_on = _in_memory(sae), None
+    opened = _open(sae, device)
+    trained_on = _training_text(Path(sae)) if isinstance(sae, str | Path) else None
     if opened.sae.W_dec.ndim != 2:
         raise ValueError(
             f"W_dec has shape {tuple(opened.sae.W_dec.shape)}; expected (d_sae, d_in). Measure the "
@@ -141,6 +144,7 @@ def evaluate(
         device=device,
         language_model=None if isinstance(model, str) else model,
         corpus=corpus if isinstance(corpus, Corpus) else None,
+        against=None if against is None else _open(against, device).sae,
     ) as bench:
         text = _describe_text(bench, trained_on)
         if any(METRICS[name].reads_model for name in names):
@@ -179,6 +183,10 @@ def _record(name: str, bench: Bench) -> Evaluated | NotEvaluable:
     except ValueError as error:
         return NotEvaluable(reason=str(error))
     return Evaluated[metric.values](values=values)
+
+
+def _open(sae: AnySAE | str | Path, device: str) -> OpenedSAE:
+    return open_sae(sae, device) if isinstance(sae, str | Path) else _in_memory(sae)
 
 
 def _in_memory(sae: AnySAE) -> OpenedSAE:

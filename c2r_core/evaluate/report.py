@@ -7,9 +7,22 @@ arithmetic: two processes write the same file.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Generic, Literal, TypeVar
+from dataclasses import fields as fields_of
+from dataclasses import is_dataclass
+from types import UnionType
+from typing import (
+    Annotated,
+    Any,
+    Generic,
+    Literal,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 
 from c2r_core.support.results import plain
 
@@ -32,6 +45,25 @@ class Section(BaseModel):
             name: value if isinstance(value, BaseModel) else plain(value)
             for name, value in values.items()
         }
+
+
+def section_of(report: type) -> type[Section]:
+    """The section with the fields of a report's dataclass; those of dataclasses within become sections."""
+    hints = get_type_hints(report)
+    fields = {field.name: (_section_type(hints[field.name]), ...) for field in fields_of(report)}
+    return create_model(report.__name__, __base__=Section, __doc__=report.__doc__, **fields)
+
+
+def _section_type(kind: Any) -> Any:
+    """`kind` with sections in place of dataclasses, and lists in place of tuples, as in JSON."""
+    if is_dataclass(kind):
+        return section_of(kind)
+    arguments = [_section_type(argument) for argument in get_args(kind) if argument is not ...]
+    if get_origin(kind) is tuple:
+        return list[arguments[0]]
+    if get_origin(kind) in (Union, UnionType):
+        return Union[tuple(arguments)]  # noqa: UP007
+    return kind
 
 
 Values = TypeVar("Values", bound=Section)

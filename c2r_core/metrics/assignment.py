@@ -354,6 +354,7 @@ def measure_assignment(
     names: Sequence[str] | None = None,
     n_samples: int = N_SAMPLES,
     baseline: AnySAE | None = None,
+    exemplars: Tensor | None = None,
     seed: int = 0,
     chunk_size: int = 512,
 ) -> AssignmentReport:
@@ -380,6 +381,8 @@ def measure_assignment(
     baseline : any object with encode, decode and W_dec, optional
         An SAE to compare with, of as many live latents; by default an `ExemplarDictionary` with as many
         latents as the SAE has live ones, and as many active at a time.
+    exemplars : Tensor, shape (m, d_in), optional
+        Samples of which that default baseline is made; by default the activations themselves.
     seed : int
         Of the samples that are drawn, the halves of the interval, and the default baseline.
     chunk_size : int
@@ -395,7 +398,8 @@ def measure_assignment(
     other, no_baseline = None, None
     try:
         if baseline is None:
-            baseline = ExemplarDictionary(activations, own.n_live, own.l0, seed=seed)
+            samples = activations if exemplars is None else exemplars
+            baseline = ExemplarDictionary(samples, own.n_live, own.l0, seed=seed)
         other = _carry(baseline, activations, directions, chunk_size)
     except NotEnoughSamples as error:
         no_baseline = str(error)
@@ -580,7 +584,7 @@ def letter_assignment(
 
     A word holds a letter if it starts with it and the letter's probe recognises it, as in the first-letter
     absorption; the letter's direction is the probe's weights. A letter without a good probe stays in
-    the report, with the probe's reason.
+    the report, with the probe's reason. The exemplars of the default baseline are drawn from all words.
 
     Parameters
     ----------
@@ -604,6 +608,7 @@ def letter_assignment(
         names=LETTERS,
         n_samples=n_samples,
         baseline=baseline,
+        exemplars=task.activations,
         seed=seed,
         chunk_size=chunk_size,
     )

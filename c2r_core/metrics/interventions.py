@@ -53,13 +53,12 @@ def make_prompts(
 ) -> tuple[Prompts, list[int]]:
     """Prompts `prefix + template`, in which {subject} stands for each subject in turn.
 
-    Each prompt is tokenised as a whole, and the subject's last token is found by where its text ends.
-    A prompt starts with the tokenizer's BOS token, if it has one.
+    Each prompt is tokenised as a whole and must begin with the tokens of its text up to the subject's end, or
+    the subject has no last token. A prompt starts with the tokenizer's BOS token, if it has one.
 
     Parameters
     ----------
     tokenizer : PreTrainedTokenizerBase
-        A fast one: it knows which token covers which text.
     prefix : str
         Shared by all prompts; may be empty.
     subjects : sequence of str
@@ -82,18 +81,15 @@ def make_prompts(
     if not marker or "{subject}" in after:
         raise ValueError(f"The template is {template!r}; expected {{subject}} in it, once.")
     in_front = tokenizer(prefix, add_special_tokens=False)["input_ids"] if prefix else []
-    texts = [prefix + before + subject + after for subject in subjects]
-    encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
+    upto = [prefix + before + subject for subject in subjects]
+    texts = [*upto, *(text + after for text in upto)]
+    ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
     kept, tails, positions = [], [], []
-    for i, (ids, offsets) in enumerate(
-        zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
-    ):
-        end = len(prefix) + len(before) + len(subjects[i])
-        ends_here = [t for t, (_, stop) in enumerate(offsets) if stop == end]
-        if ids[: len(in_front)] == in_front and ends_here and ends_here[-1] >= len(in_front):
+    for i, (start, whole) in enumerate(zip(ids[: len(upto)], ids[len(upto) :], strict=True)):
+        if whole[: len(start)] == start and start[: len(in_front)] == in_front != start:
             kept.append(i)
-            tails.append(ids[len(in_front) :])
-            positions.append(ends_here[-1] - len(in_front))
+            tails.append(whole[len(in_front) :])
+            positions.append(len(start) - len(in_front) - 1)
     if not kept:
         raise ValueError(
             f"None of the {len(subjects)} subjects (the first is {subjects[0]!r}) ends where a token "

@@ -10,19 +10,23 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from c2r_core.evaluate.bench import Bench
-from c2r_core.evaluate.metrics import absorption, core
+from c2r_core.evaluate.metrics import absorption, consistency, core, use
 from c2r_core.evaluate.report import Section
 from c2r_core.support.names import unknown_name
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric: the group it is asked for by, how it is measured, what that gives."""
+    """A metric: the group it is asked for by, how it is measured, what that gives.
+
+    What it `needs` is an argument of `evaluate` without which it is only measured where asked for.
+    """
 
     group: str
     measure: Callable[[Bench], Section]
     values: type[Section]
     reads_model: bool = True
+    needs: str | None = None
 
 
 METRICS: dict[str, Metric] = {
@@ -33,9 +37,24 @@ METRICS: dict[str, Metric] = {
     "absorption": Metric(
         "absorption", absorption.measure_absorption, absorption.AbsorptionFirstLetter
     ),
+    "assignment_consistency": Metric(
+        "consistency",
+        consistency.measure_assignment_consistency,
+        consistency.AssignmentConsistency,
+    ),
+    "agreement": Metric(
+        "agreement", consistency.measure_agreement, consistency.Agreement, needs="against"
+    ),
+    "use": Metric("use", use.measure_use_of_latents, use.Use),
 }
 
 GROUPS = tuple(dict.fromkeys(metric.group for metric in METRICS.values()))
+
+
+def standard_metrics(given: Iterable[str] = ()) -> tuple[str, ...]:
+    """All metrics whose needs are among the arguments given."""
+    given = {None, *given}
+    return tuple(name for name, metric in METRICS.items() if metric.needs in given)
 
 
 def chosen_metrics(names: Iterable[str]) -> list[str]:
