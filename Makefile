@@ -43,7 +43,7 @@ export MALLOC_TRIM_THRESHOLD_ := 17179869184
 export MALLOC_TOP_PAD_ := 268435456
 unexport MPLBACKEND
 
-.PHONY: help setup data lab test smoke reproduce refresh nbval bench parity lint lock clean
+.PHONY: help setup data lab test smoke reproduce refresh nbval bench parity validate blocks lint lock clean
 .DELETE_ON_ERROR:
 
 help:
@@ -106,6 +106,12 @@ bench: $(ENV) ## what the fast paths buy, as ratios against plain references
 
 parity: $(ENV)-saelens $(DATA) ## held-out FVU against SAELens's own trainer: results/saelens_parity.json
 	$(PYTHON) benchmarks/saelens_parity.py
+
+validate: $(DATA) ## does assignment consistency foretell use? 33 SAEs, an hour: results/validation
+	$(PYTHON) benchmarks/validate_consistency.py
+
+blocks: $(DATA) ## in which blocks, at which k, is there absorption to measure? results/blocks
+	$(PYTHON) benchmarks/blocks_and_k.py
 
 $(ENV)-saelens: $(ENV)
 	$(if $(UV),$(UV) pip install --python $(PYTHON),$(PYTHON) -m pip install) --quiet \
