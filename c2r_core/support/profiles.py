@@ -198,6 +198,10 @@ class EvaluationProfile(_Section):
     """Passages of the held-out documents, for the labelled tasks."""
     passage_tokens: Count
     """Tokens of each."""
+    agreement_tokens: Count
+    """Tokens of each half of the training documents on which runs are compared."""
+    agreement_steps: Count
+    """Steps of those runs."""
 
 
 class Profile(_Section):
