@@ -14,6 +14,13 @@ from c2r_core.data.language_models import load_language_model
 from c2r_core.data.text import Corpus, load_corpus, split_documents
 from c2r_core.metrics.first_letter import LetterProbes, train_letter_probes
 from c2r_core.metrics.first_letter_words import FirstLetterTask, harvest_words, letter_words
+from c2r_core.metrics.passages import (
+    Passages,
+    PooledActs,
+    corpus_labels,
+    harvest_passages,
+    pool,
+)
 from c2r_core.metrics.protocol import AnySAE
 from c2r_core.metrics.reconstruction import ReconstructionReport, evaluate_reconstruction
 from c2r_core.support.cache import cached
@@ -23,6 +30,7 @@ from c2r_core.support.profiles import EvaluationProfile, LanguageModelProfile
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from torch import Tensor
     from transformer_lens.model_bridge import TransformerBridge
 
 # A metric reads so many tokens at a time, fewer where a wide SAE would need over 128 MB for their
@@ -161,6 +169,35 @@ class Bench:
 
         task = FirstLetterTask.load(self._kept("words", settings, build))
         return task, train_letter_probes(task, seed=self.seed)
+
+    @cached_property
+    def passages(self) -> Passages:
+        """Passages of the held-out documents with their activations; not cached on disk.
+
+        Raises
+        ------
+        ValueError
+            If no document is as long as a passage.
+        """
+        return harvest_passages(
+            self.language_model,
+            self.documents.corpus,
+            self.lm.hook_name,
+            n_passages=self.sizes.passages,
+            n_tokens=self.sizes.passage_tokens,
+            max_norm=self.lm.drop_norm_ratio * self.activations.manifest.median_norm,
+            precision=self.precision,
+        )
+
+    @cached_property
+    def labels(self) -> dict[str, Tensor]:
+        """What is known of each passage, by task."""
+        return corpus_labels(self.passages.documents, self.passages.texts)
+
+    @cached_property
+    def pooled(self) -> PooledActs:
+        """The SAE's feature activations, averaged over each passage."""
+        return pool(self.sae, self.passages)
 
     def _kept(
         self, kind: str, settings: Mapping[str, Any], build: Callable[[Path], object]

@@ -13,6 +13,7 @@ from c2r_core.data.text import load_corpus, split_documents
 from c2r_core.metrics.assignment import AssignmentReport, toy_assignment
 from c2r_core.metrics.between_runs import BetweenRunsReport, compare_runs
 from c2r_core.metrics.intervals import Interval, paired_interval
+from c2r_core.metrics.use import UseReport
 from c2r_core.support.cache import cached
 from c2r_core.support.language_model_runs import SPLIT_SEED, resolve_precision
 from c2r_core.support.profiles import LanguageModelProfile, ToyProfile
@@ -140,3 +141,31 @@ def harvest_halves(
 def _mean(values) -> float | None:
     known = [value for value in values if value is not None]
     return fmean(known) if known else None
+
+
+def use_rows(
+    used: Mapping[str, UseReport], assigned: Mapping[str, AssignmentReport]
+) -> pd.DataFrame:
+    """Every letter that could be used: what its latent is worth, and its consistency where known."""
+    import pandas as pd
+
+    rows = []
+    for arm, report in used.items():
+        concepts = assigned[arm].concepts if arm in assigned else ()
+        consistency = {row.concept: row.consistency for row in concepts}
+        rows += [
+            {
+                "arm": arm,
+                "letter": row.concept,
+                "consistency": consistency.get(row.concept),
+                **{name: getattr(row, name) for name in _USE_SCORES},
+            }
+            for row in report.concepts
+            if row.not_evaluable is None
+        ]
+    columns = ["arm", "letter", "consistency", *_USE_SCORES]
+    numbers = dict.fromkeys(("consistency", *_USE_SCORES), float)
+    return pd.DataFrame(rows, columns=columns).astype(numbers)
+
+
+_USE_SCORES = ("using_f1", "erased", "steered", "collateral")

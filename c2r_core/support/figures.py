@@ -134,7 +134,7 @@ def plot_trade(
     """
     ax = ax or panels(1)[0]
     means = table.groupby("arm", sort=False)[[x, y]].mean()
-    origin = means.iloc[0]
+    origin = means.iloc[0] if len(means) else None
     for position, (arm, rows) in enumerate(table.groupby("arm", sort=False)):
         style = {"color": COLOURS[position % 8], "marker": MARKERS[position % 8]}
         ax.scatter(rows[x], rows[y], s=60, label=arm, zorder=3, **style)

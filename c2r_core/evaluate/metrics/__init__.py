@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from c2r_core.evaluate.bench import Bench
-from c2r_core.evaluate.metrics import absorption, consistency, core, use
+from c2r_core.evaluate.metrics import absorption, consistency, core, probing, use
 from c2r_core.evaluate.report import Section
 from c2r_core.support.names import unknown_name
 
@@ -45,6 +45,9 @@ METRICS: dict[str, Metric] = {
     "agreement": Metric(
         "agreement", consistency.measure_agreement, consistency.Agreement, needs="against"
     ),
+    "sparse_probing": Metric("probing", probing.measure_sparse_probing, probing.SparseProbing),
+    "scr": Metric("scr", probing.measure_spurious_correlation_removal, probing.SCR),
+    "tpp": Metric("tpp", probing.measure_targeted_perturbation, probing.TPP),
     "use": Metric("use", use.measure_use_of_latents, use.Use),
 }
 

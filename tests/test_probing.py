@@ -1,0 +1,239 @@
+"""Labelled passages, sparse probing, SCR and TPP, on planted cases with known answers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from scipy.sparse import csr_array
+
+from c2r_core.data.language_models import RANDOM, load_language_model, run_to_hook
+from c2r_core.data.text import Corpus, Document
+from c2r_core.metrics.passages import (
+    UNKNOWN,
+    PooledActs,
+    class_labels,
+    corpus_labels,
+    harvest_passages,
+    hub_texts,
+    labelled_corpus,
+    pool,
+    split_by_document,
+)
+from c2r_core.metrics.sparse_probing import probe_sparsely
+from c2r_core.metrics.targeted_ablation import measure_scr, measure_tpp
+
+HOOK = "blocks.0.hook_resid_post"
+N, D_IN, N_DOCUMENTS = 800, 16, 20
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_language_model(RANDOM)
+
+
+@pytest.fixture(scope="module")
+def corpus():
+    words = "the tax on farms and the war with tribes about gold is a matter of law ".split()
+    generator = np.random.default_rng(0)
+    texts = [" ".join(generator.choice(words, 200)) for _ in range(3)]
+    names = ("1900-McKinley-1", "1934-Roosevelt-1", "1866-Johnson-1")
+    documents = tuple(Document(name, text) for name, text in zip(names, texts, strict=True))
+    return Corpus("three", documents)
+
+
+# -- passages ----------------------------------------------------------------------------------
+
+
+def test_passages_are_what_the_model_sees(model, corpus):
+    passages = harvest_passages(model, corpus, HOOK, n_passages=9, n_tokens=16, max_norm=1e9)
+    assert len(passages.texts) == 9 and set(passages.documents) == {
+        d.name for d in corpus.documents
+    }
+    ids = model.tokenizer(passages.texts[4], add_special_tokens=False)["input_ids"]
+    x = run_to_hook(model, torch.tensor([ids]), HOOK)[0, 1:]
+    own = passages.activations[passages.passage == 4]
+    assert len(own) == 15  # the first token is left out
+    assert torch.allclose(own.float(), x, atol=2e-2)
+
+
+def test_tokens_of_a_huge_norm_are_left_out_but_no_passage_is(model, corpus):
+    every = harvest_passages(model, corpus, HOOK, n_passages=6, n_tokens=16, max_norm=1e9)
+    limit = float(every.activations.float().norm(dim=1).median())
+    some = harvest_passages(model, corpus, HOOK, n_passages=6, n_tokens=16, max_norm=limit)
+    assert len(some.activations) < len(every.activations)
+    none = harvest_passages(model, corpus, HOOK, n_passages=6, n_tokens=16, max_norm=0.0)
+    assert torch.equal(none.passage, torch.arange(6))
+    with pytest.raises(ValueError, match="has 9999 tokens"):
+        harvest_passages(model, corpus, HOOK, n_passages=6, n_tokens=9999, max_norm=1.0)
+
+
+class Linear:
+    def __init__(self, W_dec):
+        self.W_dec = W_dec
+
+    def encode(self, x):
+        return (x @ self.W_dec.T / self.W_dec.norm(dim=1) ** 2).relu()
+
+
+def test_pooling_by_hand(model, corpus):
+    passages = harvest_passages(model, corpus, HOOK, n_passages=6, n_tokens=16, max_norm=1e9)
+    sae = Linear(torch.randn(40, 64, generator=torch.Generator().manual_seed(0)))
+    pooled = pool(sae, passages, chunk_size=7)
+    own = passages.activations[passages.passage == 2].float()
+    acts = sae.encode(own) * sae.W_dec.norm(dim=1)
+    assert np.allclose(pooled.x[2], own.mean(0), atol=1e-4)
+    assert np.allclose(pooled.feature_acts[[2]].toarray(), acts.mean(0), atol=1e-4)
+    assert np.allclose(np.linalg.norm(pooled.directions, axis=1), 1)
+    with pytest.raises(ValueError, match=r"expected \(d_sae, 64\)"):
+        pool(Linear(torch.ones(3, 65)), passages)
+    with pytest.raises(ValueError, match="NaN"):
+        pool(Linear(torch.full((3, 64), torch.nan)), passages)
+
+
+def test_labels_of_known_documents():
+    documents = (
+        "1790-Washington-1 1866-Johnson-1 1906-Roosevelt-1 1934-Roosevelt-1 1966-Johnson-1 "
+        "1930-Hoover-1 1974-Nixon-2 1983-Reagan-1"
+    ).split()
+    texts = ["A tax on trade.", "The taxing of warm tradesmen.", *["Nothing."] * 6]
+    labels = corpus_labels(documents, texts)
+    assert labels["topic: taxes"].tolist() == [1, 0, *[0] * 6]  # whole words only
+    assert labels["topic: trade"].tolist() == [1, 0, *[0] * 6]
+    assert labels["century"].tolist() == [0, 0, 1, 1, 1, 1, 1, 1]
+    assert labels["party"].tolist() == [UNKNOWN, UNKNOWN, 0, 1, 1, 0, 0, 0]
+    assert labels["spoken"].tolist() == [1, 0, 0, 1, 1, 0, UNKNOWN, 1]
+    assert labels["president: Johnson"].tolist() == [0, 1, 0, 0, 1, 0, 0, 0]
+    assert set(corpus_labels(["essay.txt"], ["A tax."])) == {
+        name for name in labels if name.startswith("topic")
+    }
+
+
+def test_no_document_is_on_both_sides():
+    documents = [f"d{i % N_DOCUMENTS}" for i in range(N)]
+    labels = torch.tensor([int(i % N_DOCUMENTS < 4) for i in range(N)])
+    is_test = split_by_document(documents, labels, seed=1)
+    sides = {
+        d: {bool(t) for d2, t in zip(documents, is_test, strict=True) if d2 == d} for d in documents
+    }
+    assert all(len(side) == 1 for side in sides.values())
+    assert sum(sides[f"d{i}"] == {True} for i in range(4)) == 2  # half of either class
+    assert torch.equal(is_test, split_by_document(documents, labels, seed=1))
+
+
+# -- probing and ablation ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def planted():
+    """Latent i says that label i (0, 1, 2) holds, latent 3 + i that it does not; the others are noise."""
+    generator = torch.Generator().manual_seed(0)
+    held = torch.rand(N, 3, generator=generator) < 0.5
+    acts = torch.rand(N, D_IN, generator=generator) * (
+        torch.rand(N, D_IN, generator=generator) < 0.2
+    )
+    acts[:, :3], acts[:, 3:6] = held.float() * 3, (~held).float() * 3
+    documents = tuple(f"d{i % N_DOCUMENTS}" for i in range(N))
+    pooled = PooledActs(
+        documents, acts.numpy(), csr_array(acts.numpy()), np.eye(D_IN, dtype="float32")
+    )
+    return pooled, {name: held[:, i].long() for i, name in enumerate("abc")}
+
+
+def shuffled(pooled, seed=0):
+    """The same dictionary with its latents in another order."""
+    order = np.random.default_rng(seed).permutation(D_IN)
+    return replace(
+        pooled, feature_acts=pooled.feature_acts[:, order], directions=pooled.directions[order]
+    )
+
+
+def blind(pooled):
+    """Latents that have nothing to do with the labels."""
+    acts = pooled.feature_acts.toarray()
+    acts[:, :6] = acts[:, 6:12]
+    return replace(pooled, feature_acts=csr_array(acts), directions=pooled.directions[::-1])
+
+
+def test_one_latent_that_is_the_label_tells_it_all(planted):
+    pooled, labels = planted
+    report = probe_sparsely(pooled, labels)
+    assert report.n_evaluated == 3
+    assert report.mean_top_k == {"1": 1.0, "2": 1.0, "5": 1.0}
+    assert [set(row.latents[:2]) for row in report.tasks] == [{0, 3}, {1, 4}, {2, 5}]
+    assert report.mean_sae == report.mean_model == 1.0
+
+
+def test_latents_that_know_nothing_are_at_chance(planted):
+    pooled, labels = planted
+    report = probe_sparsely(blind(pooled), labels)
+    assert abs(report.mean_top_k["1"] - 0.5) < 0.1
+    assert report.mean_model == 1.0
+
+
+def test_the_order_of_latents_does_not_matter(planted):
+    pooled, labels = planted
+    one, other = (probe_sparsely(p, labels) for p in (pooled, shuffled(pooled)))
+    assert one.mean_top_k == other.mean_top_k and one.mean_sae == other.mean_sae
+    assert measure_scr(pooled, labels, [("a", "b")]) == measure_scr(
+        shuffled(pooled), labels, [("a", "b")]
+    )
+    assert measure_tpp(pooled, labels).tpp == measure_tpp(shuffled(pooled), labels).tpp
+
+
+def test_taking_out_the_unwanted_latent_restores_the_probe(planted):
+    pooled, labels = planted
+    loud = pooled.x * np.where(np.isin(np.arange(D_IN), (1, 4)), 3, 1)
+    # The biased probe leans on what is louder.
+    pooled = replace(pooled, x=loud, feature_acts=csr_array(loud))
+    row = measure_scr(pooled, labels, [("a", "b")]).pairs[0]
+    assert (row.target, row.unwanted) == ("a", "b")
+    assert row.acc_clean == 1 and row.acc_biased < 0.9
+    assert row.scr["2"] == pytest.approx(1, abs=0.05)
+    useless = measure_scr(blind(pooled), labels, [("a", "b")]).pairs[0]
+    assert abs(useless.scr["2"]) < 0.3
+
+
+def test_taking_out_a_class_harms_its_own_probe_only(planted):
+    pooled, labels = planted
+    report = measure_tpp(pooled, labels)
+    assert report.accuracy == (1, 1, 1)
+    assert report.intended["2"] == pytest.approx(0.5, abs=0.1)  # down to chance
+    assert report.unintended["2"] == pytest.approx(0, abs=0.05)
+    assert report.tpp["2"] == report.intended["2"] - report.unintended["2"]
+    assert abs(measure_tpp(blind(pooled), labels).tpp["2"]) < 0.1
+
+
+def test_too_little_to_measure_stays_in_the_report(planted):
+    pooled, labels = planted
+    rare = torch.zeros(N, dtype=torch.long)
+    rare[:5] = 1
+    report = probe_sparsely(pooled, labels | {"rare": rare})
+    assert report.n_evaluated == 3 and "too few passages" in report.tasks[-1].not_evaluable
+    scr = measure_scr(pooled, labels | {"rare": rare}, [("a", "rare")])
+    assert scr.n_evaluated == 0 and "too few passages" in scr.pairs[0].not_evaluable
+    assert "rare" in measure_tpp(pooled, labels | {"rare": rare}).not_evaluable
+    with pytest.raises(ValueError, match="1 of 2 classes"):
+        measure_tpp(pooled, {"a": labels["a"], "rare": rare})
+    certain = measure_scr(pooled, {"a": labels["a"], "c": labels["c"]}, [("a", "c")]).pairs[0]
+    assert certain.not_evaluable is None or "nothing to restore" in certain.not_evaluable
+
+
+# -- texts from elsewhere ----------------------------------------------------------------------
+
+
+def test_a_labelled_data_set_from_a_folder(tmp_path):
+    (tmp_path / "test.csv").write_text("text,label\nhello there,2\ngood bye,1\n", encoding="utf-8")
+    corpus = hub_texts(str(tmp_path), text="text", label="label")
+    assert [d.name for d in corpus.documents] == ["2-0", "1-1"]
+    assert corpus.documents[1].text == "good bye"
+    labels = class_labels([d.name for d in corpus.documents])
+    assert labels["1"].tolist() == [0, 1] and labels["2"].tolist() == [1, 0]
+    with pytest.raises(ValueError, match="has no column"):
+        hub_texts(str(tmp_path), text="words", label="label")
+    with pytest.raises(ValueError, match="cannot be read"):
+        hub_texts(str(tmp_path / "nothing"), text="text", label="label")
+    with pytest.raises(ValueError, match="expected as many"):
+        labelled_corpus("few", ["a"], [])
