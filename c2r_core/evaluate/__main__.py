@@ -19,6 +19,7 @@ from pydantic import ValidationError
 from c2r_core.evaluate import METRICS, evaluate, json_schema, write_report
 from c2r_core.evaluate.metrics import GROUPS
 from c2r_core.evaluate.report import Evaluated
+from c2r_core.metrics.endpoint import Endpoint
 from c2r_core.support.profiles import profile_names
 
 COMPLETE, NO_REPORT, INCOMPLETE = 0, 2, 3
@@ -45,6 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
             corpus=given.corpus,
             metrics=None if given.metrics is None else given.metrics.split(","),
             against=given.against,
+            endpoint=_endpoint(given),
             profile=given.profile,
             seed=given.seed,
             device=given.device,
@@ -68,6 +70,12 @@ def main(arguments: list[str] | None = None) -> int:
     return INCOMPLETE if report.not_evaluable else COMPLETE
 
 
+def _endpoint(given: argparse.Namespace) -> Endpoint | None:
+    if given.endpoint is None:
+        return None
+    return Endpoint(given.endpoint, given.endpoint_model, requests_per_minute=given.endpoint_rpm)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m c2r_core.evaluate",
@@ -89,6 +97,11 @@ def _parser() -> argparse.ArgumentParser:
         "--metrics",
         help=f"groups ({', '.join(GROUPS)}) or single metrics ({', '.join(METRICS)}), separated by "
         "commas; default: all, as far as the other options allow",
+    )
+    parser.add_argument("--endpoint", help="URL of a chat-completions server, for AutoInterp")
+    parser.add_argument("--endpoint-model", default="", help="the model's name there")
+    parser.add_argument(
+        "--endpoint-rpm", type=float, default=60, help="requests a minute; default: %(default)s"
     )
     parser.add_argument("--against", help="folder of another SAE, to compare with")
     parser.add_argument(

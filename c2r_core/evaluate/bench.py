@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from c2r_core.data.activations import ActivationStore, harvest
 from c2r_core.data.language_models import load_language_model
 from c2r_core.data.text import Corpus, load_corpus, split_documents
+from c2r_core.metrics.contexts import Firings, find_firings
+from c2r_core.metrics.endpoint import Endpoint
 from c2r_core.metrics.first_letter import LetterProbes, train_letter_probes
 from c2r_core.metrics.first_letter_words import FirstLetterTask, harvest_words, letter_words
 from c2r_core.metrics.passages import (
@@ -64,6 +66,8 @@ class Bench:
         In place of the one that `lm` names.
     against : AnySAE, optional
         Another SAE to compare with.
+    endpoint : Endpoint, optional
+        A language model to ask.
     """
 
     def __init__(
@@ -77,9 +81,11 @@ class Bench:
         language_model: TransformerBridge | None = None,
         corpus: Corpus | None = None,
         against: AnySAE | None = None,
+        endpoint: Endpoint | None = None,
     ) -> None:
         self.sae = sae
         self.against = against
+        self.endpoint = endpoint
         self.lm = lm
         self.sizes = sizes
         self.seed = seed
@@ -169,6 +175,12 @@ class Bench:
 
         task = FirstLetterTask.load(self._kept("words", settings, build))
         return task, train_letter_probes(task, seed=self.seed)
+
+    @cached_property
+    def firings(self) -> Firings:
+        """Where every latent fires on the held-out tokens."""
+        size = max(1, min(CHUNK, CHUNK_ENTRIES // len(self.sae.W_dec)))
+        return find_firings(self.sae, self.activations, chunk_size=size)
 
     @cached_property
     def passages(self) -> Passages:

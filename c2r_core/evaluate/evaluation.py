@@ -26,6 +26,7 @@ from c2r_core.evaluate.report import (
     record_of,
 )
 from c2r_core.formats import OpenedSAE, open_sae
+from c2r_core.metrics.endpoint import Endpoint
 from c2r_core.metrics.protocol import AnySAE
 from c2r_core.saes import SAE, fold_norm_factor
 from c2r_core.support.cache import ARTEFACT_CODE, code_fingerprint
@@ -78,6 +79,7 @@ def evaluate(
     corpus: str | Path | Corpus | None = None,
     metrics: Iterable[str] | None = None,
     against: AnySAE | str | Path | None = None,
+    endpoint: Endpoint | None = None,
     profile: str = "default",
     seed: int = 0,
     device: str = "cpu",
@@ -106,6 +108,8 @@ def evaluate(
         need nothing else, and those whose needs are given.
     against : AnySAE, str or Path, optional
         Another SAE, to be compared with latent by latent; as `sae`.
+    endpoint : Endpoint, optional
+        A language model that explains latents and judges the explanations.
     profile : str
         A profile of profiles.yml: how many contexts, tokens and words.
     seed : int
@@ -119,7 +123,8 @@ def evaluate(
         If there is nothing to measure or to measure on: no such SAE, model, hook, corpus, profile or
         metric; or if the SAE was trained on the very documents that are held out here.
     """
-    given = () if against is None else ("against",)
+    needs = {"against": against, "endpoint": endpoint}
+    given = [name for name, value in needs.items() if value is not None]
     names = chosen_metrics(standard_metrics(given) if metrics is None else metrics)
     values = load_profile(profile)
     lm = values.language_model
@@ -145,6 +150,7 @@ def evaluate(
         language_model=None if isinstance(model, str) else model,
         corpus=corpus if isinstance(corpus, Corpus) else None,
         against=None if against is None else _open(against, device).sae,
+        endpoint=endpoint,
     ) as bench:
         text = _describe_text(bench, trained_on)
         if any(METRICS[name].reads_model for name in names):

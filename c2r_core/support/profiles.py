@@ -198,6 +198,12 @@ class EvaluationProfile(_Section):
     """Passages of the held-out documents, for the labelled tasks."""
     passage_tokens: Count
     """Tokens of each."""
+    detection_latents: Count
+    """Latents that the offline judge reads."""
+    autointerp_latents: Count
+    """Latents that an endpoint is asked about; 1000 in SAEBench."""
+    meta_sae_steps: Count
+    """Training steps of an SAE on decoder rows."""
     agreement_tokens: Count
     """Tokens of each half of the training documents on which runs are compared."""
     agreement_steps: Count

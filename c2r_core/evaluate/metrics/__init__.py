@@ -10,7 +10,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from c2r_core.evaluate.bench import Bench
-from c2r_core.evaluate.metrics import absorption, consistency, core, probing, use
+from c2r_core.evaluate.metrics import (
+    absorption,
+    consistency,
+    core,
+    interpretation,
+    probing,
+    use,
+)
 from c2r_core.evaluate.report import Section
 from c2r_core.support.names import unknown_name
 
@@ -48,6 +55,18 @@ METRICS: dict[str, Metric] = {
     "sparse_probing": Metric("probing", probing.measure_sparse_probing, probing.SparseProbing),
     "scr": Metric("scr", probing.measure_spurious_correlation_removal, probing.SCR),
     "tpp": Metric("tpp", probing.measure_targeted_perturbation, probing.TPP),
+    "detection": Metric(
+        "detection", interpretation.measure_detection_score, interpretation.Detection
+    ),
+    "autointerp": Metric(
+        "autointerp",
+        interpretation.measure_auto_interpretation,
+        interpretation.AutoInterp,
+        needs="endpoint",
+    ),
+    "meta_sae": Metric(
+        "meta_sae", interpretation.measure_composition, interpretation.MetaSAE, reads_model=False
+    ),
     "use": Metric("use", use.measure_use_of_latents, use.Use),
 }
 

@@ -1,0 +1,168 @@
+"""Detection score: can a judge that is no language model foretell from the text where a latent fires?
+
+For each latent, as many contexts in which it fires as in which it does not: the token itself and the ten
+before it (a latent has seen no more). A logistic regression on which tokens are there, the token itself
+counted apart from those before, is fitted on half of the contexts and judged on the other half: balanced
+accuracy, 0.5 is chance. It needs no network and no key, and finds what words can tell; a latent that fires by
+meaning or by syntax may score low and still be sound. Never to be mixed with AutoInterp's score.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from statistics import fmean
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from c2r_core.metrics.contexts import Firings, drawn_latents
+from c2r_core.metrics.intervals import mean_interval
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_array
+
+TOKENS_BEFORE = 10
+MAX_CONTEXTS = 100
+"""Of each kind, for a latent."""
+MIN_FIRINGS = 30
+
+
+@dataclass(frozen=True)
+class DetectedLatent:
+    """One latent.
+
+    Attributes
+    ----------
+    latent : int
+    n_firings : int
+        Tokens on which it fires.
+    score : float in [0, 1] or None
+        Balanced accuracy on contexts that the judge had not seen.
+    shuffled : float in [0, 1] or None
+        Of a judge that was fitted to shuffled labels: chance.
+    tokens : tuple of int
+        Token ids that speak most for the latent, the strongest first; negative ones, −1 − id, stand for
+        a token before the one on which it fires.
+    not_evaluable : str or None
+        The reason, if there is no score.
+    """
+
+    latent: int
+    n_firings: int
+    score: float | None = None
+    shuffled: float | None = None
+    tokens: tuple[int, ...] = ()
+    not_evaluable: str | None = None
+
+
+@dataclass(frozen=True)
+class DetectionReport:
+    """Detection scores of some latents.
+
+    Attributes
+    ----------
+    latents : tuple of DetectedLatent
+    n_evaluated : int
+    n_often_enough : int
+        Latents that fire on 30 tokens or more, of which these were drawn.
+    mean_score, low, high : float or None
+        With a 95 % interval over latents.
+    share_above_09 : float or None
+    mean_shuffled : float or None
+    """
+
+    latents: tuple[DetectedLatent, ...]
+    n_evaluated: int
+    n_often_enough: int
+    mean_score: float | None
+    low: float | None
+    high: float | None
+    share_above_09: float | None
+    mean_shuffled: float | None
+
+
+def measure_detection(firings: Firings, *, n_latents: int = 100, seed: int = 0) -> DetectionReport:
+    """Score latents drawn among those that fire often enough.
+
+    Parameters
+    ----------
+    firings : Firings
+    n_latents : int
+    seed : int
+        Draws latents and contexts, and splits the contexts.
+
+    Raises
+    ------
+    ValueError
+        If no latent fires often enough.
+    """
+    drawn = drawn_latents(firings, n_latents, MIN_FIRINGS, seed)
+    rows = tuple(_judge(firings, int(latent), [seed, int(latent)]) for latent in drawn)
+    known = [row for row in rows if row.score is not None]
+    scores = [row.score for row in known]
+    interval = mean_interval(scores) if len(scores) > 1 else None
+    return DetectionReport(
+        latents=rows,
+        n_evaluated=len(known),
+        n_often_enough=int((firings.n_firings() >= MIN_FIRINGS).sum()),
+        mean_score=fmean(scores) if scores else None,
+        low=interval.low if interval else None,
+        high=interval.high if interval else None,
+        share_above_09=fmean(score > 0.9 for score in scores) if scores else None,
+        mean_shuffled=fmean(row.shuffled for row in known) if known else None,
+    )
+
+
+def _judge(firings: Firings, latent: int, seed: list[int]) -> DetectedLatent:
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import balanced_accuracy_score
+
+    generator = np.random.default_rng(seed)
+    fires = firings.of(latent)[firings.place] > 0
+    n_firings = int(fires.sum())
+    kinds = [np.flatnonzero(fires), np.flatnonzero(~fires)]
+    n = min(MAX_CONTEXTS, *(len(kind) for kind in kinds))
+    rows = np.concatenate([generator.permutation(kind)[:n] for kind in kinds])
+    y = fires[rows].astype(int)
+    # By context, so that no text is on both sides.
+    is_test = (generator.permutation(len(firings.contexts)) % 2 == 0)[firings.context_of[rows]]
+    if min(np.bincount(y[side], minlength=2).min() for side in (is_test, ~is_test)) < 5:
+        reason = f"it fires on {n_firings} tokens, too close together or too many to tell apart"
+        return DetectedLatent(latent, n_firings, not_evaluable=reason)
+    words, x = _words(firings, rows)
+
+    def judged(labels: np.ndarray) -> tuple[LogisticRegression, float]:
+        judge = LogisticRegression(max_iter=500).fit(x[~is_test], labels[~is_test])
+        return judge, float(balanced_accuracy_score(y[is_test], judge.predict(x[is_test])))
+
+    judge, score = judged(y)
+    mixed = y.copy()
+    mixed[~is_test] = generator.permutation(y[~is_test])
+    best = np.argsort(-judge.coef_[0], kind="stable")[:5]
+    return DetectedLatent(
+        latent=latent,
+        n_firings=n_firings,
+        score=score,
+        shuffled=judged(mixed)[1],
+        tokens=tuple(int(words[i]) for i in best if judge.coef_[0][i] > 0),
+    )
+
+
+def _words(firings: Firings, rows: np.ndarray) -> tuple[np.ndarray, csr_array]:
+    """The distinct words, and which of them are in each row's context, (len(rows), n_words).
+
+    The token itself is its id; one of those before it is −1 − id.
+    """
+    from scipy.sparse import csr_array
+
+    size = firings.contexts.shape[1]
+    which, found = [], []
+    for i, place in enumerate(firings.place[rows]):
+        context, position = divmod(int(place), size)
+        before = firings.contexts[context, max(0, position - TOKENS_BEFORE) : position]
+        own = {int(firings.contexts[context, position])} | {-1 - int(token) for token in before}
+        found += sorted(own)
+        which += [i] * len(own)
+    words, columns = np.unique(found, return_inverse=True)
+    ones = np.ones(len(found))
+    return words, csr_array((ones, (which, columns)), shape=(len(rows), len(words)))

@@ -1,0 +1,165 @@
+"""Any OpenAI-compatible endpoint, asked at a bounded rate; every answer is kept on disk.
+
+What was answered once is never asked again, so that a run that was killed goes on where it stopped, and
+another run of the same evaluation costs nothing and gives the same report.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from c2r_core.paths import cache_dir
+
+if TYPE_CHECKING:
+    from openai import OpenAI
+
+KEY_VARIABLE = "C2R_API_KEY"
+
+
+class EndpointError(ValueError):
+    """The endpoint cannot be used: asking it again now would not help."""
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """A language model behind a URL.
+
+    Parameters
+    ----------
+    url : str
+        Such as `http://localhost:8000/v1`.
+    model : str
+        Its name there.
+    requests_per_minute : float
+        Requests begin no faster than this.
+    parallel : int
+        Requests on the way at the same time.
+    timeout : float
+        Seconds that one request may take.
+    retries : int
+        Further attempts at a request that failed for a passing reason.
+    folder : Path, optional
+        Where answers are kept; by default in the cache.
+    clock, sleep : callable
+        Of the pace; tests put in their own.
+
+    The key is read from the environment variable C2R_API_KEY and written nowhere.
+    """
+
+    url: str
+    model: str
+    requests_per_minute: float = 60
+    parallel: int = 4
+    timeout: float = 60
+    retries: int = 3
+    folder: Path | None = None
+    clock: Callable[[], float] = field(default=time.monotonic, repr=False)
+    sleep: Callable[[float], None] = field(default=time.sleep, repr=False)
+
+    def __post_init__(self) -> None:
+        if not self.url.startswith(("http://", "https://")):
+            raise ValueError(
+                f"The endpoint is {self.url!r}; expected an address that starts with http."
+            )
+        if not self.model:
+            raise ValueError(f"No model is named for the endpoint {self.url}; give its name there.")
+        if min(self.requests_per_minute, self.parallel, self.timeout) <= 0 or self.retries < 0:
+            raise ValueError(
+                "requests_per_minute, parallel and timeout must be positive, and retries not negative: "
+                f"{self}."
+            )
+
+    def ask(self, instruction: str, question: str, *, max_tokens: int = 200) -> str:
+        """The model's answer at temperature 0; from disk if it was asked before.
+
+        Raises
+        ------
+        EndpointError
+            If the endpoint needs another key, has no such model, cannot be reached, or still fails after
+            all retries. What was answered before is kept.
+        """
+        request = {
+            "model": self.model,
+            "messages": [
+                {"role": "system", "content": instruction},
+                {"role": "user", "content": question},
+            ],
+            "temperature": 0,
+            "max_tokens": max_tokens,
+        }
+        text = json.dumps({"url": self.url, **request}, sort_keys=True)
+        address = hashlib.sha256(text.encode()).hexdigest()
+        file = (self.folder or cache_dir() / "answers") / address[:2] / f"{address[2:24]}.json"
+        if file.is_file():
+            return json.loads(file.read_text(encoding="utf-8"))["answer"]
+        self._wait_for_turn()
+        answer = self._request(request)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part = file.with_suffix(f".{os.getpid()}.{threading.get_ident()}.part")
+        kept = json.dumps(request | {"answer": answer}, indent=1, ensure_ascii=False)
+        part.write_text(kept, encoding="utf-8")
+        part.replace(file)
+        return answer
+
+    def _request(self, request: dict) -> str:
+        import openai
+
+        try:
+            response = self._client.chat.completions.create(**request)
+            choices = getattr(response, "choices", None)
+            return (choices[0].message.content or "") if choices else ""
+        except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
+            known = "was refused" if os.environ.get(KEY_VARIABLE) else "is missing"
+            raise EndpointError(
+                f"{self.url} wants a key, and the one in {KEY_VARIABLE} {known}. Set it and run again."
+            ) from error
+        except openai.APITimeoutError as error:
+            raise EndpointError(
+                f"{self.url} did not answer within {self.timeout:g} s, {self.retries + 1} times. Give it "
+                "more time, or run again later: what was answered is kept."
+            ) from error
+        except openai.APIConnectionError as error:
+            raise EndpointError(
+                f"{self.url} cannot be reached ({error.__cause__ or error}). Is it running?"
+            ) from error
+        except openai.APIStatusError as error:
+            raise EndpointError(
+                f"{self.url} answered with status {error.status_code} for model {self.model!r}: "
+                f"{str(error.message)[:200]}. What was answered before is kept."
+            ) from error
+        except (openai.OpenAIError, ValueError, AttributeError, TypeError) as error:
+            raise EndpointError(
+                f"{self.url} does not speak the chat-completions protocol ({type(error).__name__}: "
+                f"{str(error)[:200]}). Does the address end in /v1?"
+            ) from error
+
+    @cached_property
+    def _client(self) -> OpenAI:
+        from openai import OpenAI
+
+        return OpenAI(
+            base_url=self.url,
+            api_key=os.environ.get(KEY_VARIABLE) or "none",
+            timeout=self.timeout,
+            max_retries=self.retries,
+        )
+
+    @cached_property
+    def _turns(self) -> dict:
+        return {"lock": threading.Lock(), "next": -float("inf")}
+
+    def _wait_for_turn(self) -> None:
+        with self._turns["lock"]:
+            wait = self._turns["next"] - self.clock()
+            if wait > 0:
+                self.sleep(wait)
+            self._turns["next"] = self.clock() + 60 / self.requests_per_minute

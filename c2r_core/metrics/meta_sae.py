@@ -1,0 +1,105 @@
+"""Meta-SAE: are latents made of other latents?
+
+A small BatchTopK SAE, a quarter as many latents, k = 4, is trained on the decoder rows themselves (Bussmann
+et al., arXiv 2502.04878; SAEBench 0.6.0). If four shared directions rebuild most rows, latents are composed:
+a dictionary with "Einstein" and "Bohr" in place of "physicist". Any rows of few dimensions would be rebuilt
+well, so the same is measured on random rows of the same covariance: what counts is the difference.
+
+The rows are the whole data: there is nothing to hold out, and the variance explained is that of the rows
+trained on, on either side.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from c2r_core.metrics.reconstruction import evaluate_reconstruction
+from c2r_core.saes import BatchTopKSAE
+from c2r_core.seeds import mix_seeds
+from c2r_core.training import TrainConfig, train
+
+WIDTH_RATIO = 4
+K = 4
+MIN_ROWS = 64
+BATCH_SIZE = 512
+LR = 2e-3
+
+
+@dataclass(frozen=True)
+class MetaSAEReport:
+    """Variance of the decoder rows, about their mean, that a meta-SAE explains.
+
+    Attributes
+    ----------
+    n_rows : int
+        Decoder rows that are not zero.
+    d_meta : int
+        Latents of the meta-SAE.
+    explained_variance : float
+    random_explained_variance : float
+        On normal rows with the same mean and covariance, at norm 1 as the others.
+    """
+
+    n_rows: int
+    d_meta: int
+    explained_variance: float
+    random_explained_variance: float
+
+
+def measure_meta_sae(W_dec: Tensor, *, steps: int = 1000, seed: int = 0) -> MetaSAEReport:
+    """Train a meta-SAE on decoder rows, and another on random rows.
+
+    Parameters
+    ----------
+    W_dec : Tensor, shape (d_sae, d_in)
+        Rows of any norm; those of norm 0 are left out.
+    steps : int
+        Of training.
+    seed : int
+        Of the meta-SAE, of the order of the rows, and of the random rows.
+
+    Raises
+    ------
+    ValueError
+        If rows are NaN or infinite, or fewer than 64 are not zero.
+    """
+    if not W_dec.isfinite().all():
+        raise ValueError("A NaN or an infinity is among the decoder rows.")
+    rows = W_dec.detach().float().cpu()
+    rows = torch.nn.functional.normalize(rows[rows.norm(dim=1) > 0], dim=1)
+    if len(rows) < MIN_ROWS:
+        raise ValueError(
+            f"{len(rows)} decoder rows are not zero; a meta-SAE needs at least {MIN_ROWS}."
+        )
+    return MetaSAEReport(
+        n_rows=len(rows),
+        d_meta=len(rows) // WIDTH_RATIO,
+        explained_variance=_explained(rows, steps, seed),
+        random_explained_variance=_explained(_random_like(rows, seed), steps, seed),
+    )
+
+
+def _explained(rows: Tensor, steps: int, seed: int) -> float:
+    sae = BatchTopKSAE(rows.shape[1], len(rows) // WIDTH_RATIO, K, seed=mix_seeds(seed, 1))
+    generator = torch.Generator().manual_seed(mix_seeds(seed, 2))
+    size = min(BATCH_SIZE, len(rows))
+    # Drawn beforehand, so that batches(step) is a function.
+    order = torch.stack(
+        [torch.randperm(len(rows), generator=generator)[:size] for _ in range(steps)]
+    )
+    config = TrainConfig(steps=steps, lr=LR, aux_k_coefficient=0.0, seed=seed)
+    train(sae, lambda step: rows[order[step]], config, progress=False)
+    return 1 - evaluate_reconstruction(sae, rows.split(4096)).fvu
+
+
+def _random_like(rows: Tensor, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(mix_seeds(seed, 3))
+    mean = rows.double().mean(0)
+    centred = rows.double() - mean
+    values, vectors = torch.linalg.eigh(centred.T @ centred / len(rows))
+    root = vectors * values.clamp(min=0).sqrt()
+    noise = torch.randn(rows.shape, generator=generator, dtype=torch.float64)
+    return torch.nn.functional.normalize((mean + noise @ root.T).float(), dim=1)
