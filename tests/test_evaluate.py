@@ -21,6 +21,7 @@ from c2r_core.evaluate.evaluation import SCHEMA_FILE
 from c2r_core.evaluate.metrics import chosen_metrics, standard_metrics
 from c2r_core.evaluate.report import NotEvaluable, Section
 from c2r_core.formats.inference import InferenceSAE, ReLU
+from c2r_core.metrics.endpoint import Endpoint
 from c2r_core.metrics.first_letter import LetterProbes, evaluate_first_letter
 from c2r_core.metrics.first_letter_words import LETTERS, FirstLetterTask
 from c2r_core.saes import BatchTopKSAE, save_sae
@@ -426,6 +427,20 @@ def test_a_bad_sae_harms_no_report(fault, model, corpus):
         record = getattr(report.metrics, name)
         assert record.status == "evaluated" or len(record.reason) > 20
     assert Report.model_validate_json(report.model_dump_json()) == report
+
+
+def test_what_needs_more_is_measured_where_it_is_given(sae, model, corpus):
+    assert {"agreement", "autointerp"} == set(METRICS) - set(standard_metrics())
+    assert set(standard_metrics(["against"])) - set(standard_metrics()) == {"agreement"}
+    report = measured(sae, model, corpus, "agreement", "autointerp", "meta_sae")
+    reasons = {"agreement": "name its folder with --against", "autointerp": "give --endpoint URL"}
+    assert_only(report, reasons)
+    unreachable = Endpoint("http://127.0.0.1:9/v1", "m", retries=0)
+    report = measured(
+        sae, model, corpus, "agreement", "autointerp", against=sae, endpoint=unreachable
+    )
+    assert_only(report, {"autointerp": "cannot be reached"})
+    assert report.metrics.agreement.values.all_latents.pw_mcc == pytest.approx(1)
 
 
 def test_an_error_of_the_program_is_raised(sae, model, corpus, monkeypatch):

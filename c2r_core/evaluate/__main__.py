@@ -47,6 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
             metrics=None if given.metrics is None else given.metrics.split(","),
             against=given.against,
             endpoint=_endpoint(given),
+            ravel=given.ravel,
             profile=given.profile,
             seed=given.seed,
             device=given.device,
@@ -103,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--endpoint-rpm", type=float, default=60, help="requests a minute; default: %(default)s"
     )
+    parser.add_argument("--ravel", help="folder of RAVEL's public data; default: own cities")
     parser.add_argument("--against", help="folder of another SAE, to compare with")
     parser.add_argument(
         "--profile",

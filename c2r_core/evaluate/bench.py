@@ -68,6 +68,8 @@ class Bench:
         Another SAE to compare with.
     endpoint : Endpoint, optional
         A language model to ask.
+    ravel : str or Path, optional
+        Folder of RAVEL's data, in place of the cities that come with the package.
     """
 
     def __init__(
@@ -82,10 +84,12 @@ class Bench:
         corpus: Corpus | None = None,
         against: AnySAE | None = None,
         endpoint: Endpoint | None = None,
+        ravel: str | Path | None = None,
     ) -> None:
         self.sae = sae
         self.against = against
         self.endpoint = endpoint
+        self.ravel = ravel
         self.lm = lm
         self.sizes = sizes
         self.seed = seed

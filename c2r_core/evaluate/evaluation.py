@@ -80,6 +80,7 @@ def evaluate(
     metrics: Iterable[str] | None = None,
     against: AnySAE | str | Path | None = None,
     endpoint: Endpoint | None = None,
+    ravel: str | Path | None = None,
     profile: str = "default",
     seed: int = 0,
     device: str = "cpu",
@@ -110,6 +111,8 @@ def evaluate(
         Another SAE, to be compared with latent by latent; as `sae`.
     endpoint : Endpoint, optional
         A language model that explains latents and judges the explanations.
+    ravel : str or Path, optional
+        Folder of RAVEL's public data (see `load_ravel`); otherwise cities that come with the package.
     profile : str
         A profile of profiles.yml: how many contexts, tokens and words.
     seed : int
@@ -151,6 +154,7 @@ def evaluate(
         corpus=corpus if isinstance(corpus, Corpus) else None,
         against=None if against is None else _open(against, device).sae,
         endpoint=endpoint,
+        ravel=ravel,
     ) as bench:
         text = _describe_text(bench, trained_on)
         if any(METRICS[name].reads_model for name in names):

@@ -16,6 +16,7 @@ from c2r_core.evaluate.metrics import (
     core,
     interpretation,
     probing,
+    ravel,
     use,
 )
 from c2r_core.evaluate.report import Section
@@ -67,6 +68,7 @@ METRICS: dict[str, Metric] = {
     "meta_sae": Metric(
         "meta_sae", interpretation.measure_composition, interpretation.MetaSAE, reads_model=False
     ),
+    "ravel": Metric("ravel", ravel.measure_attribute_swaps, ravel.Ravel),
     "use": Metric("use", use.measure_use_of_latents, use.Use),
 }
 
