@@ -43,7 +43,7 @@ export MALLOC_TRIM_THRESHOLD_ := 17179869184
 export MALLOC_TOP_PAD_ := 268435456
 unexport MPLBACKEND
 
-.PHONY: help setup data lab test smoke reproduce refresh nbval bench parity validate blocks lint lock clean
+.PHONY: help setup data lab test smoke reproduce refresh nbval bench parity validate blocks evidence lint lock clean
 .DELETE_ON_ERROR:
 
 help:
@@ -112,6 +112,9 @@ validate: $(DATA) ## does assignment consistency foretell use? 33 SAEs, an hour:
 
 blocks: $(DATA) ## in which blocks, at which k, is there absorption to measure? results/blocks
 	$(PYTHON) benchmarks/blocks_and_k.py
+
+evidence: $(ENV) ## gather the refreshed notebooks' results for the report: results/report.json
+	$(PYTHON) -m c2r_core.support.report
 
 $(ENV)-saelens: $(ENV)
 	$(if $(UV),$(UV) pip install --python $(PYTHON),$(PYTHON) -m pip install) --quiet \

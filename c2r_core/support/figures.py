@@ -146,6 +146,46 @@ def plot_trade(
     return ax
 
 
+def plot_points(
+    table: pd.DataFrame, x: str, y: str, by: str, *, labels: tuple[str, str], ax: Axes | None = None
+) -> Axes:
+    """One column against another, a mark for every row, told apart by a third.
+
+    Parameters
+    ----------
+    table : DataFrame with the columns `x`, `y` and `by`
+    labels : what the two axes say, units included
+    """
+    ax = ax or panels(1)[0]
+    for position, (group, rows) in enumerate(table.groupby(by)):
+        style = {"color": COLOURS[position % 8], "marker": MARKERS[position % 8]}
+        ax.scatter(rows[x], rows[y], s=36, label=f"{by} = {group}", zorder=3, **style)
+    ax.set(xlabel=labels[0], ylabel=labels[1])
+    ax.legend()
+    return ax
+
+
+def plot_effects(table: pd.DataFrame, *, label: str, ax: Axes | None = None) -> Axes:
+    """Values with 95 % intervals, one below the other, the first at the top.
+
+    Parameters
+    ----------
+    table : DataFrame with the columns `name`, `mean`, `low` and `high`
+    label : str
+        What the axis says, unit included.
+    """
+    ax = ax or panels(1)[0]
+    places = range(len(table))
+    reach = [table["mean"] - table["low"], table["high"] - table["mean"]]
+    ax.errorbar(table["mean"], places, xerr=reach, fmt="o", color=COLOURS[0], capsize=3)
+    ax.axvline(0, color="0.4", linewidth=1, zorder=1)
+    ax.set_yticks(places, table["name"])
+    ax.invert_yaxis()
+    ax.set(xlabel=label)
+    ax.grid(axis="y", visible=False)
+    return ax
+
+
 def plot_matrix(
     values: Tensor | np.ndarray,
     *,
