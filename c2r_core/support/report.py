@@ -154,18 +154,50 @@ def validation_table(folder: Path) -> pd.DataFrame:
                 "architecture": spec["architecture"],
                 "d_sae": spec["d_sae"],
                 "k": spec["k"],
-                "penalty": "C²R"
-                if spec["c2r_strength"]
-                else "OrtSAE"
-                if spec["orthogonality_weight"]
-                else "none",
+                "steps": spec["steps"],
+                "c2r_strength": spec["c2r_strength"],
+                "orthogonality_weight": spec["orthogonality_weight"],
                 "consistency": values["assignment"]["mean_consistency"],
                 "fvu": values["fvu"],
                 "absorption": values["absorption"],
+                "f1": values["assignment"]["mean_f1"],
                 "erasing fails": 1 - values["use"]["mean_erased"],
                 "steering fails": 1 - values["use"]["mean_steered"],
             }
         )
+    return pd.DataFrame(rows)
+
+
+EFFECTS = {
+    "consistency": "assignment consistency",
+    "erasing fails": "erasing fails (share)",
+    "steering fails": "steering fails (share)",
+    "absorption": "absorption, mean fraction",
+    "fvu": "FVU",
+}
+
+
+def paired_effects(saes: pd.DataFrame) -> pd.DataFrame:
+    """What C²R at the paper's strength and OrtSAE change, over SAEs that differ in nothing else.
+
+    One row per penalty and measurement: penalty, name, n_pairs, mean, low, high (95 %, Student's t over
+    architectures, widths and k).
+    """
+    import pandas as pd
+
+    from c2r_core.metrics.intervals import paired_interval
+
+    alike = ["architecture", "d_sae", "k", "steps"]
+    c2r, ort = saes["c2r_strength"], saes["orthogonality_weight"]
+    plain = saes[(c2r == 0) & (ort == 0)].set_index(alike)
+    rows = []
+    for penalty, which in (("C²R", c2r == c2r.max()), ("OrtSAE", ort > 0)):
+        treated = saes[which].set_index(alike)
+        for column, name in EFFECTS.items():
+            effect = paired_interval(treated[column], plain.loc[treated.index, column])
+            rows.append(
+                {"penalty": penalty, "name": name, "n_pairs": len(treated), **effect._asdict()}
+            )
     return pd.DataFrame(rows)
 
 
