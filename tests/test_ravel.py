@@ -121,5 +121,9 @@ def test_ravels_own_files(tmp_path):
         json.dumps({"Country": ["%s and %s", "People in %s live in"], "Latitude": ["no subject"]})
     )
     entities = load_ravel(tmp_path)
+    (tmp_path / "ravel_town_entity_attributes.json").write_text("{}")
+    (tmp_path / "ravel_town_attribute_to_prompts.json").write_text('{"Country": ["%s is in"]}')
+    with pytest.raises(ValueError, match="no prompt with one %s"):
+        load_ravel(tmp_path, "town")
     assert entities.templates == {"Country": "People in{subject} live in"}
     assert entities.values == {"Country": {" Paris": "France"}}

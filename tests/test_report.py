@@ -81,7 +81,7 @@ def test_rank_correlations():
     x = list(range(20))
     assert rank_correlation(x, [v**3 for v in x]).mean == pytest.approx(1)
     assert rank_correlation(x, [-v for v in x]).mean == pytest.approx(-1)
-    noise = [(v * 7919) % 20 for v in x]
+    noise = [11, 3, 17, 8, 0, 14, 6, 19, 2, 10, 16, 5, 13, 1, 18, 7, 12, 4, 15, 9]
     weak = rank_correlation(x, noise)
     assert weak.low < 0 < weak.high
     lead = rank_correlation_lead(x, noise, [-v for v in x])

@@ -100,9 +100,12 @@ def measure_auto_interp(
     drawn = drawn_latents(firings, n_latents, needed, seed)
 
     def interpret(latent: int) -> InterpretedLatent:
-        excerpts = _choose(firings, latent, np.random.default_rng([seed, latent]))
+        excerpts = _choose(firings, latent, np.random.default_rng(firings.identity(latent, seed)))
         if excerpts is None:
-            reason = f"it fires in fewer than {needed} excerpts that do not overlap"
+            reason = (
+                f"{needed} excerpts in which it fires and {JUDGE_RANDOM} others are needed, none "
+                "overlapping; there are fewer"
+            )
             return InterpretedLatent(latent, not_evaluable=reason)
         return _interpret(latent, *excerpts, firings, tokenizer, endpoint)
 
@@ -160,10 +163,11 @@ def _choose(
     firing = np.flatnonzero(acts > 0)
     top = collect(firing[np.argsort(-acts[firing], kind="stable")], N_TOP + JUDGE_TOP)
     # Drawn without replacement, each with a chance in proportion to its strength (Efraimidis & Spirakis).
-    keys = generator.random(len(firing)) ** (1 / acts[firing])
-    weighted = collect(firing[np.argsort(-keys, kind="stable")], N_WEIGHTED + JUDGE_WEIGHTED)
+    waiting = -np.log(generator.random(len(firing))) / acts[firing]
+    weighted = collect(firing[np.argsort(waiting, kind="stable")], N_WEIGHTED + JUDGE_WEIGHTED)
     anywhere = collect(generator.permutation(firings.place), JUDGE_RANDOM)
-    if len(top) < N_TOP + JUDGE_TOP or len(weighted) < N_WEIGHTED + JUDGE_WEIGHTED:
+    wanted = (N_TOP + JUDGE_TOP, N_WEIGHTED + JUDGE_WEIGHTED, JUDGE_RANDOM)
+    if any(len(some) < n for some, n in zip((top, weighted, anywhere), wanted, strict=True)):
         return None
     top = [top[i] for i in generator.permutation(len(top))]
     to_judge = top[N_TOP:] + weighted[N_WEIGHTED:] + anywhere
@@ -204,10 +208,11 @@ def _interpret(
 
 
 def _numbers(answer: str, n: int) -> set[int] | None:
-    """The excerpts that the judge names; None if that is not what it says."""
-    numbers = {int(number) for number in re.findall(r"\d+", answer)}
-    if len(answer) > 200 or not numbers <= set(range(1, n + 1)):
+    """The excerpts that the judge names; None if it says anything else than numbers or none."""
+    said = answer.strip().rstrip(".").lower()
+    if said == "none":
+        return set()
+    if not re.fullmatch(r"\d+(\s*(,|\band\b|,\s*and\b)\s*\d+)*", said):
         return None
-    if not numbers and "none" not in answer.lower():
-        return None
-    return numbers
+    numbers = {int(number) for number in re.findall(r"\d+", said)}
+    return numbers if numbers <= set(range(1, n + 1)) else None

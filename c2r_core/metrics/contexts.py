@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -42,6 +43,12 @@ class Firings:
         """Rows on which each latent fires, (d_sae,)."""
         return np.diff(self.acts.indptr)
 
+    def identity(self, latent: int, seed: int) -> int:
+        """A number that depends on where a latent fires and on the seed, not on the latent's number."""
+        start, stop = self.acts.indptr[latent : latent + 2]
+        rows = np.sort(self.acts.indices[start:stop]).astype("int64")
+        return zlib.crc32(rows.tobytes(), seed)
+
     def of(self, latent: int) -> np.ndarray:
         """A latent's activations at all tokens of the contexts, dropped ones included as 0, flat."""
         everywhere = np.zeros(self.contexts.size, dtype="float32")
@@ -80,7 +87,9 @@ def find_firings(sae: AnySAE, store: ActivationStore, *, chunk_size: int = 2048)
 
 
 def drawn_latents(firings: Firings, n: int, min_firings: int, seed: int) -> np.ndarray:
-    """At most n of the latents that fire often enough, drawn with the seed, in rising order.
+    """At most n of the latents that fire often enough, drawn with the seed.
+
+    The draw and its order depend on where the latents fire, so that another numbering changes nothing.
 
     Raises
     ------
@@ -94,5 +103,5 @@ def drawn_latents(firings: Firings, n: int, min_firings: int, seed: int) -> np.n
             f"No latent fires on {min_firings} of the {len(firings.place)} tokens; the busiest does on "
             f"{counts.max(initial=0)}. Read more tokens, or check the SAE."
         )
-    drawn = np.random.default_rng(seed).permutation(often)[:n]
-    return np.sort(drawn)
+    keys = np.array([firings.identity(int(latent), seed) for latent in often])
+    return often[np.argsort(keys, kind="stable")][:n]

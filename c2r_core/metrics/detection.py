@@ -97,7 +97,7 @@ def measure_detection(firings: Firings, *, n_latents: int = 100, seed: int = 0) 
         If no latent fires often enough.
     """
     drawn = drawn_latents(firings, n_latents, MIN_FIRINGS, seed)
-    rows = tuple(_judge(firings, int(latent), [seed, int(latent)]) for latent in drawn)
+    rows = tuple(_judge(firings, int(latent), seed) for latent in drawn)
     known = [row for row in rows if row.score is not None]
     scores = [row.score for row in known]
     interval = mean_interval(scores) if len(scores) > 1 else None
@@ -113,11 +113,11 @@ def measure_detection(firings: Firings, *, n_latents: int = 100, seed: int = 0) 
     )
 
 
-def _judge(firings: Firings, latent: int, seed: list[int]) -> DetectedLatent:
+def _judge(firings: Firings, latent: int, seed: int) -> DetectedLatent:
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import balanced_accuracy_score
 
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(firings.identity(latent, seed))
     fires = firings.of(latent)[firings.place] > 0
     n_firings = int(fires.sum())
     kinds = [np.flatnonzero(fires), np.flatnonzero(~fires)]
@@ -127,12 +127,17 @@ def _judge(firings: Firings, latent: int, seed: list[int]) -> DetectedLatent:
     # By context, so that no text is on both sides.
     is_test = (generator.permutation(len(firings.contexts)) % 2 == 0)[firings.context_of[rows]]
     if min(np.bincount(y[side], minlength=2).min() for side in (is_test, ~is_test)) < 5:
-        reason = f"it fires on {n_firings} tokens, too close together or too many to tell apart"
+        reason = (
+            f"it fires on {n_firings} tokens, too close together or too many: five contexts with it and "
+            "five without are needed on either side"
+        )
         return DetectedLatent(latent, n_firings, not_evaluable=reason)
     words, x = _words(firings, rows)
 
     def judged(labels: np.ndarray) -> tuple[LogisticRegression, float]:
-        judge = LogisticRegression(max_iter=500).fit(x[~is_test], labels[~is_test])
+        judge = LogisticRegression(max_iter=500, class_weight="balanced").fit(
+            x[~is_test], labels[~is_test]
+        )
         return judge, float(balanced_accuracy_score(y[is_test], judge.predict(x[is_test])))
 
     judge, score = judged(y)

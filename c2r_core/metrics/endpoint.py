@@ -103,6 +103,8 @@ class Endpoint:
             return json.loads(file.read_text(encoding="utf-8"))["answer"]
         self._wait_for_turn()
         answer = self._request(request)
+        if not answer:
+            return answer  # not kept: another time it may have something to say
         file.parent.mkdir(parents=True, exist_ok=True)
         part = file.with_suffix(f".{os.getpid()}.{threading.get_ident()}.part")
         kept = json.dumps(request | {"answer": answer}, indent=1, ensure_ascii=False)
@@ -114,9 +116,7 @@ class Endpoint:
         import openai
 
         try:
-            response = self._client.chat.completions.create(**request)
-            choices = getattr(response, "choices", None)
-            return (choices[0].message.content or "") if choices else ""
+            return self._client.chat.completions.create(**request).choices[0].message.content or ""
         except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
             known = "was refused" if os.environ.get(KEY_VARIABLE) else "is missing"
             raise EndpointError(
@@ -134,12 +134,12 @@ class Endpoint:
         except openai.APIStatusError as error:
             raise EndpointError(
                 f"{self.url} answered with status {error.status_code} for model {self.model!r}: "
-                f"{str(error.message)[:200]}. What was answered before is kept."
+                f"{_without_key(error)}. What was answered before is kept."
             ) from error
-        except (openai.OpenAIError, ValueError, AttributeError, TypeError) as error:
+        except (openai.OpenAIError, ValueError, AttributeError, TypeError, IndexError) as error:
             raise EndpointError(
                 f"{self.url} does not speak the chat-completions protocol ({type(error).__name__}: "
-                f"{str(error)[:200]}). Does the address end in /v1?"
+                f"{_without_key(error)}). Does the address end in /v1?"
             ) from error
 
     @cached_property
@@ -163,3 +163,10 @@ class Endpoint:
             if wait > 0:
                 self.sleep(wait)
             self._turns["next"] = self.clock() + 60 / self.requests_per_minute
+
+
+def _without_key(error: Exception) -> str:
+    """The beginning of an error's text; a server may repeat the key that it was sent."""
+    key = os.environ.get(KEY_VARIABLE)
+    text = str(error)
+    return (text.replace(key, "***") if key else text)[:200]

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from c2r_core.metrics.reconstruction import evaluate_reconstruction
+from c2r_core.metrics.reconstruction import ReconstructionReport, evaluate_reconstruction
 from c2r_core.saes import BatchTopKSAE
 from c2r_core.seeds import mix_seeds
 from c2r_core.training import TrainConfig, train
@@ -41,12 +41,16 @@ class MetaSAEReport:
     explained_variance : float
     random_explained_variance : float
         On normal rows with the same mean and covariance, at norm 1 as the others.
+    l0, random_l0 : float
+        Meta-latents active per row; near k, or the two are not to be compared.
     """
 
     n_rows: int
     d_meta: int
     explained_variance: float
     random_explained_variance: float
+    l0: float
+    random_l0: float
 
 
 def measure_meta_sae(W_dec: Tensor, *, steps: int = 1000, seed: int = 0) -> MetaSAEReport:
@@ -74,15 +78,18 @@ def measure_meta_sae(W_dec: Tensor, *, steps: int = 1000, seed: int = 0) -> Meta
         raise ValueError(
             f"{len(rows)} decoder rows are not zero; a meta-SAE needs at least {MIN_ROWS}."
         )
+    own, random = (_fit(some, steps, seed) for some in (rows, _random_like(rows, seed)))
     return MetaSAEReport(
         n_rows=len(rows),
         d_meta=len(rows) // WIDTH_RATIO,
-        explained_variance=_explained(rows, steps, seed),
-        random_explained_variance=_explained(_random_like(rows, seed), steps, seed),
+        explained_variance=own.explained_variance,
+        random_explained_variance=random.explained_variance,
+        l0=own.l0,
+        random_l0=random.l0,
     )
 
 
-def _explained(rows: Tensor, steps: int, seed: int) -> float:
+def _fit(rows: Tensor, steps: int, seed: int) -> ReconstructionReport:
     sae = BatchTopKSAE(rows.shape[1], len(rows) // WIDTH_RATIO, K, seed=mix_seeds(seed, 1))
     generator = torch.Generator().manual_seed(mix_seeds(seed, 2))
     size = min(BATCH_SIZE, len(rows))
@@ -92,7 +99,7 @@ def _explained(rows: Tensor, steps: int, seed: int) -> float:
     )
     config = TrainConfig(steps=steps, lr=LR, aux_k_coefficient=0.0, seed=seed)
     train(sae, lambda step: rows[order[step]], config, progress=False)
-    return 1 - evaluate_reconstruction(sae, rows.split(4096)).fvu
+    return evaluate_reconstruction(sae, rows.split(4096))
 
 
 def _random_like(rows: Tensor, seed: int) -> Tensor:

@@ -4,6 +4,8 @@ At an entity's token, an attribute's latents are given the values that they have
 does the model then answer that entity's attribute? *Isolation*: do its answers on the other attributes stay?
 Disentanglement is the mean of the two (arXiv 2402.17700, SAEBench 0.6.0). Doing nothing scores 0 and 1, so
 ½ is no achievement; swapping the whole activation, reported beside, shows how much there is to cause.
+Both are counted on pairs of entities that differ in the attribute and in what is asked, so that an answer
+cannot stay by being the same.
 
 Latents are chosen on other entities than those that are swapped, by how much their activations differ
 between the attribute's values; how many, 1 to 64, also there. SAEBench learns a mask (MDBM); ours is simpler,
@@ -93,12 +95,14 @@ def load_ravel(folder: str | Path, entity_type: str = "city") -> Entities:
     """RAVEL's public data (github.com/explanare/ravel, data.tgz), from a folder that you have unpacked.
 
     Read are `ravel_{entity_type}_entity_attributes.json` and `ravel_{entity_type}_attribute_to_prompts.json`,
-    of each attribute the first prompt with one %s, and no examples in front.
+    of each attribute the first prompt with one %s behind a space, and no examples in front.
 
     Raises
     ------
     FileNotFoundError
         If one of them is missing.
+    ValueError
+        If no attribute has such a prompt.
     """
     folder = Path(folder).expanduser()
     names = ("entity_attributes", "attribute_to_prompts")
@@ -112,10 +116,12 @@ def load_ravel(folder: str | Path, entity_type: str = "city") -> Entities:
     attributes, prompts = (json.loads(file.read_text(encoding="utf-8")) for file in files)
     templates = {}
     for attribute, texts in prompts.items():
-        once = [text for text in texts if text.count("%s") == 1 and "{" not in text]
+        once = [t for t in texts if t.count("%s") == 1 and " %s" in t and "{" not in t]
         if once:
             # The space in front goes with the entity: it is part of its token.
-            templates[attribute] = once[0].replace(" %s", "%s").replace("%s", "{subject}")
+            templates[attribute] = once[0].replace(" %s", "{subject}")
+    if not templates:
+        raise ValueError(f"{files[1]} has no prompt with one %s behind a space.")
     values = {
         a: {f" {entity}": str(known[a]) for entity, known in attributes.items() if a in known}
         for a in templates
@@ -187,6 +193,10 @@ def entity_task(
         made, own = make_prompts(model.tokenizer, entities.prefixes[attribute], subjects, template)
         prompts[attribute] = (made, own)
         kept &= set(own)
+    if not kept:
+        raise ValueError(
+            f"None of the {len(subjects)} entities ends where a token ends in all of the prompts."
+        )
     order = sorted(kept)
     asked, reasons = {}, {}
     for attribute, (made, own) in prompts.items():
@@ -336,7 +346,11 @@ def measure_ravel(
         scores = _swap(task, name, ~half, partly, order[:chosen], n_pairs, seed + 1)
         limit = _swap(task, name, ~half, whole, None, n_pairs, seed + 1)
         n_known = int(asked.known.sum())
-        found.append(AttributeSwap(name, n_known, chosen, *scores, scores.disentanglement, *limit))
+        found.append(
+            AttributeSwap(
+                name, n_known, len(order[:chosen]), *scores, scores.disentanglement, *limit
+            )
+        )
     means = {
         f"mean_{score}": fmean(getattr(row, score) for row in found)
         for score in ("cause", "isolation", "disentanglement", "whole_cause", "whole_isolation")

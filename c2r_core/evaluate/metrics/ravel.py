@@ -32,7 +32,7 @@ def measure_attribute_swaps(bench: Bench) -> Ravel:
     """RAVEL's own data where a folder is given, cities with three attributes otherwise."""
     try:
         entities = offline_cities() if bench.ravel is None else load_ravel(bench.ravel)
-    except FileNotFoundError as error:
+    except OSError as error:
         raise ValueError(str(error)) from error  # concerns this metric alone
     task = entity_task(
         bench.language_model, entities, bench.lm.hook_name, precision=bench.precision
