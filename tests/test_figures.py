@@ -64,6 +64,33 @@ def test_plot_trade_shows_runs_and_lines_from_the_baseline():
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("U (share)", "V (share)")
 
 
+def test_plot_trade_of_nothing_is_an_empty_plot():
+    table = pd.DataFrame({"arm": [], "u": [], "v": []})
+    ax = figures.plot_trade(table, "u", "v", labels=("U", "V"))
+    assert not ax.collections and ax.get_xlabel() == "U"
+
+
+def test_plot_points_has_a_mark_for_every_row():
+    table = pd.DataFrame({"k": [10, 5, 10], "u": [0.1, 0.2, 0.4], "v": [1.0, 0.5, 0.7]})
+    ax = figures.plot_points(table, "u", "v", "k", labels=("U (share)", "V (share)"))
+    assert [points.get_offsets().tolist() for points in ax.collections] == [
+        [[0.2, 0.5]],
+        [[0.1, 1.0], [0.4, 0.7]],
+    ]
+    assert [t.get_text() for t in ax.get_legend().get_texts()] == ["k = 5", "k = 10"]
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("U (share)", "V (share)")
+
+
+def test_plot_effects_shows_values_and_ends_from_the_top():
+    table = pd.DataFrame({"name": ["a", "b"], "mean": [0.1, 2], "low": [-1, 1], "high": [0.5, 4]})
+    ax = figures.plot_effects(table, label="effect (share)")
+    bars = ax.containers[0]
+    np.testing.assert_allclose(bars.lines[0].get_xydata(), [[0.1, 0], [2, 1]])
+    ends = [segment[:, 0].tolist() for segment in bars.lines[2][0].get_segments()]
+    assert ends == [[-1, 0.5], [1, 4]]
+    assert ax.yaxis_inverted() and [t.get_text() for t in ax.get_yticklabels()] == ["a", "b"]
+
+
 def test_plot_matrix_writes_the_numbers():
     ax = figures.plot_matrix(
         torch.tensor([[0.25, 1.0]]), rows=["r"], columns=["c", "d"], label="cosine"

@@ -161,7 +161,7 @@ def plot_points(
         style = {"color": COLOURS[position % 8], "marker": MARKERS[position % 8]}
         ax.scatter(rows[x], rows[y], s=36, label=f"{by} = {group}", zorder=3, **style)
     ax.set(xlabel=labels[0], ylabel=labels[1])
-    ax.legend()
+    ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return ax
 
 
