@@ -142,7 +142,8 @@ def plot_trade(
         ax.plot(*ends, color=style["color"], linewidth=1, linestyle=":")
     ax.margins(0.15)
     ax.set(xlabel=labels[0], ylabel=labels[1])
-    ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    if len(means):
+        ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return ax
 
 
