@@ -148,11 +148,15 @@ class Bench:
             )
         return store
 
+    @property
+    def _chunk(self) -> int:
+        """Tokens to encode at a time."""
+        return max(1, min(CHUNK, CHUNK_ENTRIES // len(self.sae.W_dec)))
+
     @cached_property
     def reconstruction(self) -> ReconstructionReport:
         """How the SAE reconstructs the held-out activations."""
-        size = max(1, min(CHUNK, CHUNK_ENTRIES // len(self.sae.W_dec)))
-        return evaluate_reconstruction(self.sae, self.activations.chunks(size))
+        return evaluate_reconstruction(self.sae, self.activations.chunks(self._chunk))
 
     @cached_property
     def letters(self) -> tuple[FirstLetterTask, LetterProbes]:
@@ -183,8 +187,7 @@ class Bench:
     @cached_property
     def firings(self) -> Firings:
         """Where every latent fires on the held-out tokens."""
-        size = max(1, min(CHUNK, CHUNK_ENTRIES // len(self.sae.W_dec)))
-        return find_firings(self.sae, self.activations, chunk_size=size)
+        return find_firings(self.sae, self.activations, chunk_size=self._chunk)
 
     @cached_property
     def passages(self) -> Passages:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from c2r_core.data.activations import ActivationStore
-from c2r_core.metrics.protocol import AnySAE
+from c2r_core.metrics.protocol import AnySAE, finite_feature_acts
 
 if TYPE_CHECKING:
     from scipy.sparse import csc_array
@@ -77,10 +77,7 @@ def find_firings(sae: AnySAE, store: ActivationStore, *, chunk_size: int = 2048)
 
     chunks = []
     for x in store.chunks(chunk_size):
-        acts = sae.encode(x.to(sae.W_dec.device)).float().cpu()
-        if not acts.isfinite().all():
-            raise ValueError("The SAE's feature activations hold NaN or infinite values.")
-        chunks.append(csr_array(acts.numpy()))
+        chunks.append(csr_array(finite_feature_acts(sae, x).numpy()))
     acts = vstack(chunks, format="csc")
     acts.eliminate_zeros()
     return Firings(acts, store.contexts, np.flatnonzero(store.kept))

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from c2r_core.data.language_models import Precision
 from c2r_core.metrics.interventions import Prompts, activations_at, answer_log_probs, make_prompts
-from c2r_core.metrics.protocol import AnySAE
+from c2r_core.metrics.protocol import AnySAE, finite_feature_acts
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -320,11 +320,7 @@ def measure_ravel(
             f"The SAE's W_dec has shape {tuple(sae.W_dec.shape)}; expected (d_sae, {d_in}), the width of "
             "the entities' activations."
         )
-    acts = {}
-    for name, asked in task.asked.items():
-        acts[name] = sae.encode(asked.activations.to(sae.W_dec.device)).float().cpu()
-        if not acts[name].isfinite().all():
-            raise ValueError("The SAE's feature activations hold NaN or infinite values.")
+    acts = {name: finite_feature_acts(sae, asked.activations) for name, asked in task.asked.items()}
     rows = sae.W_dec.detach().float().cpu()
     generator = torch.Generator().manual_seed(seed)
     half = torch.randperm(len(task.entities), generator=generator) < len(task.entities) // 2

@@ -31,7 +31,7 @@ from torch import Tensor
 from c2r_core.data.language_models import Precision
 from c2r_core.metrics.first_letter_words import LETTERS, FirstLetterTask
 from c2r_core.metrics.interventions import answer_log_probs, make_prompts
-from c2r_core.metrics.protocol import AnySAE
+from c2r_core.metrics.protocol import AnySAE, finite_feature_acts
 from c2r_core.seeds import mix_seeds
 
 if TYPE_CHECKING:
@@ -318,10 +318,7 @@ class _Firing:
         self.rows = sae.W_dec.detach().float().cpu()
         chunks = []
         for x in activations.split(chunk_size):
-            acts = sae.encode(x.to(sae.W_dec.device)).float().cpu()
-            if not acts.isfinite().all():
-                raise ValueError("The SAE's feature activations hold NaN or infinite values.")
-            chunks.append(csc_array(acts.numpy()))
+            chunks.append(csc_array(finite_feature_acts(sae, x).numpy()))
         self._acts = vstack(chunks, format="csc")
         self._fires = (self._acts > 0).astype("float64")
 
