@@ -21,7 +21,7 @@ FOUND  := $(shell for p in python3.11 python3.12 python3.13 python3; do \
   $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BASE    = $(or $(FOUND),$(error Python 3.11 or later is needed, and none was found))
 
-RUNNER    := $(PYTHON) -m c2r_core.support.runner
+RUNNER    := $(PYTHON) -m c2r_core.notebook.runner
 NOTEBOOKS := $(sort $(wildcard notebooks/[0-9][0-9]_*.ipynb))
 EXECUTED  := $(NOTEBOOKS:notebooks/%=runs/default/%)
 SOURCES   := requirements.lock $(shell find c2r_core -name '*.py' -o -name '*.yml')
@@ -105,16 +105,16 @@ bench: $(ENV) ## what the fast paths buy, as ratios against plain references
 	$(PYTHON) benchmarks/training_step.py
 
 parity: $(ENV)-saelens $(DATA) ## held-out FVU against SAELens's own trainer: results/saelens_parity.json
-	$(PYTHON) benchmarks/saelens_parity.py
+	$(PYTHON) -m c2r_core.experiments.parity
 
 validate: $(DATA) ## does assignment consistency foretell use? 33 SAEs, an hour: results/validation
-	$(PYTHON) benchmarks/validate_consistency.py
+	$(PYTHON) -m c2r_core.experiments.validation
 
 blocks: $(DATA) ## in which blocks, at which k, is there absorption to measure? results/blocks
-	$(PYTHON) benchmarks/blocks_and_k.py
+	$(PYTHON) -m c2r_core.experiments.blocks
 
 evidence: $(ENV) ## gather the refreshed notebooks' results for the report: results/report.json
-	$(PYTHON) -m c2r_core.support.report
+	$(PYTHON) -m c2r_core.experiments.evidence
 
 $(ENV)-saelens: $(ENV)
 	$(if $(UV),$(UV) pip install --python $(PYTHON),$(PYTHON) -m pip install) --quiet \

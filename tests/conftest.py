@@ -9,7 +9,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from c2r_core.support import runner
+from c2r_core.notebook import runner
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
@@ -22,7 +22,7 @@ TINY_CELLS = [
     ("code", 'PROFILE = "default"\nSEED = 0\nDEVICE = "cpu"', ["parameters"]),
     (
         "code",
-        "from c2r_core.support import start\n\n"
+        "from c2r_core.notebook import start\n\n"
         'nb = start(notebook="00_tiny", profile=PROFILE, seed=SEED, device=DEVICE)',
         [],
     ),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from c2r_core.support.runner import KERNEL_ENVIRONMENT
+from c2r_core.notebook.runner import KERNEL_ENVIRONMENT
 
 NOT_COMPARED = ("text/html", "image/svg+xml")
 """Ids and styles in HTML are drawn at random; the same table is compared as text."""

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from c2r_core.data import activations
-from c2r_core.data.activations import ActivationStore, StoreBatches, harvest
+from c2r_core.artefacts.paths import data_dir
+from c2r_core.data import harvest as activations
+from c2r_core.data.harvest import ActivationStore, StoreBatches, harvest
 from c2r_core.data.language_models import RANDOM, SMOLLM2, load_language_model, run_to_hook
 from c2r_core.data.text import Corpus, Document, load_corpus
-from c2r_core.paths import data_dir
 
 pytestmark = pytest.mark.skipif(
     not (data_dir() / SMOLLM2).is_dir(), reason="SmolLM2 is not here; run `make data`"

@@ -10,8 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from c2r_core.data.gated_forest import GatedForest
+from c2r_core.data.forest import GatedForest
 from c2r_core.data.toy import FeatureTree
+from c2r_core.data.words import LETTERS, FirstLetterTask
+from c2r_core.metrics.absorption import LetterProbes
 from c2r_core.metrics.assignment import (
     NO_CARRIER,
     VERSION,
@@ -25,8 +27,6 @@ from c2r_core.metrics.assignment import (
     modal_latent,
     toy_assignment,
 )
-from c2r_core.metrics.first_letter import LetterProbes
-from c2r_core.metrics.first_letter_words import LETTERS, FirstLetterTask
 
 
 class Linear:

@@ -9,7 +9,9 @@ import pandas as pd
 import pytest
 import torch
 
-from c2r_core.metrics.batch_norms import (
+from c2r_core.artefacts.profiles import load_profile
+from c2r_core.experiments import strength as strength_tables
+from c2r_core.experiments.batch_norms import (
     FiringBlocks,
     firing_blocks,
     log_slopes,
@@ -17,10 +19,8 @@ from c2r_core.metrics.batch_norms import (
     neighbour_similarities,
     rate_groups,
 )
-from c2r_core.saes import BatchTopKSAE
-from c2r_core.support import load_profile, strength_tables
-from c2r_core.support.language_model_runs import Activations
-from c2r_core.support.strength_tables import (
+from c2r_core.experiments.language_model import Activations
+from c2r_core.experiments.strength import (
     RULES,
     batch_size_table,
     distance_from_reference,
@@ -32,6 +32,7 @@ from c2r_core.support.strength_tables import (
     strength_sweep,
     toy_settings,
 )
+from c2r_core.saes import BatchTopKSAE
 from c2r_core.training import weight_from_strength
 
 SMOKE = load_profile("smoke")

@@ -9,11 +9,13 @@ import pytest
 import torch
 
 from c2r_core import ReLUSAE
-from c2r_core.data.gated_forest import GatedForest
+from c2r_core.artefacts.profiles import load_profile
+from c2r_core.data.forest import GatedForest
 from c2r_core.data.toy import ToyBatches
+from c2r_core.experiments import benchmark as benchmark_tables
+from c2r_core.experiments import benchmark_runs
 from c2r_core.metrics.benchmark import evaluate_benchmark
-from c2r_core.support import benchmark_runs, benchmark_tables, load_profile
-from c2r_core.support.session import FIRST_SEED
+from c2r_core.notebook.session import FIRST_SEED
 from conftest import PROJECT
 
 SMALL = GatedForest(

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
-from c2r_core.metrics.between_runs import compare_runs, match_latents, random_baseline
+from c2r_core.metrics.agreement import compare_runs, match_latents, random_baseline
 from c2r_core.saes import TopKSAE
 
 D_IN, D_SAE = 16, 40
@@ -85,7 +85,7 @@ def test_rounds_are_the_greedy_matching():
 def test_blocks_of_the_wide_search_change_nothing(monkeypatch):
     a, b = normal(60, 8), normal(50, 8, seed=1)
     whole = match_latents(a, b, exact_limit=10)
-    monkeypatch.setattr("c2r_core.metrics.between_runs._BLOCK_ENTRIES", 7 * 50)
+    monkeypatch.setattr("c2r_core.metrics.agreement._BLOCK_ENTRIES", 7 * 50)
     blocks = match_latents(a, b, exact_limit=10)
     assert torch.equal(whole.latents_b, blocks.latents_b)
     assert blocks.mean_at_most == pytest.approx(whole.mean_at_most)

@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-from c2r_core.support import cache
-from c2r_core.support.cache import cached, code_fingerprint
+from c2r_core.artefacts import cache
+from c2r_core.artefacts.cache import cached, code_fingerprint
 
 
 @pytest.fixture(autouse=True)

@@ -10,9 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from c2r_core.support import start
-from c2r_core.support.claims import claim_lines, judge
-from c2r_core.support.results import plain, results_dir
+from c2r_core.artefacts.results import plain, results_dir
+from c2r_core.notebook import start
+from c2r_core.notebook.claims import claim_lines, judge
 
 
 @pytest.fixture

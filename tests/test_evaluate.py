@@ -12,21 +12,21 @@ import jsonschema
 import pytest
 import torch
 
+from c2r_core.artefacts.profiles import load_profile
 from c2r_core.data.language_models import RANDOM, load_language_model, run_to_hook
 from c2r_core.data.text import Corpus, Document, load_corpus, split_documents
+from c2r_core.data.words import LETTERS, FirstLetterTask
 from c2r_core.evaluate import METRICS, Report, evaluate, json_schema, write_report
 from c2r_core.evaluate import __main__ as command
-from c2r_core.evaluate.bench import Bench, held_out_documents
 from c2r_core.evaluate.evaluation import SCHEMA_FILE
 from c2r_core.evaluate.metrics import chosen_metrics, standard_metrics
 from c2r_core.evaluate.report import NotEvaluable, Section
+from c2r_core.experiments.language_model import SPLIT_SEED
 from c2r_core.formats.inference import InferenceSAE, ReLU
+from c2r_core.metrics.absorption import LetterProbes, evaluate_first_letter
 from c2r_core.metrics.endpoint import Endpoint
-from c2r_core.metrics.first_letter import LetterProbes, evaluate_first_letter
-from c2r_core.metrics.first_letter_words import LETTERS, FirstLetterTask
+from c2r_core.metrics.inputs import Bench, held_out_documents
 from c2r_core.saes import BatchTopKSAE, save_sae
-from c2r_core.support import load_profile
-from c2r_core.support.language_model_runs import SPLIT_SEED
 from conftest import PROJECT
 from foreign_saes import write_dictionary_learning, write_sae_lens
 

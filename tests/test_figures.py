@@ -9,7 +9,7 @@ import pytest
 import torch
 from matplotlib.collections import LineCollection
 
-from c2r_core.support import figures
+from c2r_core.notebook import figures
 
 
 @pytest.fixture(autouse=True)

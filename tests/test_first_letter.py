@@ -10,20 +10,20 @@ import torch
 
 from c2r_core.data.language_models import load_language_model
 from c2r_core.data.text import Corpus, Document
-from c2r_core.metrics.first_letter import (
+from c2r_core.data.words import (
+    LETTERS,
+    FirstLetterTask,
+    LetterWords,
+    harvest_words,
+    letter_words,
+)
+from c2r_core.metrics.absorption import (
     LetterProbes,
     absorption,
     absorption_by_word,
     evaluate_first_letter,
     split_latents,
     train_letter_probes,
-)
-from c2r_core.metrics.first_letter_words import (
-    LETTERS,
-    FirstLetterTask,
-    LetterWords,
-    harvest_words,
-    letter_words,
 )
 
 DATA = Path(__file__).parent / "data"

@@ -8,10 +8,10 @@ import pandas as pd
 import pytest
 import torch
 
-from c2r_core.metrics.fronts import price_at
-from c2r_core.support import load_profile, toy_runs
-from c2r_core.support.correlated import differences_from_baseline, weight_sweep, worlds
-from c2r_core.support.knobs import (
+from c2r_core.artefacts.profiles import load_profile
+from c2r_core.experiments import synthetic as toy_runs
+from c2r_core.experiments.correlated import differences_from_baseline, weight_sweep, worlds
+from c2r_core.experiments.knobs import (
     LABELS,
     front_differences,
     front_label,
@@ -19,7 +19,8 @@ from c2r_core.support.knobs import (
     front_table,
     knob_fronts,
 )
-from c2r_core.support.toy_runs import feature_tree
+from c2r_core.experiments.synthetic import feature_tree
+from c2r_core.metrics.fronts import price_at
 
 SMOKE = load_profile("smoke")
 
@@ -113,7 +114,7 @@ def toy():
 @pytest.fixture
 def trained(monkeypatch):
     """What was asked to be trained: (batch size, regulariser), instead of the training."""
-    from c2r_core.support import knobs
+    from c2r_core.experiments import knobs
 
     asked = []
 

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
-from c2r_core.support import notebook_files
+from c2r_core.notebook import files as notebook_files
 from conftest import NOTEBOOKS, PROJECT
 
 FAST_NOTEBOOK = "02_the_loss_by_hand.ipynb"

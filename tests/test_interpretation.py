@@ -14,9 +14,9 @@ import torch
 from scipy.sparse import csc_array
 
 from c2r_core.metrics.auto_interp import measure_auto_interp
-from c2r_core.metrics.contexts import Firings, drawn_latents
 from c2r_core.metrics.detection import measure_detection
 from c2r_core.metrics.endpoint import KEY_VARIABLE, Endpoint, EndpointError
+from c2r_core.metrics.firings import Firings, drawn_latents
 from c2r_core.metrics.meta_sae import measure_meta_sae
 
 N_CONTEXTS, SIZE, VOCABULARY = 300, 24, 40

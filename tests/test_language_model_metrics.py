@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from c2r_core.data.language_models import load_language_model, run_to_hook
-from c2r_core.metrics.language_model import compare_cross_entropy, cross_entropy_recovered
+from c2r_core.metrics.model_loss import compare_cross_entropy, cross_entropy_recovered
 
 HOOK = "blocks.0.hook_resid_post"
 

@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 
+from c2r_core.artefacts.paths import data_dir
 from c2r_core.data import language_models
 from c2r_core.data.language_models import (
     RANDOM,
@@ -18,7 +19,6 @@ from c2r_core.data.language_models import (
     load_language_model,
     run_to_hook,
 )
-from c2r_core.paths import data_dir
 
 needs_data = pytest.mark.skipif(
     not (data_dir() / SMOLLM2).is_dir(), reason="SmolLM2 is not here; run `make data`"

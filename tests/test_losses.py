@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from c2r_core.losses import (
+    c2r,
     c2r_from_norms,
     c2r_loss,
-    consistency,
     nearest_neighbours,
     orthogonality_loss,
 )
@@ -71,8 +71,8 @@ def test_orthogonality_equals_the_published_values(name):
 
 
 def test_the_example_in_the_docstring_is_right():
-    assert doctest.testmod(consistency).attempted > 0
-    assert doctest.testmod(consistency).failed == 0
+    assert doctest.testmod(c2r).attempted > 0
+    assert doctest.testmod(c2r).failed == 0
 
 
 def test_c2r_with_every_norm_a_half_is_orthogonality():

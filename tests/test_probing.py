@@ -11,6 +11,7 @@ from scipy.sparse import csr_array
 
 from c2r_core.data.language_models import RANDOM, load_language_model, run_to_hook
 from c2r_core.data.text import Corpus, Document
+from c2r_core.metrics.ablation import measure_scr, measure_tpp
 from c2r_core.metrics.passages import (
     UNKNOWN,
     PooledActs,
@@ -22,8 +23,7 @@ from c2r_core.metrics.passages import (
     pool,
     split_by_document,
 )
-from c2r_core.metrics.sparse_probing import probe_sparsely
-from c2r_core.metrics.targeted_ablation import measure_scr, measure_tpp
+from c2r_core.metrics.probing import probe_sparsely
 
 HOOK = "blocks.0.hook_resid_post"
 N, D_IN, N_DOCUMENTS = 800, 16, 20

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from c2r_core.support.profiles import PROFILES_FILE, load_profile, profile_names
+from c2r_core.artefacts.profiles import PROFILES_FILE, load_profile, profile_names
 
 PROFILES = yaml.safe_load(PROFILES_FILE.read_text(encoding="utf-8"))
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import c2r_core
-from c2r_core.data.activations import harvest
+from c2r_core.data.harvest import harvest
 from c2r_core.data.language_models import RANDOM, load_language_model
 from c2r_core.data.text import Corpus, load_corpus
 from conftest import PROJECT

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from c2r_core.metrics.dictionary import neighbour_cosines
-from c2r_core.metrics.intervals import mean_interval, paired_interval
+from c2r_core.metrics.decoder import neighbour_cosines
 from c2r_core.metrics.reconstruction import evaluate_reconstruction
 from c2r_core.saes import TopKSAE
+from c2r_core.statistics import mean_interval, paired_interval
 
 
 class Plain:

@@ -6,9 +6,8 @@ import json
 
 import pytest
 
-from c2r_core.metrics.intervals import rank_correlation, rank_correlation_lead
-from c2r_core.support import notebook_files
-from c2r_core.support.report import (
+from c2r_core.artefacts.results import read_json
+from c2r_core.experiments.evidence import (
     ARMS,
     arms_table,
     blocks_table,
@@ -18,7 +17,8 @@ from c2r_core.support.report import (
     gather,
     validation_table,
 )
-from c2r_core.support.results import read_json
+from c2r_core.notebook import files as notebook_files
+from c2r_core.statistics import rank_correlation, rank_correlation_lead
 from conftest import PROJECT
 
 RESULTS = PROJECT / "results"

@@ -9,7 +9,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from c2r_core.support import notebook_files, runner
+from c2r_core.notebook import files as notebook_files
+from c2r_core.notebook import runner
 from conftest import write_tiny_notebook
 
 

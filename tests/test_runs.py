@@ -7,12 +7,16 @@ import json
 import pytest
 import torch
 
+from c2r_core.artefacts.profiles import load_profile
+from c2r_core.artefacts.results import plain
 from c2r_core.data.language_models import load_language_model
+from c2r_core.experiments import language_model as lm_runs
+from c2r_core.experiments import synthetic as toy_runs
+from c2r_core.experiments import tables as lm_tables
+from c2r_core.experiments import toy as toy_tables
+from c2r_core.experiments import tuning as tune_toys
+from c2r_core.notebook import session
 from c2r_core.saes import ARCHITECTURES, ReLUSAE, fold_norm_factor
-from c2r_core.support import language_model_runs as lm_runs
-from c2r_core.support import language_model_tables as lm_tables
-from c2r_core.support import load_profile, session, toy_runs, toy_tables, tune_toys
-from c2r_core.support.results import plain
 from conftest import PROJECT
 
 SMOKE = load_profile("smoke")

@@ -7,14 +7,14 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from c2r_core.data.language_models import RANDOM, load_language_model
-from c2r_core.metrics.first_letter_words import LetterWords, harvest_words
-from c2r_core.metrics.interventions import (
+from c2r_core.data.interventions import (
     Prompts,
     activations_at,
     answer_log_probs,
     make_prompts,
 )
+from c2r_core.data.language_models import RANDOM, load_language_model
+from c2r_core.data.words import LetterWords, harvest_words
 from c2r_core.metrics.use import UseTask, letter_use_task, measure_use, measure_use_of_means
 
 N_CONCEPTS, D_IN, PER_CONCEPT = 4, 12, 60

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from c2r_core.paths import data_dir
+from c2r_core.artefacts.paths import data_dir
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge

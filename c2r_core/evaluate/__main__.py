@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from pydantic import ValidationError
 
+from c2r_core.artefacts.profiles import profile_names
 from c2r_core.evaluate import METRICS, evaluate, json_schema, write_report
 from c2r_core.evaluate.metrics import GROUPS
 from c2r_core.evaluate.report import Evaluated
 from c2r_core.metrics.endpoint import Endpoint
-from c2r_core.support.profiles import profile_names
 
 COMPLETE, NO_REPORT, INCOMPLETE = 0, 2, 3
 

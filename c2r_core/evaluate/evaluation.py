@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError, create_model
 
+from c2r_core.artefacts.cache import ARTEFACT_CODE, code_fingerprint
+from c2r_core.artefacts.profiles import load_profile
+from c2r_core.artefacts.results import provenance, write_json
 from c2r_core.data.language_models import check_hook_name
 from c2r_core.data.text import Corpus
-from c2r_core.evaluate.bench import Bench
 from c2r_core.evaluate.metrics import METRICS, chosen_metrics, standard_metrics
 from c2r_core.evaluate.report import (
     SCHEMA_VERSION,
@@ -25,14 +27,12 @@ from c2r_core.evaluate.report import (
     TrainingDocuments,
     record_of,
 )
+from c2r_core.experiments.language_model import SPLIT_SEED
 from c2r_core.formats import OpenedSAE, open_sae
 from c2r_core.metrics.endpoint import Endpoint
-from c2r_core.metrics.protocol import AnySAE
+from c2r_core.metrics.inputs import Bench
 from c2r_core.saes import SAE, fold_norm_factor
-from c2r_core.support.cache import ARTEFACT_CODE, code_fingerprint
-from c2r_core.support.language_model_runs import SPLIT_SEED
-from c2r_core.support.profiles import load_profile
-from c2r_core.support.results import provenance, write_json
+from c2r_core.saes.interface import AnySAE
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge

@@ -24,7 +24,7 @@ from typing import (
 
 from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 
-from c2r_core.support.results import plain
+from c2r_core.artefacts.results import plain
 
 SCHEMA_VERSION = 1
 

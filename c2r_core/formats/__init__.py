@@ -18,7 +18,7 @@ import torch
 
 from c2r_core.formats import c2r, dictionary_learning, sae_lens
 from c2r_core.formats.inference import InferenceSAE
-from c2r_core.metrics.protocol import AnySAE
+from c2r_core.saes.interface import AnySAE
 
 __all__ = ["FORMATS", "InferenceSAE", "OpenedSAE", "open_sae"]
 

@@ -32,11 +32,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from c2r_core.data.gated_forest import GatedForest
+from c2r_core.data.forest import GatedForest
 from c2r_core.data.toy import FeatureTree, ToySample
-from c2r_core.metrics.first_letter import LetterProbes
-from c2r_core.metrics.first_letter_words import LETTERS, FirstLetterTask
-from c2r_core.metrics.protocol import AnySAE
+from c2r_core.data.words import LETTERS, FirstLetterTask
+from c2r_core.metrics.absorption import LetterProbes
+from c2r_core.saes.interface import AnySAE
 from c2r_core.seeds import mix_seeds
 
 VERSION = "1.0"

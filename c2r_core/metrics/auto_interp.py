@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from c2r_core.metrics.contexts import Firings, drawn_latents
 from c2r_core.metrics.endpoint import Endpoint
+from c2r_core.metrics.firings import Firings, drawn_latents
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

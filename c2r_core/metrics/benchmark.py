@@ -10,8 +10,8 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Generator, Tensor
 
-from c2r_core.data.gated_forest import GatedForest
-from c2r_core.metrics.protocol import AnySAE
+from c2r_core.data.forest import GatedForest
+from c2r_core.saes.interface import AnySAE
 
 AT_ONCE = 1024
 MIN_CASES = 30  # of a condition, below which its share is not evaluable

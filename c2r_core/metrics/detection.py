@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from c2r_core.metrics.contexts import Firings, drawn_latents
-from c2r_core.metrics.intervals import mean_interval
+from c2r_core.metrics.firings import Firings, drawn_latents
+from c2r_core.statistics import mean_interval
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_array

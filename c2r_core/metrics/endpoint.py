@@ -17,7 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from c2r_core.paths import cache_dir
+from c2r_core.artefacts.paths import cache_dir
 
 if TYPE_CHECKING:
     from openai import OpenAI

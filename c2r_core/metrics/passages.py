@@ -20,7 +20,7 @@ from torch import Tensor
 
 from c2r_core.data.language_models import Precision, run_to_hook
 from c2r_core.data.text import Corpus, Document
-from c2r_core.metrics.protocol import AnySAE
+from c2r_core.saes.interface import AnySAE
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_array

@@ -28,9 +28,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from c2r_core.data.interventions import Prompts, activations_at, answer_log_probs, make_prompts
 from c2r_core.data.language_models import Precision
-from c2r_core.metrics.interventions import Prompts, activations_at, answer_log_probs, make_prompts
-from c2r_core.metrics.protocol import AnySAE, finite_feature_acts
+from c2r_core.saes.interface import AnySAE, finite_feature_acts
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge

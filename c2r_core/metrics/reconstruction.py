@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from c2r_core.metrics.protocol import AnySAE
+from c2r_core.saes.interface import AnySAE
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from c2r_core.data.toy import FeatureTree, ToySample
-from c2r_core.metrics.protocol import AnySAE
+from c2r_core.saes.interface import AnySAE
 
 
 @dataclass(frozen=True)

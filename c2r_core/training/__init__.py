@@ -1,5 +1,10 @@
 """The training loop, its recipe and its regularisers."""
 
+from c2r_core.losses.strength import (
+    PAPER_STRENGTH,
+    strength_from_weight,
+    weight_from_strength,
+)
 from c2r_core.training.ablations import (
     CoActivation,
     GroupLasso,
@@ -7,6 +12,7 @@ from c2r_core.training.ablations import (
     PairProduct,
     UnweightedSum,
 )
+from c2r_core.training.config import TrainConfig
 from c2r_core.training.history import History
 from c2r_core.training.regularisers import (
     C2R,
@@ -15,12 +21,6 @@ from c2r_core.training.regularisers import (
     Regulariser,
     create_regulariser,
     register_regulariser,
-)
-from c2r_core.training.schedules import TrainConfig
-from c2r_core.training.strength import (
-    PAPER_STRENGTH,
-    strength_from_weight,
-    weight_from_strength,
 )
 from c2r_core.training.trainer import DivergedError, train
 

@@ -1,6 +1,6 @@
 """C²R with one part changed: which term does what?
 
-With ŵ_i, j = j(i) and s_i as in `c2r_core.losses.consistency`, and n_i = ‖w_i‖ · ‖f_{:,i}‖, C²R is
+With ŵ_i, j = j(i) and s_i as in `c2r_core.losses.c2r`, and n_i = ‖w_i‖ · ‖f_{:,i}‖, C²R is
 mean_i s_i (n_i + n_j). The ablations, each a mean over the latents i too:
 
     unweighted_sum   n_i + n_j                         without the similarity

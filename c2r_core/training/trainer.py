@@ -21,10 +21,10 @@ from c2r_core.training.checkpoints import (
     restore_optimiser,
     write_checkpoint,
 )
+from c2r_core.training.config import TrainConfig
 from c2r_core.training.history import History
 from c2r_core.training.regularisers import Regulariser, strength_at
 from c2r_core.training.resampling import resample_dead
-from c2r_core.training.schedules import TrainConfig
 
 BatchSource = Callable[[int], Tensor]
 

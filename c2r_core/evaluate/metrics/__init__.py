@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from c2r_core.evaluate.bench import Bench
+from c2r_core.artefacts.names import unknown_name
 from c2r_core.evaluate.metrics import (
     absorption,
     consistency,
@@ -20,7 +20,7 @@ from c2r_core.evaluate.metrics import (
     use,
 )
 from c2r_core.evaluate.report import Section
-from c2r_core.support.names import unknown_name
+from c2r_core.metrics.inputs import Bench
 
 
 @dataclass(frozen=True)

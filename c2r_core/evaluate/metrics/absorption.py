@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from c2r_core.evaluate.bench import Bench
 from c2r_core.evaluate.report import Section
-from c2r_core.metrics.first_letter import FirstLetterReport, LetterRow, evaluate_first_letter
+from c2r_core.metrics.absorption import FirstLetterReport, LetterRow, evaluate_first_letter
+from c2r_core.metrics.inputs import Bench
 
 
 class Letter(Section):

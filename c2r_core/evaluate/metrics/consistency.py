@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from c2r_core.evaluate.bench import CHUNK, Bench
+from c2r_core.artefacts.results import plain
 from c2r_core.evaluate.report import section_of
+from c2r_core.metrics.agreement import BetweenRunsReport, compare_runs
 from c2r_core.metrics.assignment import AssignmentReport, letter_assignment
-from c2r_core.metrics.between_runs import BetweenRunsReport, compare_runs
-from c2r_core.support.results import plain
+from c2r_core.metrics.inputs import CHUNK, Bench
 
 AssignmentConsistency = section_of(AssignmentReport)
 Agreement = section_of(BetweenRunsReport)

@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from c2r_core.evaluate.bench import Bench
 from c2r_core.evaluate.report import Section
-from c2r_core.metrics.dictionary import neighbour_cosines
-from c2r_core.metrics.language_model import compare_cross_entropy
+from c2r_core.metrics.decoder import neighbour_cosines
+from c2r_core.metrics.inputs import Bench
+from c2r_core.metrics.model_loss import compare_cross_entropy
 
 
 class Reconstruction(Section):

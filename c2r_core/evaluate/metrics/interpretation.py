@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from c2r_core.evaluate.bench import Bench
+from c2r_core.artefacts.results import plain
 from c2r_core.evaluate.report import Section, section_of
 from c2r_core.metrics.auto_interp import InterpretedLatent, measure_auto_interp
 from c2r_core.metrics.detection import DetectionReport, measure_detection
 from c2r_core.metrics.endpoint import KEY_VARIABLE
+from c2r_core.metrics.inputs import Bench
 from c2r_core.metrics.meta_sae import MetaSAEReport, measure_meta_sae
-from c2r_core.support.results import plain
 
 Detection = section_of(DetectionReport)
 MetaSAE = section_of(MetaSAEReport)

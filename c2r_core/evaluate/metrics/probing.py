@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pydantic import create_model
 
-from c2r_core.evaluate.bench import Bench
+from c2r_core.artefacts.results import plain
 from c2r_core.evaluate.report import Section, section_of
-from c2r_core.metrics.sparse_probing import KS, ProbedTask, probe_sparsely
-from c2r_core.metrics.targeted_ablation import THRESHOLDS, SpuriousPair, measure_scr, measure_tpp
-from c2r_core.support.results import plain
+from c2r_core.metrics.ablation import THRESHOLDS, SpuriousPair, measure_scr, measure_tpp
+from c2r_core.metrics.inputs import Bench
+from c2r_core.metrics.probing import KS, ProbedTask, probe_sparsely
 
 WHEN_AND_WHO = ("century", "party", "spoken")
 """Labels of a whole document, which go with topics by chance: the spurious ones of SCR."""

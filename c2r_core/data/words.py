@@ -1,0 +1,332 @@
+"""Words for the first-letter metric, and a model's activations at them.
+
+All words share one few-shot prompt (SAEBench draws 10 examples anew for each word):
+
+    cat has the first letter: C
+    ...
+    WORD
+
+Attention is causal, so the text behind the word cannot change its activation and is not run.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from c2r_core.data.language_models import Precision, run_to_hook
+from c2r_core.artefacts.paths import whole_folder
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+    from transformers import DynamicCache, PreTrainedTokenizerBase
+
+    from c2r_core.data.text import Corpus
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+DEFAULT_SHOTS = ("cat", "mother", "river", "sun")
+
+_FORMAT_VERSION = 1
+
+
+class LetterWords(NamedTuple):
+    """Words that are one token each, and which of them are kept for testing.
+
+    Attributes
+    ----------
+    words : tuple of str
+        With the leading space, if the token has one.
+    token_ids : Tensor of int, shape (n_words,)
+    is_test : Tensor of bool, shape (n_words,)
+    """
+
+    words: tuple[str, ...]
+    token_ids: Tensor
+    is_test: Tensor
+
+
+def letter_words(
+    tokenizer: PreTrainedTokenizerBase,
+    corpus: Corpus | None = None,
+    *,
+    limit: int | None = None,
+    test_share: float = 0.2,
+    seed: int = 0,
+) -> LetterWords:
+    """Tokens that are words: ASCII letters with an optional leading space.
+
+    Parameters
+    ----------
+    tokenizer : PreTrainedTokenizerBase
+    corpus : Corpus, optional
+        Keep only tokens that occur in it, the most frequent first (ties: the lower token id).
+        Without it, the whole vocabulary in a random order.
+    limit : int, optional
+        Keep only so many, the first of that order.
+    test_share : float in (0, 1)
+        Share of the words, drawn at random, on which probes and SAEs are scored.
+    seed : int
+        Of the random order and of the split.
+
+    Raises
+    ------
+    ValueError
+        If no word remains, or if `limit` or `test_share` is out of range.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit is {limit}; expected a positive number, or None for all words.")
+    if not 0 < test_share < 1:
+        raise ValueError(f"test_share is {test_share}; expected a share between 0 and 1.")
+    generator = torch.Generator().manual_seed(seed)
+    words = _alphabetic_tokens(tokenizer)
+    if corpus is None:
+        ids = list(words)
+        ids = [ids[i] for i in torch.randperm(len(ids), generator=generator)]
+    else:
+        counts = _token_counts(tokenizer, corpus)
+        ids = sorted((i for i in words if counts[i]), key=lambda i: (-counts[i], i))
+    ids = ids[:limit]
+    if not ids:
+        source = "the tokenizer's vocabulary" if corpus is None else f"corpus {corpus.name!r}"
+        raise ValueError(
+            f"No token of {source} consists of ASCII letters. The first-letter task needs whole "
+            "words as tokens, in the Latin alphabet."
+        )
+    is_test = torch.zeros(len(ids), dtype=torch.bool)
+    n_test = round(test_share * len(ids))
+    is_test[torch.randperm(len(ids), generator=generator)[:n_test]] = True
+    return LetterWords(tuple(words[i] for i in ids), torch.tensor(ids), is_test)
+
+
+@dataclass(frozen=True, eq=False)
+class FirstLetterTask:
+    """Words, their first letters, and the model's activations at their tokens.
+
+    Attributes
+    ----------
+    words : tuple of str
+    activations : Tensor of float32, shape (n_words, d_in)
+        Raw, as the model computes them.
+    letters : Tensor of int, shape (n_words,)
+        0 for A to 25 for Z.
+    is_test : Tensor of bool, shape (n_words,)
+    hook_name : str
+    prefix : str
+        The text in front of each word.
+    n_dropped : int
+        Words left out, because they are not one token behind the prefix or are examples in it.
+    """
+
+    words: tuple[str, ...]
+    activations: Tensor
+    letters: Tensor
+    is_test: Tensor
+    hook_name: str
+    prefix: str
+    n_dropped: int
+
+    def save(self, folder: Path | str) -> None:
+        """Write `task.safetensors` and `task.json` into a folder, replacing it as a whole."""
+        from safetensors.torch import save_file
+
+        description = {
+            "format_version": _FORMAT_VERSION,
+            "hook_name": self.hook_name,
+            "prefix": self.prefix,
+            "n_dropped": self.n_dropped,
+            "words": self.words,
+        }
+        tensors = {name: getattr(self, name) for name in ("activations", "letters", "is_test")}
+        with whole_folder(Path(folder)) as part:
+            save_file(tensors, part / "task.safetensors")
+            (part / "task.json").write_text(json.dumps(description), encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path | str) -> FirstLetterTask:
+        """Read what `save` wrote.
+
+        Raises
+        ------
+        FileNotFoundError
+            If the folder holds no task.
+        ValueError
+            If it is in another format.
+        """
+        from safetensors.torch import load_file
+
+        folder = Path(folder)
+        for name in ("task.json", "task.safetensors"):
+            if not (folder / name).is_file():
+                raise FileNotFoundError(
+                    f"{folder} has no {name}; expected a folder written by FirstLetterTask.save."
+                )
+        description = json.loads((folder / "task.json").read_text(encoding="utf-8"))
+        version = description.pop("format_version", None)
+        if version != _FORMAT_VERSION:
+            raise ValueError(
+                f"{folder} holds a task of format {version}; this code reads {_FORMAT_VERSION}. "
+                "Harvest the words again."
+            )
+        words = tuple(description.pop("words"))
+        return cls(words=words, **load_file(folder / "task.safetensors"), **description)
+
+
+def harvest_words(
+    model: TransformerBridge,
+    words: LetterWords,
+    hook_name: str,
+    *,
+    shots: Sequence[str] = DEFAULT_SHOTS,
+    batch_size: int = 256,
+    key_value_cache: bool = True,
+    precision: Precision = "float32",
+) -> FirstLetterTask:
+    """Activations at each word's token in prompts like
+
+        cat has the first letter: C
+        ...
+        {word} has the first letter:
+
+    The word is located by tokenising the whole prompt. What follows it is not run, since attention
+    is causal. The prompt starts with the tokenizer's BOS token, if it has one.
+
+    Parameters
+    ----------
+    model : TransformerBridge
+    words : LetterWords
+    hook_name : str
+        Such as `blocks.4.hook_resid_post`.
+    shots : sequence of str
+        Example words of the prefix, the same for all words; may be empty.
+    batch_size : int
+        Words per forward pass.
+    key_value_cache : bool
+        Run the prefix only once; much faster. False is for models without such a cache.
+    precision : "float32" or "bfloat16"
+        Of the model's matrix products, as in `run_to_hook`.
+
+    Raises
+    ------
+    ValueError
+        If `run_to_hook` refuses the hook or the precision, or if no word is a single token behind
+        the prefix.
+    """
+    # One token through the model finds a wrong hook or precision before the work begins.
+    run_to_hook(model, words.token_ids[None, :1], hook_name, precision)
+    prefix = "".join(f"{shot} has the first letter: {shot[0].upper()}\n" for shot in shots)
+    prefix_ids, kept = _place_words(model.tokenizer, words, prefix, shots)
+    if not kept:
+        raise ValueError(
+            f"None of the {len(words.words)} words (the first is {words.words[0]!r}) is a single "
+            f"token behind {prefix[-30:]!r} in this tokenizer. Try other shots."
+        )
+    batches = words.token_ids[kept].split(batch_size)
+    if key_value_cache and len(prefix_ids):
+        activations = _run_behind_cache(model, prefix_ids, batches, hook_name, precision)
+    else:
+        activations = _run_whole(model, prefix_ids, batches, hook_name, precision)
+    kept_words = tuple(words.words[i] for i in kept)
+    return FirstLetterTask(
+        words=kept_words,
+        activations=torch.cat([batch.float().cpu() for batch in activations]),
+        letters=torch.tensor([LETTERS.index(word.strip()[0].upper()) for word in kept_words]),
+        is_test=words.is_test[kept],
+        hook_name=hook_name,
+        prefix=prefix,
+        n_dropped=len(words.words) - len(kept),
+    )
+
+
+def _alphabetic_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    special = set(tokenizer.all_special_ids)
+    words = {}
+    for i, token in enumerate(tokenizer.convert_ids_to_tokens(range(len(tokenizer)))):
+        # Byte-level vocabularies write a leading space as Ġ, SentencePiece as ▁ (and drops it when
+        # decoding); ASCII letters stand for themselves in both.
+        text = token.replace("Ġ", " ").replace("▁", " ")
+        word = text.removeprefix(" ")
+        if word.isascii() and word.isalpha() and i not in special:
+            words[i] = text
+    return words
+
+
+def _token_counts(tokenizer: PreTrainedTokenizerBase, corpus: Corpus) -> Counter[int]:
+    counts: Counter[int] = Counter()
+    for document in corpus.documents:
+        counts.update(
+            tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"]
+        )
+    return counts
+
+
+def _place_words(
+    tokenizer: PreTrainedTokenizerBase, words: LetterWords, prefix: str, shots: Sequence[str]
+) -> tuple[Tensor, list[int]]:
+    """Token ids in front of every word, and the indices of the words that are one token there."""
+    prompts = [f"{prefix}{word} has the first letter:" for word in words.words]
+    in_front, *prompt_ids = tokenizer([prefix, *prompts], add_special_tokens=False)["input_ids"]
+    examples = {shot.lower() for shot in shots}
+    kept = [
+        i
+        for i, word in enumerate(words.words)
+        if prompt_ids[i][: len(in_front) + 1] == [*in_front, int(words.token_ids[i])]
+        and word.strip().lower() not in examples
+    ]
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    return torch.tensor(bos + in_front, dtype=torch.long), kept
+
+
+def _run_whole(
+    model: TransformerBridge,
+    prefix: Tensor,
+    batches: Iterable[Tensor],
+    hook_name: str,
+    precision: Precision,
+) -> Iterator[Tensor]:
+    """Activations (n_words, d_in) at each batch of words (n_words,) behind the prefix."""
+    for words in batches:
+        prompts = torch.cat([prefix.expand(len(words), -1), words[:, None]], dim=1)
+        yield run_to_hook(model, prompts, hook_name, precision)[:, -1]
+
+
+def _run_behind_cache(
+    model: TransformerBridge,
+    prefix: Tensor,
+    batches: Iterable[Tensor],
+    hook_name: str,
+    precision: Precision,
+) -> Iterator[Tensor]:
+    """What `_run_whole` gives, with the prefix run only once, and not beyond the hook."""
+    from transformer_lens.model_bridge.exceptions import StopAtLayerException
+    from transformers import DynamicCache
+
+    device = next(model.parameters()).device
+
+    def stop(activation: Tensor, hook: object) -> None:
+        raise StopAtLayerException(activation)  # run_with_hooks returns it
+
+    def run(tokens: Tensor, cache: DynamicCache) -> Tensor:
+        enabled = precision == "bfloat16"
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=enabled):
+            return model.run_with_hooks(
+                tokens.to(device),
+                fwd_hooks=[(hook_name, stop)],
+                past_key_values=cache,
+                use_cache=True,
+            )
+
+    # The layers behind the hook never run, so their part of the cache stays empty.
+    prefix_cache = DynamicCache(config=model.original_model.config)
+    run(prefix[None], prefix_cache)
+    for words in batches:
+        cache = copy.deepcopy(prefix_cache)
+        cache.batch_repeat_interleave(len(words))
+        yield run(words[:, None], cache)[:, -1]

@@ -1,0 +1,195 @@
+"""Run a notebook with checked parameters, refresh the committed ones, sum up what they claim.
+
+python -m c2r_core.notebook.runner run NOTEBOOK --profile smoke --out EXECUTED
+python -m c2r_core.notebook.runner refresh NOTEBOOK...
+python -m c2r_core.notebook.runner summary
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from traitlets.config import Config
+
+from c2r_core.artefacts.names import unknown_name
+from c2r_core.artefacts.profiles import load_profile, profile_names
+from c2r_core.notebook import files as notebook_files
+
+KERNEL_ENVIRONMENT = {
+    "TQDM_DISABLE": "1",
+    "PYDEVD_DISABLE_FILE_VALIDATION": "1",
+}
+"""Where a notebook runs unattended, progress bars and a debugger's remarks would be outputs."""
+
+
+class NotebookFailed(RuntimeError):
+    """A cell raised; the message says where the notebook with its traceback is."""
+
+
+def run(notebook: Path, out: Path, parameters: Mapping[str, Any] | None = None) -> None:
+    """Execute a notebook in a process of its own, in its own folder, and write it to `out`.
+
+    `out` appears only when every cell has run. After a failure, the notebook with its traceback is
+    beside it as `*.failed.ipynb`.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such notebook.
+    ValueError
+        If a parameter is not among the notebook's, or the profile does not exist.
+    NotebookFailed
+        If a cell raises, or the kernel dies.
+    """
+    import papermill
+    from nbclient.exceptions import CellTimeoutError, DeadKernelError
+
+    parameters = dict(parameters or {})
+    if not notebook.is_file():
+        raise FileNotFoundError(f"there is no notebook {notebook}")
+    known = notebook_files.parameter_names(notebook_files.read(notebook))
+    for name in parameters:
+        if name not in known:
+            raise ValueError(f"{notebook.name}: {unknown_name('parameter', name, known)}")
+    if "PROFILE" in parameters:
+        load_profile(parameters["PROFILE"])
+
+    part = out.with_suffix(".part.ipynb")
+    failed = out.with_suffix(".failed.ipynb")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    failed.unlink(missing_ok=True)
+    for name, value in KERNEL_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    try:
+        with tempfile.TemporaryDirectory(prefix="c2r-") as sockets:
+            papermill.execute_notebook(
+                str(notebook),
+                str(part),
+                parameters=parameters,
+                cwd=str(notebook.parent),
+                kernel_name="python3",
+                language="python",
+                config=_sockets_in(sockets),
+                extra_arguments=["--log-level=CRITICAL"],
+                progress_bar=False,
+            )
+    except (papermill.PapermillExecutionError, DeadKernelError, CellTimeoutError) as error:
+        part.replace(failed)
+        raise NotebookFailed(f"{notebook} failed; the traceback is in {failed}\n{error}") from error
+    part.replace(out)
+
+
+def _sockets_in(folder: str) -> Config:
+    """Reach the kernel through files, not TCP: works where not even a loopback network is up."""
+    return Config({"KernelManager": {"transport": "ipc", "ip": f"{folder}/kernel"}})
+
+
+def refresh(notebook: Path, work_folder: Path = Path("runs/refresh")) -> None:
+    """Execute a committed notebook in place, with the parameters it holds, in canonical form.
+
+    Doing it twice gives the same bytes. A failure leaves the notebook as it was.
+    """
+    out = work_folder / notebook.name
+    run(notebook, out)
+    text = notebook_files.canonical(notebook_files.read(out))
+    part = notebook.with_suffix(".ipynb.part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(notebook)
+
+
+def summary(committed: Path, executed: Path) -> tuple[str, bool]:
+    """Every claim's verdict under `default`, and whether all are as in the committed notebooks.
+
+    Parameters
+    ----------
+    committed : Path
+        Folder of the notebooks as committed, with outputs.
+    executed : Path
+        Folder with the same notebooks as just executed.
+    """
+    lines: list[str] = []
+    as_committed = True
+    for path in sorted(committed.glob("[0-9][0-9]_*.ipynb")):
+        run_path = executed / path.name
+        lines.append(f"\n{path.stem}")
+        if not run_path.is_file():
+            lines.append(f"  not run: {run_path} is missing")
+            as_committed = False
+            continue
+        expected = notebook_files.claims(notebook_files.read(path))
+        measured = notebook_files.claims(notebook_files.read(run_path))
+        lines += [f"  [{verdict}] {text}" for verdict, text in measured]
+        for verdict, text in sorted(set(expected) ^ set(measured)):
+            origin = "committed" if (verdict, text) in expected else "this run"
+            lines.append(f"  DIFFERS, {origin}: [{verdict}] {text}")
+        as_committed &= expected == measured
+        lines.append(f"  notebook {run_path}, numbers {run_path.with_suffix('.json')}")
+    lines.append(
+        "\nEvery verdict is as committed."
+        if as_committed
+        else "\nSome verdicts are NOT as committed: see the lines marked DIFFERS or not run."
+    )
+    return "\n".join(lines), as_committed
+
+
+def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m c2r_core.notebook.runner", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    runs = commands.add_parser("run", help="execute one notebook")
+    runs.add_argument("notebook", type=Path)
+    runs.add_argument("--out", type=Path, required=True, help="where the executed notebook goes")
+    runs.add_argument("--profile", dest="PROFILE", help=", ".join(profile_names()))
+    runs.add_argument("--seed", dest="SEED", type=int)
+    runs.add_argument("--device", dest="DEVICE", help="auto, cpu or cuda")
+    runs.add_argument(
+        "-p", dest="others", nargs=2, action="append", default=[], metavar=("NAME", "VALUE")
+    )
+
+    sums = commands.add_parser("summary", help="print every claim's verdict")
+    sums.add_argument("--committed", type=Path, default=Path("notebooks"))
+    sums.add_argument("--executed", type=Path, default=Path("runs/default"))
+
+    refreshes = commands.add_parser("refresh", help="execute committed notebooks in place")
+    refreshes.add_argument("notebooks", type=Path, nargs="+")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit status: 1 if a notebook failed, 2 for wrong arguments."""
+    given = _arguments(arguments)
+    try:
+        if given.command == "summary":
+            text, as_committed = summary(given.committed, given.executed)
+            print(text)
+            return 0 if as_committed else 1
+        if given.command == "refresh":
+            for notebook in given.notebooks:
+                print(f"refreshing {notebook}", flush=True)
+                refresh(notebook)
+            return 0
+        parameters = {name: yaml.safe_load(value) for name, value in given.others}
+        for name in ("PROFILE", "SEED", "DEVICE"):
+            if getattr(given, name) is not None:
+                parameters[name] = getattr(given, name)
+        print(f"running {given.notebook} -> {given.out}", flush=True)
+        run(given.notebook, given.out, parameters)
+    except NotebookFailed as error:
+        print(error, file=sys.stderr)
+        return 1
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
