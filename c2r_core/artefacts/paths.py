@@ -1,15 +1,9 @@
-"""Where downloaded data and cached results live on disk, and how a folder is written whole."""
+"""Where downloaded data and cached results live on disk."""
 
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-
-import platformdirs
 
 _CHECKOUT = Path(__file__).resolve().parents[2]
 
@@ -20,6 +14,8 @@ def project_folder(variable: str, name: str) -> Path:
         return Path(os.environ[variable]).expanduser().resolve()
     if (_CHECKOUT / "pyproject.toml").is_file():
         return _CHECKOUT / name
+    import platformdirs  # comes with the extras
+
     return Path(platformdirs.user_cache_dir("c2r")) / name
 
 
@@ -31,36 +27,3 @@ def data_dir() -> Path:
 def cache_dir() -> Path:
     """Folder of harvested activations and trained SAEs: $C2R_CACHE, else `cache/` likewise."""
     return project_folder("C2R_CACHE", "cache")
-
-
-@contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """A scratch folder to fill, which becomes `folder` only when the block ends without an error.
-
-    A folder already there is replaced at that moment; after an error it is as it was before, and
-    the scratch folder is gone.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".part", dir=folder.parent))
-    try:
-        yield part
-        part.chmod(0o777 & ~_umask())  # mkdtemp makes it private
-        old = part.with_suffix(".old")
-        if folder.exists():
-            folder.rename(old)
-        try:
-            part.rename(folder)
-        except OSError:
-            if old.exists():
-                old.rename(folder)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from c2r_core.data.language_models import Precision, run_to_hook
-from c2r_core.artefacts.paths import whole_folder
+from c2r_core.artefacts.files import whole_folder
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge

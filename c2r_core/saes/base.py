@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from c2r_core.artefacts.paths import whole_folder
+from c2r_core.artefacts.files import whole_folder
 from c2r_core.saes.sparse import FeatureActs
 
 FORMAT_VERSION = 1
