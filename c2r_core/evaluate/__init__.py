@@ -1,10 +1,22 @@
-"""Measure any SAE: `evaluate` in Python, `python -m c2r_core.evaluate PATH` in a shell.
+"""Measure any SAE: `evaluate` in Python, `c2r evaluate PATH` in a shell.
 
-This room knows all the others and nobody knows it. A further metric is a function with its values
-and one line in `metrics.METRICS`.
+The only way in which the project measures an SAE on a language model. What is measured is in
+`c2r_core.metrics`, a file for each metric.
 """
 
-from c2r_core.evaluate.evaluation import Report, evaluate, json_schema, write_report
-from c2r_core.evaluate.metrics import METRICS
+from c2r_core.evaluate.compare import compare
+from c2r_core.evaluate.evaluation import evaluate
+from c2r_core.evaluate.report import Report, json_schema, read_report, write_report
+from c2r_core.metrics import METRICS
+from c2r_core.metrics.inputs import Options
 
-__all__ = ["METRICS", "Report", "evaluate", "json_schema", "write_report"]
+__all__ = [
+    "METRICS",
+    "Options",
+    "Report",
+    "compare",
+    "evaluate",
+    "json_schema",
+    "read_report",
+    "write_report",
+]

@@ -1,4 +1,4 @@
-"""`python -m c2r_core.evaluate PATH`: measure an SAE folder and write one JSON report.
+"""`c2r evaluate PATH`: measure an SAE folder and write one JSON report.
 
 Exit status: 0 if every metric was evaluated; 3 if the report is there, but records a metric that
 could not be; 2 if there is no report, because there was nothing to measure or to measure on.
@@ -7,19 +7,22 @@ could not be; 2 if there is no report, because there was nothing to measure or t
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import random
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
-from pydantic import ValidationError
 
 from c2r_core.artefacts.profiles import profile_names
-from c2r_core.evaluate import METRICS, evaluate, json_schema, write_report
-from c2r_core.evaluate.metrics import GROUPS
-from c2r_core.evaluate.report import Evaluated
+from c2r_core.evaluate import METRICS, Options, Report, json_schema, write_report
+from c2r_core.evaluate.compare import main as compare_reports
+from c2r_core.evaluate.compare import number
+from c2r_core.evaluate.evaluation import prepare
+from c2r_core.metrics import groups
 from c2r_core.metrics.endpoint import Endpoint
 
 COMPLETE, NO_REPORT, INCOMPLETE = 0, 2, 3
@@ -27,8 +30,13 @@ COMPLETE, NO_REPORT, INCOMPLETE = 0, 2, 3
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["compare"]:
+        return compare_reports(arguments[1:])
     parser = _parser()
     given = parser.parse_args(arguments)
+    for name in given.plugin:
+        importlib.import_module(name)
     if given.schema:
         print(json.dumps(json_schema(), indent=2, ensure_ascii=False))
         return COMPLETE
@@ -37,52 +45,69 @@ def main(arguments: list[str] | None = None) -> int:
     random.seed(given.seed)
     np.random.seed(given.seed % 2**32)
     torch.manual_seed(given.seed)
-    started = time.monotonic()
+    started, out = time.monotonic(), Path(given.out)
+    kept = out.with_name(f"{out.name}.unfinished")
     try:
-        report = evaluate(
+        evaluation = prepare(
             given.path,
             model=given.model,
             hook_name=given.hook,
             corpus=given.corpus,
-            metrics=None if given.metrics is None else given.metrics.split(","),
-            against=given.against,
-            endpoint=_endpoint(given),
-            ravel=given.ravel,
-            profile=given.profile,
-            seed=given.seed,
-            device=given.device,
+            metrics=given.metrics,
+            options=_options(given, kept),
         )
-        write_report(report, given.out)
-    except ValidationError:
-        raise  # a ValueError by inheritance, but one of this program
     except (ValueError, OSError) as error:
         print(f"No report: {error}", file=sys.stderr)
         return NO_REPORT
-    said = report.sae.stated.get("hook_name", "")
-    if said.startswith("blocks.") and said != report.model.hook_name:
-        print(f"Its config says that it reads {said}; measured at {report.model.hook_name}.")
-    for name in METRICS:
-        record = getattr(report.metrics, name)
-        if isinstance(record, Evaluated):
-            print(f"{name}: evaluated")
-        elif record is not None:
-            print(f"{name}: not evaluable. {record.reason}")
-    print(f"{given.out} ({time.monotonic() - started:.0f} s)")
+    report = evaluation.measure()
+    write_report(report, out)
+    kept.unlink(missing_ok=True)
+    _print(report)
+    print(f"{out} ({time.monotonic() - started:.0f} s)")
     return INCOMPLETE if report.not_evaluable else COMPLETE
 
 
-def _endpoint(given: argparse.Namespace) -> Endpoint | None:
-    if given.endpoint is None:
-        return None
-    return Endpoint(given.endpoint, given.endpoint_model, requests_per_minute=given.endpoint_rpm)
+def _print(report: Report) -> None:
+    said = report.sae.stated.get("hook_name", "")
+    if report.model and said.startswith("blocks.") and said != report.model.hook_name:
+        print(f"Its config says that it reads {said}; measured at {report.model.hook_name}.")
+    rows = report.headline()
+    width = max((len(f"{row.metric}.{row.field}") for row in rows), default=0)
+    for row in rows:
+        notes = [] if row.better == "none" else [f"{row.better} is better"]
+        notes += [] if row.baseline is None else [f"baseline {number(row.baseline)}"]
+        name = f"{row.metric}.{row.field}"
+        print(f"{name:{width}}  {number(row.value):>9}  {', '.join(notes)}".rstrip())
+    for name, warning in report.warnings.items():
+        print(f"Warning, {name}: {warning}")
+    for name, reason in report.not_evaluable.items():
+        print(f"{name}: not evaluable. {reason}")
+
+
+def _options(given: argparse.Namespace, kept: Path) -> Options:
+    endpoint = None
+    if given.endpoint is not None:
+        endpoint = Endpoint(
+            given.endpoint, given.endpoint_model, requests_per_minute=given.endpoint_rpm
+        )
+    return Options(
+        profile=given.profile,
+        seed=given.seed,
+        device=given.device,
+        against=given.against,
+        endpoint=endpoint,
+        ravel=given.ravel,
+        keep=kept,
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m c2r_core.evaluate",
+        prog="c2r evaluate",
         description="Measure an SAE on held-out documents and write one JSON report.",
         epilog="Exit status: 0 if every metric was evaluated, 3 if the report records one that could "
-        "not be, 2 if there is no report.",
+        "not be, 2 if there is no report. An evaluation that was interrupted goes on when started "
+        "again with the same --out.",
     )
     parser.add_argument(
         "path",
@@ -96,8 +121,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", default="report.json", help="default: %(default)s")
     parser.add_argument(
         "--metrics",
-        help=f"groups ({', '.join(GROUPS)}) or single metrics ({', '.join(METRICS)}), separated by "
+        help=f"groups ({', '.join(groups())}) or single metrics ({', '.join(METRICS)}), separated by "
         "commas; default: all, as far as the other options allow",
+    )
+    parser.add_argument(
+        "--plugin",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="a module with further metrics, to be imported first; may be repeated",
     )
     parser.add_argument("--endpoint", help="URL of a chat-completions server, for AutoInterp")
     parser.add_argument("--endpoint-model", default="", help="the model's name there")

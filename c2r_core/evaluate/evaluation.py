@@ -2,73 +2,42 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from pydantic import ValidationError, create_model
+import torch
 
 from c2r_core.artefacts.cache import ARTEFACT_CODE, code_fingerprint
-from c2r_core.artefacts.profiles import load_profile
-from c2r_core.artefacts.results import provenance, write_json
+from c2r_core.artefacts.profiles import SPLIT_SEED, load_profile
+from c2r_core.artefacts.results import provenance
 from c2r_core.data.language_models import check_hook_name
 from c2r_core.data.text import Corpus
-from c2r_core.evaluate.metrics import METRICS, chosen_metrics, standard_metrics
+from c2r_core.errors import NotEvaluable
 from c2r_core.evaluate.report import (
-    SCHEMA_VERSION,
     Evaluated,
     ModelDescription,
-    NotEvaluable,
+    NotEvaluated,
+    Report,
     SAEDescription,
-    Section,
     Settings,
     TextDescription,
-    TrainingDocuments,
-    record_of,
+    checked_record,
+    checked_report,
 )
-from c2r_core.experiments.language_model import SPLIT_SEED
 from c2r_core.formats import OpenedSAE, open_sae
-from c2r_core.metrics.endpoint import Endpoint
-from c2r_core.metrics.inputs import Bench
+from c2r_core.metrics import METRICS, chosen_metrics, standard_metrics
+from c2r_core.metrics.inputs import Inputs, Options
 from c2r_core.saes import SAE, fold_norm_factor
 from c2r_core.saes.interface import AnySAE
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
-SCHEMA_FILE = Path(__file__).with_name("report.schema.json")
-
-Metrics = create_model(
-    "Metrics",
-    __base__=Section,
-    __doc__="One record for each metric; null where it was not asked for.",
-    **{name: (record_of(metric.values), None) for name, metric in METRICS.items()},
-)
-
-
-class Report(Section):
-    """What one evaluation found."""
-
-    schema_version: int = SCHEMA_VERSION
-    sae: SAEDescription
-    model: ModelDescription
-    text: TextDescription
-    settings: Settings
-    metrics: Metrics
-    provenance: dict[str, str | int | float | None]
-    """What made the report: code, versions, hardware in general terms. The one part that may differ
-    between two runs of the same evaluation on different machines."""
-
-    @property
-    def not_evaluable(self) -> dict[str, str]:
-        """Reasons by metric, of those that could not be evaluated."""
-        records = {name: getattr(self.metrics, name) for name in METRICS}
-        return {
-            name: record.reason
-            for name, record in records.items()
-            if isinstance(record, NotEvaluable)
-        }
+CODE = (*ARTEFACT_CODE, "metrics/*.py", "formats/*.py", "evaluate/*.py")
 
 
 def evaluate(
@@ -77,20 +46,15 @@ def evaluate(
     model: str | TransformerBridge | None = None,
     hook_name: str | None = None,
     corpus: str | Path | Corpus | None = None,
-    metrics: Iterable[str] | None = None,
-    against: AnySAE | str | Path | None = None,
-    endpoint: Endpoint | None = None,
-    ravel: str | Path | None = None,
-    profile: str = "default",
-    seed: int = 0,
-    device: str = "cpu",
+    metrics: str | Iterable[str] | None = None,
+    options: Options = Options(),  # noqa: B008
 ) -> Report:
     """Measure an SAE on held-out documents.
 
     Read are the documents that the project's split holds out, and no others: no SAE that was trained
     here, with the same `held_out_share` in its profile, has seen them. A metric that this SAE, model
-    or corpus does not allow becomes a record with the reason, and the others go on; an error of the
-    program is raised.
+    or corpus does not allow becomes a record with the reason, and the others go on; any error that is
+    not `NotEvaluable` is raised.
 
     Parameters
     ----------
@@ -104,21 +68,12 @@ def evaluate(
         Where the SAE reads, such as `blocks.4.hook_resid_post`.
     corpus : str, Path or Corpus, optional
         As `load_corpus` takes it, or a loaded one.
-    metrics : iterable of str
-        Groups ("core", "absorption", …) or single metrics (keys of METRICS). None measures all that
-        need nothing else, and those whose needs are given.
-    against : AnySAE, str or Path, optional
-        Another SAE, to be compared with latent by latent; as `sae`.
-    endpoint : Endpoint, optional
-        A language model that explains latents and judges the explanations.
-    ravel : str or Path, optional
-        Folder of RAVEL's public data (see `load_ravel`); otherwise cities that come with the package.
-    profile : str
-        A profile of profiles.yml: how many contexts, tokens and words.
-    seed : int
-        Of the words' split, the probes and the selector.
-    device : str
-        Of the language model, and of an SAE read from a folder.
+    metrics : str or iterable of str
+        Groups ("core", "absorption", …) or single metrics (keys of METRICS); a string may name
+        several, separated by commas. None measures all that need nothing else, and those whose needs
+        are given.
+    options : Options
+        The profile of sizes, seed, device, and what some metrics need.
 
     Raises
     ------
@@ -126,110 +81,232 @@ def evaluate(
         If there is nothing to measure or to measure on: no such SAE, model, hook, corpus, profile or
         metric; or if the SAE was trained on the very documents that are held out here.
     """
-    needs = {"against": against, "endpoint": endpoint}
-    given = [name for name, value in needs.items() if value is not None]
+    prepared = prepare(
+        sae, model=model, hook_name=hook_name, corpus=corpus, metrics=metrics, options=options
+    )
+    return prepared.measure()
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What is measured, and on what: checked, and ready to be measured."""
+
+    opened: OpenedSAE
+    inputs: Inputs
+    names: list[str]
+    profile: str
+    model: ModelDescription | None
+    text: TextDescription | None
+
+    def measure(self) -> Report:
+        """Measure one metric after the other."""
+        options = self.inputs.options
+        kept = _Kept(options.keep, self._identity()) if options.keep else None
+        records = {}
+        for name in self.names:
+            record = kept.records.get(name) if kept else None
+            if record is None:
+                record = _record(name, self.inputs)
+                if kept:
+                    kept.add(name, record)
+            records[name] = record
+        made = provenance(profile="", seed=0, device=options.device, seconds=0.0)
+        unwanted = ("seconds", "profile", "seed")
+        return checked_report(
+            Report(
+                sae=self._sae(),
+                model=self.model,
+                text=self.text,
+                settings=self._settings(),
+                metrics=records,
+                provenance={key: value for key, value in made.items() if key not in unwanted}
+                | {"code": code_fingerprint(CODE)},
+            )
+        )
+
+    def _sae(self) -> SAEDescription:
+        d_sae, d_in = self.opened.sae.W_dec.shape
+        return SAEDescription(
+            format=self.opened.format,
+            architecture=self.opened.architecture,
+            d_in=d_in,
+            d_sae=d_sae,
+            weights_sha256=self.opened.weights_sha256,
+            stated=_stated(self.opened),
+        )
+
+    def _settings(self) -> Settings:
+        lm = self.inputs.lm
+        return Settings(
+            profile=self.profile,
+            metrics=self.names,
+            seed=self.inputs.seed,
+            context_size=lm.context_size,
+            held_out_tokens=lm.held_out_tokens,
+            drop_norm_ratio=lm.drop_norm_ratio,
+            precision=self.inputs.precision,
+            cross_entropy_contexts=lm.cross_entropy_contexts,
+            first_letter_words=lm.first_letter_words,
+        )
+
+    def _identity(self) -> str:
+        """A hash of all that decides the records."""
+        options, lm = self.inputs.options, self.inputs.lm
+        train, against = options.train_store, options.against
+        decides = {
+            "sae": _weights(self.opened.sae),
+            "against": None if against is None else _weights(against),
+            "train": None if train is None else train.manifest.text_fingerprint,
+            "endpoint": None if options.endpoint is None else options.endpoint.model,
+            "ravel": str(options.ravel),
+            "model": None if self.model is None else self.inputs.model_content,
+            "text": None if self.text is None else self.text.fingerprint,
+            "lm": lm.model_dump(mode="json"),
+            "sizes": self.inputs.sizes.model_dump(mode="json"),
+            "seed": options.seed,
+            "device": options.device,
+            "code": code_fingerprint(CODE),
+        }
+        return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+
+
+def prepare(
+    sae: AnySAE | str | Path,
+    *,
+    model: str | TransformerBridge | None = None,
+    hook_name: str | None = None,
+    corpus: str | Path | Corpus | None = None,
+    metrics: str | Iterable[str] | None = None,
+    options: Options = Options(),  # noqa: B008
+) -> Evaluation:
+    """The evaluation that `evaluate` makes, not yet measured; parameters and errors are the same."""
+    given = [name for name, value in vars(options).items() if value is not None]
     names = chosen_metrics(standard_metrics(given) if metrics is None else metrics)
-    values = load_profile(profile)
-    lm = values.language_model
+    profile = load_profile(options.profile) if isinstance(options.profile, str) else options.profile
     named = {
         "model": model if isinstance(model, str) else None,
         "hook_name": hook_name,
         "corpus": str(corpus) if isinstance(corpus, str | Path) else None,
     }
-    lm = lm.model_copy(update={key: value for key, value in named.items() if value is not None})
-    opened = _open(sae, device)
-    trained_on = _training_text(Path(sae)) if isinstance(sae, str | Path) else None
-    if opened.sae.W_dec.ndim != 2:
-        raise ValueError(
-            f"W_dec has shape {tuple(opened.sae.W_dec.shape)}; expected (d_sae, d_in). Measure the "
-            "SAEs of a stack one by one."
-        )
-    with Bench(
+    lm = profile.language_model.model_copy(
+        update={key: value for key, value in named.items() if value is not None}
+    )
+    opened = _open(sae, options.device)
+    if options.against is not None:
+        options = replace(options, against=_open(options.against, options.device).sae)
+    inputs = Inputs(
         opened.sae,
         lm,
-        values.evaluation,
-        seed=seed,
-        device=device,
+        profile.evaluation,
+        options,
         language_model=None if isinstance(model, str) else model,
         corpus=corpus if isinstance(corpus, Corpus) else None,
-        against=None if against is None else _open(against, device).sae,
-        endpoint=endpoint,
-        ravel=ravel,
-    ) as bench:
-        text = _describe_text(bench, trained_on)
-        if any(METRICS[name].reads_model for name in names):
-            check_hook_name(bench.language_model, lm.hook_name)
-        records = {name: _record(name, bench) for name in names}
+    )
+    read = None, None
+    if any(METRICS[name].reads_model for name in names):
+        check_hook_name(inputs.language_model, lm.hook_name)
         name = lm.model if model is None or isinstance(model, str) else model.cfg.model_name
-        return Report(
-            sae=_describe_sae(opened),
-            model=ModelDescription(name=name, hook_name=lm.hook_name),
-            text=text,
-            settings=_describe_settings(bench, profile, names),
-            metrics=Metrics(**records),
-            provenance=_provenance(profile, seed, device),
-        )
+        read = ModelDescription(name, lm.hook_name), _text(inputs, _stated(opened))
+    return Evaluation(opened, inputs, names, profile.name, *read)
 
 
-def write_report(report: Report, file: str | Path) -> None:
-    """Write a report as JSON, whole or not at all; it was checked against the schema when made."""
-    write_json(Path(file), report.model_dump(mode="json"))
-
-
-def json_schema() -> dict[str, Any]:
-    """The JSON Schema of a report; `report.schema.json` is its committed copy."""
-    schema = Report.model_json_schema(mode="serialization")
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | schema
-
-
-def _record(name: str, bench: Bench) -> Evaluated | NotEvaluable:
-    metric = METRICS[name]
+def _record(name: str, inputs: Inputs) -> Evaluated | NotEvaluated:
     try:
-        if len(bench.sae.W_dec) == 0:
-            raise ValueError("The dictionary is empty: W_dec has no rows.")
-        values = metric.measure(bench)
-    except ValidationError:
-        raise  # a ValueError by inheritance, but one of this program
-    except ValueError as error:
-        return NotEvaluable(reason=str(error))
-    return Evaluated[metric.values](values=values)
+        if len(inputs.sae.W_dec) == 0:
+            raise NotEvaluable("The dictionary is empty: W_dec has no rows.")
+        record = Evaluated(METRICS[name].measure(inputs))
+    except NotEvaluable as error:
+        record = NotEvaluated(str(error))
+    except Exception as error:
+        error.add_note(f"while measuring {name!r}")
+        raise
+    return checked_record(name, record)
+
+
+class _Kept:
+    """Finished metrics in a file: a line that says of what, then a line for each."""
+
+    def __init__(self, file: str | Path, identity: str) -> None:
+        self.file, self.records = Path(file), {}
+        lines = self.file.read_text(encoding="utf-8").splitlines() if self.file.is_file() else []
+        if lines and lines[0] == identity:
+            for line in lines[1:]:
+                try:
+                    name, record = json.loads(line)
+                except ValueError:
+                    break  # the process was killed while it wrote
+                if name in METRICS:
+                    self.records[name] = checked_record(name, record)
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        self.file.write_text(identity + "\n", encoding="utf-8")
+        for name, record in self.records.items():
+            self._write(name, record)
+
+    def add(self, name: str, record: Evaluated | NotEvaluated) -> None:
+        self.records[name] = record
+        self._write(name, record)
+
+    def _write(self, name: str, record: Evaluated | NotEvaluated) -> None:
+        with self.file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps([name, asdict(record)], ensure_ascii=False) + "\n")
 
 
 def _open(sae: AnySAE | str | Path, device: str) -> OpenedSAE:
-    return open_sae(sae, device) if isinstance(sae, str | Path) else _in_memory(sae)
+    if isinstance(sae, str | Path):
+        opened = open_sae(sae, device)
+    else:
+        missing = [name for name in ("encode", "decode", "W_dec") if not hasattr(sae, name)]
+        if missing:
+            raise ValueError(
+                f"A {type(sae).__name__} has no {' and no '.join(missing)}. Give the folder of an SAE, or "
+                "an object with encode, decode and W_dec of shape (d_sae, d_in)."
+            )
+        folded = fold_norm_factor(sae) if isinstance(sae, SAE) else sae
+        architecture = getattr(sae, "architecture", type(sae).__name__)
+        opened = OpenedSAE(folded, "in memory", architecture, weights_sha256=None)
+    _check_shapes(opened.sae)
+    return opened
 
 
-def _in_memory(sae: AnySAE) -> OpenedSAE:
-    if isinstance(sae, SAE):
-        sae = fold_norm_factor(sae)
-    architecture = getattr(sae, "architecture", type(sae).__name__)
-    return OpenedSAE(sae, "in memory", architecture, weights_sha256=None)
+@torch.no_grad()
+def _check_shapes(sae: AnySAE) -> None:
+    if sae.W_dec.ndim != 2:
+        raise ValueError(
+            f"W_dec has shape {tuple(sae.W_dec.shape)}; expected (d_sae, d_in). Measure the SAEs of a "
+            "stack one by one."
+        )
+    d_sae, d_in = sae.W_dec.shape
+    if d_sae == 0:
+        return  # every metric says so
+    x = torch.zeros(2, d_in, device=sae.W_dec.device)
+    try:
+        found = tuple(sae.encode(x).shape)
+        fault = f"encode gives shape {found}"
+    except Exception as error:
+        found, fault = None, f"encode fails ({error})"
+    if found != (2, d_sae):
+        raise ValueError(
+            f"W_dec has shape ({d_sae}, {d_in}), which is read as (d_sae, d_in), but for activations of "
+            f"shape (2, {d_in}) {fault}; expected (2, {d_sae}). Is W_dec transposed?"
+        )
 
 
-def _describe_sae(opened: OpenedSAE) -> SAEDescription:
-    d_sae, d_in = opened.sae.W_dec.shape
-    return SAEDescription(
-        format=opened.format,
-        architecture=opened.architecture,
-        d_in=d_in,
-        d_sae=d_sae,
-        weights_sha256=opened.weights_sha256,
-        stated=opened.stated,
-    )
+def _stated(opened: OpenedSAE) -> dict[str, str]:
+    """What an SAE's own record says of its training."""
+    stated = {**opened.stated, **(getattr(opened.sae, "trained_on", None) or {})}
+    return {name: str(value) for name, value in stated.items()}
 
 
-def _describe_text(bench: Bench, trained_on: str | None) -> TextDescription:
-    documents = bench.documents
+def _text(inputs: Inputs, stated: dict[str, str]) -> TextDescription:
+    documents, trained_on = inputs.documents, stated.get("text_fingerprint")
     if trained_on == documents.corpus.fingerprint:
         raise ValueError(
             "The SAE was trained on the very documents that are held out here: its record names text "
             f"{trained_on[:12]}…. Evaluate it on another corpus."
         )
-    known: TrainingDocuments = (
-        "the other documents of this split"
-        if trained_on == documents.training_fingerprint
-        else "not known"
-    )
+    known = "not known" if trained_on is None else "another text"
+    if trained_on == documents.training_fingerprint:
+        known = "the other documents of this split"
     return TextDescription(
         corpus=documents.corpus.name.removesuffix("/held-out"),
         fingerprint=documents.corpus.fingerprint,
@@ -237,40 +314,22 @@ def _describe_text(bench: Bench, trained_on: str | None) -> TextDescription:
         n_repeated=documents.n_repeated,
         training_fingerprint=documents.training_fingerprint,
         split_seed=SPLIT_SEED,
-        held_out_share=bench.lm.held_out_share,
+        held_out_share=inputs.lm.held_out_share,
         sae_trained_on=known,
     )
 
 
-def _describe_settings(bench: Bench, profile: str, names: list[str]) -> Settings:
-    lm = bench.lm
-    return Settings(
-        profile=profile,
-        metrics=names,
-        seed=bench.seed,
-        context_size=lm.context_size,
-        held_out_tokens=lm.held_out_tokens,
-        drop_norm_ratio=lm.drop_norm_ratio,
-        precision=bench.precision,
-        cross_entropy_contexts=lm.cross_entropy_contexts,
-        first_letter_words=lm.first_letter_words,
-    )
-
-
-def _training_text(folder: Path) -> str | None:
-    """Fingerprint of the text an SAE was trained on, from the record beside it in the cache."""
-    record = folder.expanduser().resolve().parent / "key.json"
-    try:
-        return json.loads(record.read_text(encoding="utf-8"))["key"]["data"]["text_fingerprint"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _provenance(profile: str, seed: int, device: str) -> dict[str, Any]:
-    """As in other results, but for the time taken: it would differ between equal runs."""
-    made = provenance(profile=profile, seed=seed, device=device, seconds=0.0)
-    code = (*ARTEFACT_CODE, "metrics/*.py", "formats/*.py", "evaluate/**/*.py")
-    unwanted = ("seconds", "profile", "seed")
-    return {key: value for key, value in made.items() if key not in unwanted} | {
-        "code": code_fingerprint(code)
-    }
+@torch.no_grad()
+def _weights(sae: AnySAE) -> str:
+    """A hash of what an SAE holds, or, where it does not show that, of what it answers."""
+    if hasattr(sae, "state_dict"):
+        tensors = [tensor for _, tensor in sorted(sae.state_dict().items())]
+    else:
+        x = torch.randn(64, sae.W_dec.shape[1], generator=torch.Generator().manual_seed(0))
+        acts = sae.encode(x.to(sae.W_dec.device))
+        tensors = [sae.W_dec, acts, sae.decode(acts)]
+    digest = hashlib.sha256(type(sae).__name__.encode())
+    for tensor in tensors:
+        digest.update(str(tuple(tensor.shape)).encode())
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

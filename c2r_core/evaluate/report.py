@@ -1,4 +1,4 @@
-"""The report of one evaluation: its schema, and what is checked before it is written.
+"""The report of one evaluation: what it says, how it is written and read.
 
 Values carry SAEBench 0.6's names where they mean the same; a field's own sentence says where they
 do not quite. Everything but `provenance` is a function of the SAE, the settings and the machine's
@@ -7,90 +7,50 @@ arithmetic: two processes write the same file.
 
 from __future__ import annotations
 
-from dataclasses import fields as fields_of
-from dataclasses import is_dataclass
-from types import UnionType
-from typing import (
-    Annotated,
-    Any,
-    Generic,
-    Literal,
-    TypeVar,
-    Union,
-    get_args,
-    get_origin,
-    get_type_hints,
-)
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from operator import attrgetter
+from pathlib import Path
+from typing import Any, Generic, Literal, NamedTuple, NotRequired, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
+from pydantic import ConfigDict, TypeAdapter
+from pydantic_core import to_json
+from typing_extensions import TypedDict
 
-from c2r_core.artefacts.results import plain
+from c2r_core.artefacts.results import read_json, write_json
+from c2r_core.errors import NotEvaluable
+from c2r_core.metrics import METRICS, REPORT_CONFIG, Metric
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+Values = TypeVar("Values")
 
 
-class Section(BaseModel):
-    """Frozen, without unknown keys; NaN and infinities become null, as JSON wants it."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_nan(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values
-        return {
-            name: value if isinstance(value, BaseModel) else plain(value)
-            for name, value in values.items()
-        }
-
-
-def section_of(report: type) -> type[Section]:
-    """The section with the fields of a report's dataclass; those of dataclasses within become sections."""
-    hints = get_type_hints(report)
-    fields = {field.name: (_section_type(hints[field.name]), ...) for field in fields_of(report)}
-    return create_model(report.__name__, __base__=Section, __doc__=report.__doc__, **fields)
-
-
-def _section_type(kind: Any) -> Any:
-    """`kind` with sections in place of dataclasses, and lists in place of tuples, as in JSON."""
-    if is_dataclass(kind):
-        return section_of(kind)
-    arguments = [_section_type(argument) for argument in get_args(kind) if argument is not ...]
-    if get_origin(kind) is tuple:
-        return list[arguments[0]]
-    if get_origin(kind) in (Union, UnionType):
-        return Union[tuple(arguments)]  # noqa: UP007
-    return kind
-
-
-Values = TypeVar("Values", bound=Section)
-
-
-class Evaluated(Section, Generic[Values]):
+@dataclass(frozen=True)
+class Evaluated(Generic[Values]):
     """A metric that was measured."""
 
-    status: Literal["evaluated"] = "evaluated"
+    __pydantic_config__ = REPORT_CONFIG
+
     values: Values
+    status: Literal["evaluated"] = "evaluated"
 
 
-class NotEvaluable(Section):
+@dataclass(frozen=True)
+class NotEvaluated:
     """A metric that this SAE, model or corpus does not allow."""
 
-    status: Literal["not evaluable"] = "not evaluable"
+    __pydantic_config__ = REPORT_CONFIG
+
     reason: str
+    status: Literal["not evaluable"] = "not evaluable"
 
 
-def record_of(values: type[Section]) -> Any:
-    """The type of a metric's entry in a report; null where the metric was not asked for."""
-    record = Annotated[Evaluated[values] | NotEvaluable, Field(discriminator="status")]
-    return record | None
-
-
-class SAEDescription(Section):
+@dataclass(frozen=True)
+class SAEDescription:
     """Which SAE was measured."""
+
+    __pydantic_config__ = REPORT_CONFIG
 
     format: str
     """`c2r`, `sae_lens`, `dictionary_learning`, or `in memory`."""
@@ -101,24 +61,26 @@ class SAEDescription(Section):
     weights_sha256: str | None
     """Of the file with the weights; null for an SAE that was in memory."""
     stated: dict[str, str]
-    """What the SAE's own config says of its training: model, hook_name, layer, data."""
+    """What the SAE's own record says of its training: model, hook_name, text, …"""
 
 
-class ModelDescription(Section):
+@dataclass(frozen=True)
+class ModelDescription:
     """Where the activations come from."""
+
+    __pydantic_config__ = REPORT_CONFIG
 
     name: str
     hook_name: str
 
 
-TrainingDocuments = Literal["the other documents of this split", "not known"]
-
-
-class TextDescription(Section):
+@dataclass(frozen=True)
+class TextDescription:
     """The documents that were read: the held-out side of the project's split, and nothing else."""
 
+    __pydantic_config__ = REPORT_CONFIG
+
     corpus: str
-    split: Literal["held-out"] = "held-out"
     fingerprint: str
     """SHA-256 of the documents read."""
     n_documents: int
@@ -128,12 +90,16 @@ class TextDescription(Section):
     """SHA-256 of the split's other side, of which nothing was read."""
     split_seed: int
     held_out_share: float
-    sae_trained_on: TrainingDocuments
-    """Known where the SAE lies in the cache of the training runs, which records its data."""
+    sae_trained_on: Literal["the other documents of this split", "another text", "not known"]
+    """By the SAE's own record."""
+    split: Literal["held-out"] = "held-out"
 
 
-class Settings(Section):
+@dataclass(frozen=True)
+class Settings:
     """Everything else that decides the values."""
+
+    __pydantic_config__ = REPORT_CONFIG
 
     profile: str
     metrics: list[str]
@@ -148,3 +114,132 @@ class Settings(Section):
     """Of the language model's matrix products."""
     cross_entropy_contexts: int
     first_letter_words: int
+
+
+class HeadlineRow(NamedTuple):
+    """One number that sums a metric up; `better` and `baseline` as in `c2r_core.metrics.Headline`."""
+
+    metric: str
+    field: str
+    value: float | None
+    better: str
+    baseline: float | None
+
+
+Records = TypeVar("Records", bound=Mapping[str, Any])
+
+
+@dataclass(frozen=True)
+class Report(Generic[Records]):
+    """What one evaluation found: `report["reconstruction"].fvu`, `report.headline()`."""
+
+    __pydantic_config__ = REPORT_CONFIG
+
+    sae: SAEDescription
+    model: ModelDescription | None
+    """Null where no metric asked for reads it, as is the text."""
+    text: TextDescription | None
+    settings: Settings
+    metrics: Records
+    """The record of each metric that was asked for, by name."""
+    provenance: dict[str, str | int | float | None]
+    """What made the report: code, versions, hardware in general terms. The one part that may differ
+    between two runs of the same evaluation on different machines."""
+    schema_version: int = SCHEMA_VERSION
+
+    def __getitem__(self, name: str) -> Any:
+        """A metric's own report.
+
+        Raises
+        ------
+        KeyError
+            If the metric was not asked for.
+        NotEvaluable
+            If it could not be evaluated.
+        """
+        if name not in self.metrics:
+            asked = ", ".join(self.metrics)
+            raise KeyError(f"metric {name!r} was not asked for; the report has {asked}")
+        record = self.metrics[name]
+        if isinstance(record, NotEvaluated):
+            raise NotEvaluable(record.reason)
+        return record.values
+
+    @property
+    def not_evaluable(self) -> dict[str, str]:
+        """Reasons by metric, of those that could not be evaluated."""
+        return {n: r.reason for n, r in self.metrics.items() if isinstance(r, NotEvaluated)}
+
+    @property
+    def warnings(self) -> dict[str, str]:
+        """By metric, what its report warns of."""
+        found = {n: getattr(r.values, "warning", None) for n, r in self._measured()}
+        return {name: warning for name, warning in found.items() if warning}
+
+    def headline(self) -> list[HeadlineRow]:
+        """The numbers that sum the metrics up, each with the better direction and its baseline."""
+        return [
+            HeadlineRow(
+                name,
+                field,
+                attrgetter(field)(record.values),
+                how.better,
+                attrgetter(how.baseline)(record.values)
+                if isinstance(how.baseline, str)
+                else how.baseline,
+            )
+            for name, record in self._measured()
+            for field, how in METRICS[name].headline.items()
+        ]
+
+    def _measured(self) -> list[tuple[str, Evaluated]]:
+        return [
+            (n, r) for n, r in self.metrics.items() if n in METRICS and isinstance(r, Evaluated)
+        ]
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema of a report, with all metrics that are registered now."""
+    schema = _adapter(tuple(METRICS.values())).json_schema(mode="serialization")
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | schema
+
+
+def write_report(report: Report, file: str | Path) -> None:
+    """Write a report as JSON, whole or not at all; undefined numbers are null."""
+    write_json(Path(file), report)
+
+
+def read_report(file: str | Path) -> Report:
+    """What `write_report` wrote. Metrics that are not registered here stay plain mappings.
+
+    Raises
+    ------
+    ValueError
+        If the file is no report of this version.
+    """
+    return checked_report(read_json(Path(file)))
+
+
+def checked_report(content: Any) -> Report:
+    """A report, or its JSON, checked against the schema; NaN and infinities become None."""
+    return _adapter(tuple(METRICS.values())).validate_json(_json(content))
+
+
+def checked_record(name: str, record: Any) -> Evaluated | NotEvaluated:
+    """One metric's record, or its JSON, likewise."""
+    return TypeAdapter(_record(METRICS[name])).validate_json(_json(record))
+
+
+def _json(value: Any) -> bytes:
+    return to_json(value, inf_nan_mode="null", fallback=lambda array: array.tolist())
+
+
+def _record(of: Metric) -> Any:
+    return Evaluated[of.report] | NotEvaluated
+
+
+@functools.lru_cache(maxsize=2)
+def _adapter(metrics: tuple[Metric, ...]) -> TypeAdapter:
+    records = TypedDict("Metrics", {of.name: NotRequired[_record(of)] for of in metrics})
+    records.__pydantic_config__ = ConfigDict(extra="allow")
+    return TypeAdapter(Report[records])

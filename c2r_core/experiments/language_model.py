@@ -6,10 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from c2r_core.artefacts.cache import cached
-from c2r_core.artefacts.profiles import LanguageModelProfile
+from c2r_core.artefacts.profiles import SPLIT_SEED, LanguageModelProfile, resolve_precision
 from c2r_core.data.harvest import ActivationStore, StoreBatches, harvest
 from c2r_core.data.text import load_corpus, split_documents
 from c2r_core.data.words import FirstLetterTask, harvest_words, letter_words
@@ -22,8 +20,6 @@ from c2r_core.training import C2R, Orthogonality, TrainConfig, train, weight_fro
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
-
-SPLIT_SEED = 0  # which documents are held out; the same for every run, whatever its seed
 
 
 @dataclass(frozen=True)
@@ -51,16 +47,6 @@ def standard_arms(lm: LanguageModelProfile) -> dict[str, LanguageModelArm]:
         "OrtSAE": LanguageModelArm(lm.d_sae, orthogonality_weight=lm.orthogonality_weight),
         "small baseline": LanguageModelArm(lm.small_d_sae),
     }
-
-
-def resolve_precision(precision: str, device: str) -> str:
-    """The precision that `auto` means: bfloat16 on GPUs and on processors that multiply in it."""
-    if precision != "auto":
-        return precision
-    if device.startswith("cuda"):
-        return "bfloat16"
-    supported = device == "cpu" and torch.cpu._is_avx512_bf16_supported()
-    return "bfloat16" if supported else "float32"
 
 
 def harvest_activations(

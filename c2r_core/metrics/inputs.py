@@ -1,52 +1,77 @@
-"""One SAE on the bench, with all that metrics read: made when the first metric asks for it."""
+"""One SAE with all that metrics read: made when the first metric asks for it, shared by the others."""
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Mapping
-from contextlib import ExitStack
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from c2r_core.artefacts.cache import cached
-from c2r_core.artefacts.profiles import EvaluationProfile, LanguageModelProfile
+from c2r_core.artefacts.profiles import (
+    SPLIT_SEED,
+    EvaluationProfile,
+    LanguageModelProfile,
+    Profile,
+    resolve_precision,
+)
 from c2r_core.data.harvest import ActivationStore, harvest
 from c2r_core.data.language_models import load_language_model
 from c2r_core.data.text import Corpus, load_corpus, split_documents
-from c2r_core.data.words import FirstLetterTask, harvest_words, letter_words
-from c2r_core.experiments.language_model import SPLIT_SEED, resolve_precision
-from c2r_core.metrics.absorption import LetterProbes, train_letter_probes
-from c2r_core.metrics.endpoint import Endpoint
-from c2r_core.metrics.firings import Firings, find_firings
-from c2r_core.metrics.passages import (
-    Passages,
-    PooledActs,
-    corpus_labels,
-    harvest_passages,
-    pool,
-)
-from c2r_core.metrics.reconstruction import ReconstructionReport, evaluate_reconstruction
+from c2r_core.errors import NotEvaluable
+from c2r_core.metrics.encoding import chunk_size
 from c2r_core.saes.interface import AnySAE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from torch import Tensor
     from transformer_lens.model_bridge import TransformerBridge
 
-# A metric reads so many tokens at a time, fewer where a wide SAE would need over 128 MB for their
-# activations.
-CHUNK = 8192
-CHUNK_ENTRIES = 2**25
+    from c2r_core.metrics.endpoint import Endpoint
+
+Made = TypeVar("Made")
 
 
-class Bench:
+@dataclass(frozen=True)
+class Options:
+    """What an evaluation may be told beside what it measures.
+
+    Attributes
+    ----------
+    profile : str or Profile
+        A profile of profiles.yml: how many contexts, tokens and words.
+    seed : int
+        Of the words' split, the probes and the selector.
+    device : str
+        Of the language model, and of an SAE read from a folder.
+    against : AnySAE, str or Path, optional
+        Another SAE, or its folder, to be compared with latent by latent.
+    endpoint : Endpoint, optional
+        A language model that explains latents and judges the explanations.
+    ravel : str or Path, optional
+        Folder of RAVEL's public data (see `load_ravel`); otherwise cities that come with the package.
+    train_store : ActivationStore, optional
+        Activations that the SAE was trained on, to reconstruct as many of them as of those held out.
+    keep : str or Path, optional
+        File that takes each finished metric; an evaluation of the same SAE, text and settings that
+        finds it there goes on from it.
+    """
+
+    profile: str | Profile = "default"
+    seed: int = 0
+    device: str = "cpu"
+    against: AnySAE | str | Path | None = None
+    endpoint: Endpoint | None = None
+    ravel: str | Path | None = None
+    train_store: ActivationStore | None = None
+    keep: str | Path | None = None
+
+
+class Inputs:
     """An SAE, a language model, and held-out documents.
 
-    Every property is made when it is first read. One that cannot be made raises a ValueError, which
-    concerns the metrics that need it and no others. Use it in a `with` block: what a language model
-    without a lasting name computes is kept in a temporary folder.
+    Every property is made when it is first read. One that cannot be made raises NotEvaluable, which
+    concerns the metrics that need it and no others.
 
     Parameters
     ----------
@@ -56,20 +81,12 @@ class Bench:
         Model, hook, corpus and sizes.
     sizes : EvaluationProfile
         How much the other metrics read.
-    seed : int
-        Of the words' split, the probes and the selector.
-    device : str
-        Of the language model.
+    options : Options
+        With `against` opened.
     language_model : TransformerBridge, optional
-        In place of the one that `lm` names; what it computes is not cached.
+        In place of the one that `lm` names.
     corpus : Corpus, optional
         In place of the one that `lm` names.
-    against : AnySAE, optional
-        Another SAE to compare with.
-    endpoint : Endpoint, optional
-        A language model to ask.
-    ravel : str or Path, optional
-        Folder of RAVEL's data, in place of the cities that come with the package.
     """
 
     def __init__(
@@ -77,33 +94,48 @@ class Bench:
         sae: AnySAE,
         lm: LanguageModelProfile,
         sizes: EvaluationProfile,
+        options: Options = Options(),  # noqa: B008
         *,
-        seed: int = 0,
-        device: str = "cpu",
         language_model: TransformerBridge | None = None,
         corpus: Corpus | None = None,
-        against: AnySAE | None = None,
-        endpoint: Endpoint | None = None,
-        ravel: str | Path | None = None,
     ) -> None:
-        self.sae = sae
-        self.against = against
-        self.endpoint = endpoint
-        self.ravel = ravel
-        self.lm = lm
-        self.sizes = sizes
-        self.seed = seed
-        self.device = device
-        self.precision = resolve_precision(lm.precision, device)
+        self.sae, self.lm, self.sizes, self.options = sae, lm, sizes, options
+        self.against = options.against
+        self.endpoint = options.endpoint
+        self.ravel = options.ravel
+        self.seed = options.seed
+        self.device = options.device
+        self.precision = resolve_precision(lm.precision, options.device)
         self._language_model = language_model
         self._corpus = corpus
-        self._closing = ExitStack()
+        self._made: dict[str, Any] = {}
 
-    def __enter__(self) -> Bench:
-        return self
+    def once(self, name: str, make: Callable[[], Made]) -> Made:
+        """What `make` returned when it was first called under this name: shared by metrics.
 
-    def __exit__(self, *error: object) -> None:
-        self._closing.close()
+        That something cannot be made is remembered, too.
+        """
+        if name not in self._made:
+            try:
+                self._made[name] = make()
+            except NotEvaluable as error:
+                self._made[name] = error
+        if isinstance(self._made[name], NotEvaluable):
+            raise self._made[name]
+        return self._made[name]
+
+    def kept(self, kind: str, settings: Mapping[str, Any], build: Callable[[Path], object]) -> Path:
+        """A cached folder that `build` filled from the language model and the held-out documents.
+
+        Its key is their content, the hook, the precision, and the `settings` given.
+        """
+        key = {
+            "model": self.model_content,
+            "hook": self.lm.hook_name,
+            "precision": self.precision,
+            "text": self.documents.corpus.fingerprint,
+        }
+        return cached(kind, {**settings, **key}, build)
 
     @cached_property
     def language_model(self) -> TransformerBridge:
@@ -113,121 +145,53 @@ class Bench:
         return load_language_model(self.lm.model, device=self.device)
 
     @cached_property
+    def model_content(self) -> str:
+        """What tells the language model from every other: of its weights, not of its name."""
+        return loaded_fingerprint(self.language_model)
+
+    @cached_property
     def documents(self) -> HeldOut:
         """The held-out documents, the only text that an evaluation reads."""
         corpus = load_corpus(self.lm.corpus) if self._corpus is None else self._corpus
         return held_out_documents(corpus, self.lm.held_out_share)
 
     @cached_property
+    def chunk(self) -> int:
+        """Tokens to encode at a time."""
+        return chunk_size(self.sae)
+
+    @property
     def activations(self) -> ActivationStore:
         """Raw activations of the held-out documents.
 
         Raises
         ------
-        ValueError
+        NotEvaluable
             If the documents fill no context, or the SAE is made for another width.
         """
+        return self.once("activations", self._activations)
+
+    def _activations(self) -> ActivationStore:
         settings = {
             "context_size": self.lm.context_size,
             "max_tokens": self.lm.held_out_tokens,
             "drop_norm_ratio": self.lm.drop_norm_ratio,
-            "precision": self.precision,
         }
-        corpus = self.documents.corpus
+        model, corpus, hook = self.language_model, self.documents.corpus, self.lm.hook_name
 
         def build(folder: Path) -> None:
-            harvest(self.language_model, corpus, self.lm.hook_name, folder, **settings)
+            harvest(model, corpus, hook, folder, precision=self.precision, **settings)
 
-        # The key of language_model_runs.harvest_activations, so that one harvest serves both.
-        store = ActivationStore.open(self._kept("activations", settings, build))
-        d_in = self.sae.W_dec.shape[1]
+        store = ActivationStore.open(self.kept("activations", settings, build))
+        d_sae, d_in = self.sae.W_dec.shape
         if d_in != store.d_in:
-            raise ValueError(
-                f"The SAE takes activations of width {d_in}; those at {self.lm.hook_name!r} of "
-                f"{store.manifest.model_name!r} have {store.d_in}. Was it trained for this hook?"
+            turned = " W_dec seems transposed." if d_sae == store.d_in else ""
+            raise NotEvaluable(
+                f"The SAE takes activations of width {d_in}; those at {hook!r} of "
+                f"{store.manifest.model_name!r} have {store.d_in}. Was it trained for this hook? "
+                f"W_dec has shape ({d_sae}, {d_in}), expected (d_sae, d_in).{turned}"
             )
         return store
-
-    @property
-    def _chunk(self) -> int:
-        """Tokens to encode at a time."""
-        return max(1, min(CHUNK, CHUNK_ENTRIES // len(self.sae.W_dec)))
-
-    @cached_property
-    def reconstruction(self) -> ReconstructionReport:
-        """How the SAE reconstructs the held-out activations."""
-        return evaluate_reconstruction(self.sae, self.activations.chunks(self._chunk))
-
-    @cached_property
-    def letters(self) -> tuple[FirstLetterTask, LetterProbes]:
-        """Words of the held-out documents with their activations, and the letters' probes.
-
-        Raises
-        ------
-        ValueError
-            If there are no words, or the tokenizer does not keep one whole in the prompt.
-        """
-        settings = {
-            "words": self.lm.first_letter_words,
-            "precision": self.precision,
-            "seed": self.seed,
-        }
-        model, corpus = self.language_model, self.documents.corpus
-
-        def build(folder: Path) -> None:
-            words = letter_words(
-                model.tokenizer, corpus, limit=self.lm.first_letter_words, seed=self.seed
-            )
-            task = harvest_words(model, words, self.lm.hook_name, precision=self.precision)
-            task.save(folder)
-
-        task = FirstLetterTask.load(self._kept("words", settings, build))
-        return task, train_letter_probes(task, seed=self.seed)
-
-    @cached_property
-    def firings(self) -> Firings:
-        """Where every latent fires on the held-out tokens."""
-        return find_firings(self.sae, self.activations, chunk_size=self._chunk)
-
-    @cached_property
-    def passages(self) -> Passages:
-        """Passages of the held-out documents with their activations; not cached on disk.
-
-        Raises
-        ------
-        ValueError
-            If no document is as long as a passage.
-        """
-        return harvest_passages(
-            self.language_model,
-            self.documents.corpus,
-            self.lm.hook_name,
-            n_passages=self.sizes.passages,
-            n_tokens=self.sizes.passage_tokens,
-            max_norm=self.lm.drop_norm_ratio * self.activations.manifest.median_norm,
-            precision=self.precision,
-        )
-
-    @cached_property
-    def labels(self) -> dict[str, Tensor]:
-        """What is known of each passage, by task."""
-        return corpus_labels(self.passages.documents, self.passages.texts)
-
-    @cached_property
-    def pooled(self) -> PooledActs:
-        """The SAE's feature activations, averaged over each passage."""
-        return pool(self.sae, self.passages)
-
-    def _kept(
-        self, kind: str, settings: Mapping[str, Any], build: Callable[[Path], object]
-    ) -> Path:
-        """A folder that `build` filled: cached, if a name says all about the model."""
-        if self._language_model is None and not Path(self.lm.model).expanduser().is_dir():
-            key = {**settings, "model": self.lm.model, "hook": self.lm.hook_name}
-            return cached(kind, key | {"text": self.documents.corpus.fingerprint}, build)
-        room = Path(self._closing.enter_context(tempfile.TemporaryDirectory()))
-        build(room)
-        return room
 
 
 class HeldOut(NamedTuple):
@@ -265,3 +229,13 @@ def held_out_documents(corpus: Corpus, share: float) -> HeldOut:
             "those for training, so nothing is left to evaluate on. Remove the copies."
         )
     return HeldOut(Corpus(held_out.name, fresh), training.fingerprint, len(held_out) - len(fresh))
+
+
+def loaded_fingerprint(model: TransformerBridge) -> str:
+    """SHA-256 of a loaded model's weights and of its tokenizer."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.original_model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).numpy().data)
+    digest.update(model.tokenizer.backend_tokenizer.to_str().encode())
+    return digest.hexdigest()

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from c2r_core.metrics.reconstruction import ReconstructionReport, evaluate_reconstruction
+from c2r_core.metrics.reconstruction import Reconstruction, evaluate_reconstruction
 from c2r_core.saes import BatchTopKSAE
 from c2r_core.seeds import mix_seeds
 from c2r_core.training import TrainConfig, train
@@ -89,7 +89,7 @@ def measure_meta_sae(W_dec: Tensor, *, steps: int = 1000, seed: int = 0) -> Meta
     )
 
 
-def _fit(rows: Tensor, steps: int, seed: int) -> ReconstructionReport:
+def _fit(rows: Tensor, steps: int, seed: int) -> Reconstruction:
     sae = BatchTopKSAE(rows.shape[1], len(rows) // WIDTH_RATIO, K, seed=mix_seeds(seed, 1))
     generator = torch.Generator().manual_seed(mix_seeds(seed, 2))
     size = min(BATCH_SIZE, len(rows))
@@ -99,7 +99,7 @@ def _fit(rows: Tensor, steps: int, seed: int) -> ReconstructionReport:
     )
     config = TrainConfig(steps=steps, lr=LR, aux_k_coefficient=0.0, seed=seed)
     train(sae, lambda step: rows[order[step]], config, progress=False)
-    return evaluate_reconstruction(sae, rows.split(4096))
+    return evaluate_reconstruction(sae, rows.split(4096))[0]
 
 
 def _random_like(rows: Tensor, seed: int) -> Tensor:

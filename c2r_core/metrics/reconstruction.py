@@ -1,45 +1,100 @@
-"""How well an SAE reconstructs activations, streaming in float64."""
+"""How well and how sparsely an SAE writes activations, streaming in float64."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from c2r_core.errors import NotEvaluable
+from c2r_core.metrics import Headline, metric
+from c2r_core.metrics.inputs import Inputs
 from c2r_core.saes.interface import AnySAE
 
 
 @dataclass(frozen=True)
-class ReconstructionReport:
-    """Means over all tokens; formulas in `evaluate_reconstruction`."""
+class Reconstruction:
+    """How well and how sparsely held-out activations are written; dropped tokens do not count."""
 
+    explained_variance: float
+    """1 − fvu. SAEBench 0.6.0 takes the variance about zero under this name."""
     fvu: float
+    """E‖x − x̂‖² / (E‖x‖² − ‖E x‖²) over all tokens."""
+    cossim: float
+    """Mean cosine of x and x̂."""
+    l2_ratio: float
+    """Mean of ‖x̂‖ / ‖x‖."""
+    relative_reconstruction_bias: float | None
+    """E‖x̂‖² / E[x·x̂]; null where x̂ is zero throughout."""
     l0: float
-    cosine: float
-    norm_ratio: float
-    relative_bias: float
-    live_share: float
-    dense_share: float
-    n_tokens: int
-    density: Tensor = field(repr=False)
-    """Share of tokens in which each latent fires, float64, shape (d_sae,)."""
+    """Mean number of active latents (f ≠ 0) per token."""
+    frac_alive: float
+    """Share of latents that fire at all."""
+    num_alive: int
+    """Latents that fire at all."""
+    freq_under_001_percent: float
+    """Ours: share of latents that fire on less than 0.01 % of the tokens, silent ones included."""
+    freq_over_1_percent: float
+    """Share of latents that fire on over 1 % of the tokens."""
+    freq_over_10_percent: float
+    """Share of latents that fire on over 10 % of the tokens."""
+    normalized_freq_over_1_percent: float
+    """Their share of all firings; 0 if nothing fires."""
+    normalized_freq_over_10_percent: float
+    """Their share of all firings; 0 if nothing fires."""
+    total_tokens_eval_reconstruction: int
+    """Tokens measured."""
+    fvu_with_dropped_tokens: float | None = None
+    """Ours: fvu with the first token of each context and tokens of huge norm."""
+    fvu_on_training_documents: float | None = None
+    """Ours: fvu on as many tokens of training; null if their store is not given."""
+    warning: str | None = None
+    """If the SAE seems to expect activations of another scale."""
 
-    @property
-    def explained_variance(self) -> float:
-        """1 − FVU."""
-        return 1 - self.fvu
+
+@metric(
+    "reconstruction",
+    group="core",
+    headline={
+        "fvu": Headline("lower", 1.0),
+        "l0": "none",
+        "l2_ratio": "near 1",
+        "frac_alive": "higher",
+    },
+)
+def measure_reconstruction(inputs: Inputs) -> Reconstruction:
+    """FVU, L0, shrinkage and densities on held-out activations."""
+    sae, store, train = inputs.sae, inputs.activations, inputs.options.train_store
+    report, _ = streamed(inputs)
+    with_dropped, _ = evaluate_reconstruction(sae, store.chunks(inputs.chunk, dropped=True))
+    on_training = None
+    if train is not None:
+        rows = np.linspace(0, len(train) - 1, min(len(train), len(store))).astype(int)
+        parts = (rows[i : i + inputs.chunk] for i in range(0, len(rows), inputs.chunk))
+        on_training = evaluate_reconstruction(sae, map(train.batch, parts))[0].fvu
+    return replace(
+        report,
+        fvu_with_dropped_tokens=with_dropped.fvu,
+        fvu_on_training_documents=on_training,
+        warning=_scale_warning(sae, next(iter(store.chunks(inputs.chunk)))),
+    )
+
+
+def streamed(inputs: Inputs) -> tuple[Reconstruction, Tensor]:
+    """The report on held-out activations, and each latent's density; made once."""
+    return inputs.once(
+        "reconstruction",
+        lambda: evaluate_reconstruction(inputs.sae, inputs.activations.chunks(inputs.chunk)),
+    )
 
 
 @torch.no_grad()
-def evaluate_reconstruction(sae: AnySAE, chunks: Iterable[Tensor]) -> ReconstructionReport:
+def evaluate_reconstruction(sae: AnySAE, chunks: Iterable[Tensor]) -> tuple[Reconstruction, Tensor]:
     """Measure an SAE on activations that come in chunks.
-
-    - fvu = E‖x − x̂‖² / (E‖x‖² − ‖E x‖²), variance about the mean over all tokens;
-    - l0 = mean count of f ≠ 0; live: fires at least once; dense: fires on over 10 % of tokens;
-    - cosine of x and x̂; norm_ratio = mean ‖x̂‖/‖x‖; relative_bias = E‖x̂‖² / E[x·x̂].
 
     Parameters
     ----------
@@ -47,9 +102,15 @@ def evaluate_reconstruction(sae: AnySAE, chunks: Iterable[Tensor]) -> Reconstruc
         Takes the chunks as they are: fold the normalising factor in first for raw activations.
     chunks : iterable of Tensor, each (n, d_in)
 
+    Returns
+    -------
+    report : Reconstruction
+    density : Tensor of float64, shape (d_sae,), on the CPU
+        Share of tokens on which each latent fires.
+
     Raises
     ------
-    ValueError
+    NotEvaluable
         If there are no tokens, if all activations are equal (nothing can be explained), or if
         something is not finite.
     """
@@ -75,21 +136,60 @@ def evaluate_reconstruction(sae: AnySAE, chunks: Iterable[Tensor]) -> Reconstruc
         sums["cosine"] += float((products / (norms * hat_norms.clamp(min=1e-12))).sum())
         sums["ratio"] += float((hat_norms / norms).sum())
     if n == 0:
-        raise ValueError("There are no tokens to evaluate on; expected at least one chunk.")
+        raise NotEvaluable("There are no tokens to evaluate on; expected at least one chunk.")
     variance = sums["square"] / n - float((total / n).square().sum())
     if not math.isfinite(variance + sums["error"]):
-        raise ValueError("A NaN or an infinity is among the activations or their reconstructions.")
+        raise NotEvaluable(
+            "A NaN or an infinity is among the activations or their reconstructions."
+        )
     if variance <= 0:
-        raise ValueError(f"All {n} activations are equal, so there is no variance to explain.")
-    density = fires / n
-    return ReconstructionReport(
-        fvu=sums["error"] / n / variance,
+        raise NotEvaluable(f"All {n} activations are equal, so there is no variance to explain.")
+    fvu, density = sums["error"] / n / variance, (fires / n).cpu()
+    over_1, over_10 = density > 0.01, density > 0.1
+    n_firings = float(density.sum()) or 1.0
+    report = Reconstruction(
+        explained_variance=1 - fvu,
+        fvu=fvu,
+        cossim=sums["cosine"] / n,
+        l2_ratio=sums["ratio"] / n,
+        relative_reconstruction_bias=sums["x_hat"] / sums["product"] if sums["product"] else None,
         l0=float(fires.sum()) / n,
-        cosine=sums["cosine"] / n,
-        norm_ratio=sums["ratio"] / n,
-        relative_bias=sums["x_hat"] / sums["product"] if sums["product"] else float("nan"),
-        live_share=float((fires > 0).double().mean()),
-        dense_share=float((density > 0.1).double().mean()),
-        n_tokens=n,
-        density=density.cpu(),
+        frac_alive=float((density > 0).double().mean()),
+        num_alive=int((density > 0).sum()),
+        freq_under_001_percent=float((density < 1e-4).double().mean()),
+        freq_over_1_percent=float(over_1.double().mean()),
+        freq_over_10_percent=float(over_10.double().mean()),
+        normalized_freq_over_1_percent=float(density[over_1].sum()) / n_firings,
+        normalized_freq_over_10_percent=float(density[over_10].sum()) / n_firings,
+        total_tokens_eval_reconstruction=n,
+    )
+    return report, density
+
+
+class _Scaled:
+    """An SAE asked about c·x, its answer divided by c."""
+
+    def __init__(self, sae: AnySAE, scale: float) -> None:
+        self.sae, self.W_dec, self.scale = sae, sae.W_dec, scale
+
+    def encode(self, x: Tensor) -> Tensor:
+        return self.sae.encode(self.scale * x)
+
+    def decode(self, feature_acts: Tensor) -> Tensor:
+        return self.sae.decode(feature_acts) / self.scale
+
+
+def _scale_warning(sae: AnySAE, x: Tensor) -> str | None:
+    """Would the SAE do much better on activations of E‖x‖² = 1, or = d_in, as trainers scale them?"""
+    norm = float(x.square().sum(-1).mean().sqrt())
+    scales = {1.0: "raw", 1 / norm: "1", x.shape[1] ** 0.5 / norm: "d_in"}
+    fvu = {c: evaluate_reconstruction(_Scaled(sae, c), [x])[0].fvu for c in scales}
+    best = min(fvu, key=fvu.get)
+    if fvu[best] > 0.8 * fvu[1.0]:
+        return None
+    return (
+        f"On activations scaled to E‖x‖² = {scales[best]}, that is times {best:.4g}, the SAE reaches an "
+        f"FVU of {fvu[best]:.3f} instead of {fvu[1.0]:.3f}: it seems to be trained on scaled "
+        "activations. Fold the factor in (sae.norm_factor and fold_norm_factor for an SAE of this "
+        "package)."
     )

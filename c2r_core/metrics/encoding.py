@@ -1,0 +1,66 @@
+"""Feature activations, checked and sparse: the one way in which metrics encode much."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from c2r_core.errors import NotEvaluable
+from c2r_core.saes.interface import AnySAE
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_array
+
+CHUNK = 8192
+CHUNK_ENTRIES = 2**25
+
+
+def chunk_size(sae: AnySAE) -> int:
+    """Rows to encode at a time: 8192, fewer where a wide SAE would need over 128 MB for them."""
+    return max(1, min(CHUNK, CHUNK_ENTRIES // max(1, len(sae.W_dec))))
+
+
+@torch.no_grad()
+def encode(sae: AnySAE, x: Tensor) -> Tensor:
+    """Feature activations of x, (n, d_sae), float32 and on the CPU.
+
+    Raises
+    ------
+    NotEvaluable
+        If one of them is NaN or infinite, or x has another width than the SAE.
+    """
+    d_in = sae.W_dec.shape[1]
+    if x.shape[-1] != d_in:
+        raise NotEvaluable(
+            f"The SAE takes activations of width {d_in}; these have {x.shape[-1]}. Was it trained for "
+            "this model and hook?"
+        )
+    acts = sae.encode(x.to(sae.W_dec.device)).float().cpu()
+    if not acts.isfinite().all():
+        raise NotEvaluable("The SAE's feature activations hold NaN or infinite values.")
+    return acts
+
+
+def encode_sparse(sae: AnySAE, x: Tensor | Iterable[Tensor], chunk: int | None = None) -> csr_array:
+    """Feature activations without the zeros, (n, d_sae), float32: 8 bytes each.
+
+    Parameters
+    ----------
+    sae : any object with encode, decode and W_dec
+    x : Tensor, shape (n, d_in), or chunks of it
+    chunk : int, optional
+        Rows to encode at a time; None takes `chunk_size`.
+
+    Raises
+    ------
+    NotEvaluable
+        If an activation is NaN or infinite, or x has another width than the SAE.
+    """
+    from scipy.sparse import csr_array, vstack
+
+    chunks = x.split(chunk or chunk_size(sae)) if isinstance(x, Tensor) else x
+    rows = [csr_array(encode(sae, part).numpy()) for part in chunks]
+    return vstack(rows, format="csr") if rows else csr_array((0, len(sae.W_dec)), dtype="float32")
