@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError, create_model
 
-from c2r_core.artefacts.cache import ARTEFACT_CODE, code_fingerprint
+from c2r_core.artefacts.fingerprints import all_modules, fingerprint
 from c2r_core.artefacts.profiles import load_profile
 from c2r_core.artefacts.results import provenance, write_json
 from c2r_core.data.language_models import check_hook_name
@@ -269,8 +269,7 @@ def _training_text(folder: Path) -> str | None:
 def _provenance(profile: str, seed: int, device: str) -> dict[str, Any]:
     """As in other results, but for the time taken: it would differ between equal runs."""
     made = provenance(profile=profile, seed=seed, device=device, seconds=0.0)
-    code = (*ARTEFACT_CODE, "metrics/*.py", "formats/*.py", "evaluate/**/*.py")
     unwanted = ("seconds", "profile", "seed")
     return {key: value for key, value in made.items() if key not in unwanted} | {
-        "code": code_fingerprint(code)
+        "code": fingerprint(all_modules())
     }
