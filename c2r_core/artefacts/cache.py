@@ -1,35 +1,29 @@
-"""One locked, content-addressed cache of what is dear: harvested activations and trained SAEs."""
+"""One locked, content-addressed cache of what is costly: harvested activations and trained SAEs."""
 
 from __future__ import annotations
 
-import ast
 import errno
 import functools
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping
-from importlib.metadata import version
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
+from c2r_core.artefacts.fingerprints import all_modules, fingerprint
 from c2r_core.artefacts.paths import cache_dir
 
-_PACKAGE = Path(__file__).resolve().parent.parent
-ARTEFACT_CODE = (
-    "*.py",
-    "losses/**/*.py",
-    "saes/**/*.py",
-    "data/**/*.py",
-    "training/**/*.py",
-    "artefacts/paths.py",
-    "experiments/synthetic.py",
-    "experiments/benchmark_runs.py",
-    "experiments/language_model.py",
-)
-"""The parts of c2r_core whose code can change an artefact."""
+TRAINING = ("c2r_core.losses", "c2r_core.saes", "c2r_core.training")
+CODE: dict[str, tuple[str, ...]] = {
+    "activations": ("c2r_core.data.harvest",),
+    "words": ("c2r_core.data.words",),
+    "sae": TRAINING,
+}
+"""By kind of artefact, the code that can change one, as `fingerprints` takes it. A call may say more."""
 LIBRARIES = ("torch", "transformers", "transformer_lens")
 
 
@@ -38,14 +32,14 @@ def cached(
     key: Mapping[str, Any],
     build: Callable[[Path], object],
     *,
+    code: Sequence[str] = (),
     resumable: bool = False,
 ) -> Path:
     """Folder of the artefact described by `key`; `build(folder)` fills it the first time.
 
-    The address is a hash of the kind, the key, the code that can influence an artefact (ARTEFACT_CODE)
-    and the versions of torch, transformers and transformer_lens. Two processes that want the same
-    artefact build it once. A build that fails or is killed leaves nothing that could be taken for
-    an artefact.
+    The address is a hash of the kind, the key, the code that can change such an artefact and the
+    versions of torch, transformers and transformer_lens. Two processes that want the same artefact
+    build it once. A build that fails or is killed leaves nothing that could be taken for an artefact.
 
     Parameters
     ----------
@@ -56,6 +50,9 @@ def cached(
         precision, fingerprint of the data. It is kept beside the artefact in `key.json`.
     build : callable
         Takes an empty folder and writes the artefact into it.
+    code : sequence of str
+        Entries, as `fingerprints` takes them, beside those that CODE has for the kind. With neither,
+        all code counts.
     resumable : bool
         `build` can go on from what an earlier build, killed or failed, left in its folder; so that
         is kept instead of removed.
@@ -67,11 +64,13 @@ def cached(
     OSError
         If the disk is full; it says where, and how to move the cache.
     """
+    entries = sorted({*CODE.get(kind, ()), *code}) or all_modules()
     described = {
         "kind": kind,
         "key": key,
-        "code": code_fingerprint(),
-        "libraries": {library: version(library) for library in LIBRARIES},
+        "entries": entries,
+        "code": _fingerprint(tuple(entries)),
+        "libraries": _libraries(),
     }
     text = json.dumps(described, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False)
     address = hashlib.sha256(text.encode()).hexdigest()[:20]
@@ -107,24 +106,47 @@ def _build(folder: Path, key_text: str, build: Callable[[Path], object], resumab
             shutil.rmtree(part, ignore_errors=True)
 
 
+_fingerprint = functools.cache(fingerprint)
+
+
 @functools.cache
-def code_fingerprint(patterns: tuple[str, ...] = ARTEFACT_CODE) -> str:
-    """Hash of the code in some files of c2r_core; comments and docstrings do not count."""
-    digest = hashlib.sha256()
-    for file in sorted(file for pattern in patterns for file in _PACKAGE.glob(pattern)):
-        digest.update(file.relative_to(_PACKAGE).as_posix().encode())
-        digest.update(_meaning(file.read_text(encoding="utf-8")).encode())
-    return digest.hexdigest()[:20]
+def _libraries() -> dict[str, str]:
+    found = {}
+    for library in LIBRARIES:
+        try:
+            found[library] = version(library)
+        except PackageNotFoundError:
+            found[library] = "not installed"
+    return found
 
 
-def _meaning(source: str) -> str:
-    """The syntax tree without comments, docstrings and layout."""
-    tree = ast.parse(source)
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            node.body = [statement for statement in node.body if not _is_text(statement)]
-    return ast.dump(tree)
+def prune(dry_run: bool = False) -> tuple[int, int]:
+    """Remove what the code that is there now would no longer find, and remains of dead builds.
+
+    Returns
+    -------
+    entries removed and bytes freed; with `dry_run`, those that would be
+    """
+    removed = freed = 0
+    for folder in sorted(cache_dir().glob("*/*")):
+        if not folder.is_dir() or _is_current(folder):
+            continue
+        lock = FileLock(folder.with_suffix(".lock"), blocking=False)
+        try:
+            with lock:
+                freed += sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+                removed += 1
+                if not dry_run:
+                    shutil.rmtree(folder)
+        except Timeout:  # being built
+            continue
+    return removed, freed
 
 
-def _is_text(statement: ast.stmt) -> bool:
-    return isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
+def _is_current(folder: Path) -> bool:
+    try:
+        described = json.loads((folder / "key.json").read_text(encoding="utf-8"))
+        code = _fingerprint(tuple(described["entries"]))
+        return described["code"] == code and described["libraries"] == _libraries()
+    except (OSError, ValueError, KeyError, ModuleNotFoundError):
+        return False

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import re
+import unicodedata
 from collections.abc import Iterable
 
 
@@ -16,3 +18,13 @@ def unknown_name(what: str, given: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(given, known, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else "."
     return f"unknown {what} {given!r}{hint} Known: {', '.join(known) or 'none'}"
+
+
+def slug(text: str) -> str:
+    """A file name for a title.
+
+    >>> slug("BatchTopK, C²R, B = 256")
+    'batchtopk-c2r-b-256'
+    """
+    plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
+    return re.sub(r"[^a-z0-9._]+", "-", plain).strip("-")

@@ -17,18 +17,18 @@ import torch
 from pydantic import BaseModel
 
 from c2r_core.artefacts import paths
-from c2r_core.artefacts.cache import ARTEFACT_CODE, code_fingerprint
 
-COMMITTED_PROFILES = ("full", "paper")
+COMMITTED_PROFILES = ("default", "full", "paper")
 
 
 def results_dir(profile: str) -> Path:
-    """Folder of a profile's results: `results/` for the committed profiles, else `runs/`.
+    """Folder of a profile's committed results: in $C2R_RESULTS, else `results/` of the checkout."""
+    return paths.project_folder("C2R_RESULTS", "results") / profile
 
-    $C2R_RESULTS replaces both.
-    """
-    room = "results" if profile in COMMITTED_PROFILES else "runs"
-    return paths.project_folder("C2R_RESULTS", room) / profile
+
+def runs_dir(profile: str) -> Path:
+    """Folder of what a run computes for itself: in $C2R_RUNS, else `runs/` of the checkout."""
+    return paths.project_folder("C2R_RUNS", "runs") / profile
 
 
 def tuning_dir() -> Path:
@@ -99,7 +99,6 @@ def provenance(*, profile: str, seed: int, device: str, seconds: float) -> dict[
         package = "not installed"
     return {
         "package_version": package,
-        "code": code_fingerprint((*ARTEFACT_CODE, "metrics/*.py")),
         "profile": profile,
         "seed": seed,
         "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from c2r_core.artefacts.cache import ARTEFACT_CODE, code_fingerprint
+from c2r_core.artefacts.fingerprints import all_modules, fingerprint
 from c2r_core.artefacts.profiles import SPLIT_SEED, load_profile
 from c2r_core.artefacts.results import provenance
 from c2r_core.data.language_models import check_hook_name
@@ -37,7 +37,6 @@ from c2r_core.saes.interface import AnySAE
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
-CODE = (*ARTEFACT_CODE, "metrics/*.py", "formats/*.py", "evaluate/*.py")
 
 
 def evaluate(
@@ -120,7 +119,7 @@ class Evaluation:
                 settings=self._settings(),
                 metrics=records,
                 provenance={key: value for key, value in made.items() if key not in unwanted}
-                | {"code": code_fingerprint(CODE)},
+                | {"code": fingerprint(all_modules())},
             )
         )
 
@@ -165,7 +164,7 @@ class Evaluation:
             "sizes": self.inputs.sizes.model_dump(mode="json"),
             "seed": options.seed,
             "device": options.device,
-            "code": code_fingerprint(CODE),
+            "code": fingerprint(all_modules()),
         }
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 

@@ -1,0 +1,38 @@
+"""The studies: what each measures, cell by cell, and the tables that notebooks make of the cells.
+
+A study is a module with `cells(profile, seed=0, device="cpu")`. `c2r run STUDY` computes its cells,
+`c2r status` says which of the committed ones are still those of this code.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from c2r_core.artefacts.cells import Cell, read_or_compute
+from c2r_core.artefacts.names import unknown_name
+from c2r_core.artefacts.profiles import Profile
+
+STUDIES = {
+    "toy": "c2r_core.experiments.toy",
+    "architectures": "c2r_core.experiments.architectures",
+}
+"""By name, the module that makes the study's cells."""
+
+
+def cells(study: str, profile: Profile, seed: int = 0, device: str = "cpu") -> list[Cell]:
+    """The study's cells, in an order in which what they share is made once.
+
+    Raises
+    ------
+    ValueError
+        If there is no such study.
+    """
+    if study not in STUDIES:
+        raise ValueError(unknown_name("study", study, STUDIES))
+    return import_module(STUDIES[study]).cells(profile, seed, device)
+
+
+def values(study: str, profile: Profile, seed: int = 0, device: str = "cpu") -> dict[str, Any]:
+    """{name: values} of all cells of a study: those that are current are read, others computed."""
+    return {cell.name: read_or_compute(cell) for cell in cells(study, profile, seed, device)}

@@ -1,119 +1,97 @@
-"""The toy experiments: each arm's seeds as one stack, trained once and kept in the cache."""
+"""The one way to train on synthetic features: an arm's seeds are one stack, trained once, and cached."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from c2r_core.artefacts.cache import cached
-from c2r_core.artefacts.profiles import ToyProfile
+from c2r_core.artefacts.cells import Cell
+from c2r_core.artefacts.names import slug
+from c2r_core.artefacts.profiles import Profile
+from c2r_core.data.forest import GatedForest
 from c2r_core.data.toy import FeatureTree, ToyBatches
 from c2r_core.saes import SAE, create_sae, load_sae, save_sae
-from c2r_core.training import (
-    C2R,
-    Orthogonality,
-    Regulariser,
-    TrainConfig,
-    train,
-    weight_from_strength,
-)
+from c2r_core.training import Regulariser, TrainConfig, train
 
-ToyRuns = dict[tuple[str, int], SAE]
+EVALUATION_SEED = 10**6  # no training seed comes near, so evaluation samples are new
 
 
-def feature_tree(toy: ToyProfile) -> FeatureTree:
-    """The profile's features."""
-    names = FeatureTree.__dataclass_fields__.keys() - {"seed"}
-    return FeatureTree(**{name: getattr(toy, name) for name in names})
+@dataclass(frozen=True)
+class Arm:
+    """One way to train an SAE on synthetic features.
 
-
-def c2r_of(toy: ToyProfile, strength: float, **settings: Any) -> C2R:
-    """C²R of a dimensionless strength at the profile's batch size and width.
-
-    Parameters
-    ----------
-    strength : float
-        As in `weight_from_strength`.
-    **settings
-        Other fields of `C2R`, such as alpha or every.
+    The same seed means the same first weights and the same data, whatever else differs between arms.
     """
-    weight = weight_from_strength(
-        strength, batch_size=toy.batch_size, d_sae=toy.d_sae, alpha=settings.get("alpha", 1.0)
-    )
-    return C2R(weight, **settings)
+
+    features: FeatureTree | GatedForest
+    architecture: str
+    d_sae: int
+    batch_size: int
+    config: TrainConfig
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    """Of the architecture's class, beside d_in, d_sae and seed."""
+    regulariser: Regulariser | None = None
+
+    def settings(self) -> dict[str, Any]:
+        """All that decides the trained SAE, but its seed: JSON."""
+        penalty = self.regulariser
+        return {
+            "features": {"name": type(self.features).__name__} | asdict(self.features),
+            "architecture": {"name": self.architecture} | dict(self.arguments),
+            "d_sae": self.d_sae,
+            "batch_size": self.batch_size,
+            "config": asdict(self.config),
+            "regulariser": penalty and {"name": penalty.name} | asdict(penalty),
+        }
 
 
-def standard_arms(toy: ToyProfile, architecture: str) -> dict[str, Regulariser | None]:
-    """Baseline, C²R and OrtSAE with the profile's weights for an architecture."""
-    return {
-        "baseline": None,
-        "C²R": c2r_of(toy, toy.c2r_strength[architecture]),
-        "OrtSAE": Orthogonality(toy.orthogonality_weight[architecture]),
-    }
+def trained(arm: Arm, seeds: Sequence[int], device: str = "cpu") -> dict[int, SAE]:
+    """The arm's SAE of every seed, trained or from the cache."""
+    seeds = list(seeds)
 
-
-def train_toy_arms(
-    toy: ToyProfile,
-    architecture: str,
-    arms: Mapping[str, Regulariser | None],
-    seeds: Sequence[int],
-    device: str = "cpu",
-) -> ToyRuns:
-    """Train every arm with every seed; the same seed means the same start and the same data.
-
-    An arm's seeds are one stack, and the unit of the cache: an arm that two notebooks share is
-    trained once, whatever stands beside it.
-
-    Parameters
-    ----------
-    architecture : str
-        One of the profile's `architectures`.
-    arms : mapping from the arm's name to its regulariser, None for the baseline
-    seeds : sequence of int
-
-    Returns
-    -------
-    dict from (arm, seed) to a trained SAE
-    """
-    runs: ToyRuns = {}
-    for name, regulariser in arms.items():
-        folder = _trained(toy, architecture, regulariser, list(seeds), device)
-        runs |= {(name, seed): load_sae(folder / str(seed)) for seed in seeds}
-    return runs
-
-
-def _trained(
-    toy: ToyProfile,
-    architecture: str,
-    regulariser: Regulariser | None,
-    seeds: list[int],
-    device: str,
-) -> Path:
-    own = toy.architectures[architecture]
-    features = feature_tree(toy)
-    config = TrainConfig(steps=toy.steps, lr=toy.lr, aux_k_coefficient=0.0)
-    penalty = regulariser and {"name": regulariser.name} | asdict(regulariser)
-    key = {
-        "features": asdict(features),
-        "architecture": architecture,
-        "arguments": own,
-        "d_sae": toy.d_sae,
-        "batch_size": toy.batch_size,
-        "config": asdict(config),
-        "regulariser": penalty,
-        "seeds": seeds,
-        "device": device.partition(":")[0],
-    }
-
-    def build(folder: Path) -> None:
-        stack = create_sae(architecture, d_in=toy.d_in, d_sae=toy.d_sae, seed=seeds, **own).to(
-            device
+    def build(folder) -> None:
+        d_in = arm.features.d_in
+        stack = create_sae(
+            arm.architecture, d_in=d_in, d_sae=arm.d_sae, seed=seeds, **arm.arguments
         )
-        batches = ToyBatches(features, toy.batch_size, seeds)
-        train(stack, batches, config, [regulariser] if regulariser else [], progress=False)
+        stack = stack.to(device)
+        stack.norm_factor = arm.features.norm_factor
+        batches = ToyBatches(arm.features, arm.batch_size, seeds)
+        penalties = [arm.regulariser] if arm.regulariser else []
+        train(stack, batches, arm.config, penalties, progress=False)
         for seed, sae in zip(seeds, stack.unstack(), strict=True):
             save_sae(sae, folder / str(seed))
 
-    return cached("toy", key, build)
+    key = arm.settings() | {"seeds": seeds, "device": device.partition(":")[0]}
+    folder = cached("sae", key, build, code=["c2r_core.experiments.synthetic:trained"])
+    return {seed: load_sae(folder / str(seed)) for seed in seeds}
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Arms of one study that are measured in the same way, one cell an arm."""
+
+    study: str
+    profile: Profile
+    seeds: Sequence[int]
+    device: str = "cpu"
+
+    def cell(
+        self,
+        name: str,
+        arm: Arm,
+        measure: Callable[[Arm, Sequence[int], int, str], Any],
+        samples: int,
+    ) -> Cell:
+        """The cell of an arm: what `measure(arm, seeds, samples, device)` returns."""
+        return Cell(
+            study=self.study,
+            name=slug(name),
+            profile=self.profile.name,
+            settings=arm.settings() | {"seeds": list(self.seeds), "samples": samples},
+            compute=lambda: measure(arm, self.seeds, samples, self.device),
+            modules=(f"{measure.__module__}:{measure.__qualname__}",),
+            device=self.device,
+        )

@@ -1,92 +1,122 @@
-"""What the toy runs are worth: tables, paired differences, and a look into a dictionary."""
+"""Study `toy`, of notebook 03: C²R and OrtSAE on a tree of features; and what other toy studies share."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from c2r_core.artefacts.profiles import ToyProfile
-from c2r_core.artefacts.results import read_json, tuning_dir
+from c2r_core.artefacts.cells import Cell
+from c2r_core.artefacts.profiles import Profile, ToyProfile, training_seeds
 from c2r_core.data.toy import FeatureTree, ToySample
-from c2r_core.experiments.synthetic import ToyRuns, feature_tree
+from c2r_core.experiments.synthetic import EVALUATION_SEED, Arm, Sweep, trained
 from c2r_core.metrics.toy import evaluate_toy
 from c2r_core.saes import SAE
 from c2r_core.statistics import Interval, paired_interval
+from c2r_core.training import C2R, Orthogonality, Regulariser, TrainConfig, weight_from_strength
 
 if TYPE_CHECKING:
     import pandas as pd
 
-EVALUATION_SEED = 10**6  # no training seed comes near, so evaluation samples are new
+ARCHITECTURES = {"relu": "ReLU", "batch_topk": "BatchTopK"}
 
 
-def evaluation_sample(toy: ToyProfile) -> ToySample:
-    """The samples on which all toy SAEs are measured; no run has seen them."""
-    generator = torch.Generator().manual_seed(EVALUATION_SEED)
-    return feature_tree(toy).sample(toy.evaluation_samples, generator)
+def cells(profile: Profile, seed: int = 0, device: str = "cpu") -> list[Cell]:
+    """Baseline, C²R and OrtSAE on a ReLU SAE, which splits, and on BatchTopK, which absorbs."""
+    toy = profile.toy
+    sweep = Sweep("toy", profile, training_seeds(toy.seeds, seed), device)
+    return [
+        toy_cell(sweep, f"{title}, {name}", toy_arm(toy, architecture, regulariser))
+        for architecture, title in ARCHITECTURES.items()
+        for name, regulariser in standard_arms(toy, architecture).items()
+    ]
 
 
-def toy_table(toy: ToyProfile, runs: ToyRuns) -> pd.DataFrame:
-    """One row per run: arm, seed and the fields of `ToyReport`, on samples no run has seen."""
-    import pandas as pd
+# -- arms ---------------------------------------------------------------------------------------
 
-    tree, sample = feature_tree(toy), evaluation_sample(toy)
-    return pd.DataFrame(
-        [
-            {"arm": arm, "seed": seed} | asdict(evaluate_toy(sae, tree, sample))
-            for (arm, seed), sae in runs.items()
-        ]
+
+def feature_tree(toy: ToyProfile) -> FeatureTree:
+    """The profile's features."""
+    names = FeatureTree.__dataclass_fields__.keys() - {"seed"}
+    return FeatureTree(**{name: getattr(toy, name) for name in names})
+
+
+def toy_arm(toy: ToyProfile, architecture: str, regulariser: Regulariser | None) -> Arm:
+    """An architecture of the profile with a regulariser, None for the baseline."""
+    return Arm(
+        features=feature_tree(toy),
+        architecture=architecture,
+        d_sae=toy.d_sae,
+        batch_size=toy.batch_size,
+        config=TrainConfig(steps=toy.steps, lr=toy.lr, aux_k_coefficient=0.0),
+        arguments=toy.architectures[architecture],
+        regulariser=regulariser,
     )
 
 
-def architecture_table(toy: ToyProfile, runs: Mapping[str, ToyRuns]) -> pd.DataFrame:
-    """`toy_table` of several architectures, with the column `architecture` in front."""
-    import pandas as pd
-
-    tables = []
-    for architecture, of_one in runs.items():
-        table = toy_table(toy, of_one)
-        table.insert(0, "architecture", architecture)
-        tables.append(table)
-    return pd.concat(tables, ignore_index=True)
-
-
-def tuning_table(name: str, sweep: str | None = None) -> pd.DataFrame:
-    """What was tried when the toys' weights were chosen, from results/tuning (`tune_toys`).
-
-    Parameters
-    ----------
-    name : "toy" or "ablations"
-    sweep : "c2r" or "orthogonality", for "toy"
-
-    Returns
-    -------
-    DataFrame with the columns penalty, architecture, weight, chosen (bool) and the metrics that
-    were kept, means over the tuning seeds.
-    """
-    import pandas as pd
-
-    outcome = read_json(tuning_dir() / f"{name}.json")["outcome"]
-    if name == "toy":
-        chosen_by = {"c2r": "c2r_strength", "orthogonality": "orthogonality_weight"}[sweep]
-        found = {
-            (sweep, architecture): (one["tried"][sweep], one[chosen_by])
-            for architecture, one in outcome.items()
-        }
-    else:
-        found = {
-            (ablation, architecture): (one["tried"], one["weight"])
-            for ablation, by in outcome.items()
-            for architecture, one in by.items()
-        }
-    return pd.DataFrame(
-        {"penalty": penalty, "architecture": architecture, "chosen": row["weight"] == chosen} | row
-        for (penalty, architecture), (rows, chosen) in found.items()
-        for row in rows
+def c2r_of(toy: ToyProfile, strength: float, **settings: Any) -> C2R:
+    """C²R of a dimensionless strength at the profile's batch size and width; settings are its fields."""
+    weight = weight_from_strength(
+        strength, batch_size=toy.batch_size, d_sae=toy.d_sae, alpha=settings.get("alpha", 1.0)
     )
+    return C2R(weight, **settings)
+
+
+def standard_arms(toy: ToyProfile, architecture: str) -> dict[str, Regulariser | None]:
+    """Baseline, C²R and OrtSAE with the profile's weights for an architecture."""
+    return {
+        "baseline": None,
+        "C²R": c2r_of(toy, toy.c2r_strength[architecture]),
+        "OrtSAE": Orthogonality(toy.orthogonality_weight[architecture]),
+    }
+
+
+# -- cells --------------------------------------------------------------------------------------
+
+
+def toy_cell(sweep: Sweep, name: str, arm: Arm, samples: int | None = None) -> Cell:
+    """The cell of an arm on a tree: a list of `ToyReport`s, one a seed."""
+    return sweep.cell(name, arm, measure, samples or sweep.profile.toy.evaluation_samples)
+
+
+def measure(arm: Arm, seeds: Sequence[int], samples: int, device: str) -> list[dict[str, Any]]:
+    """`ToyReport` of each seed, on samples that no run has seen."""
+    sample = evaluation_sample(arm.features, samples)
+    return [
+        {"seed": seed} | asdict(evaluate_toy(sae, arm.features, sample))
+        for seed, sae in trained(arm, seeds, device).items()
+    ]
+
+
+@functools.lru_cache(maxsize=2)
+def evaluation_sample(features: FeatureTree, samples: int) -> ToySample:
+    """The samples on which all SAEs on these features are measured."""
+    return features.sample(samples, torch.Generator().manual_seed(EVALUATION_SEED))
+
+
+# -- tables -------------------------------------------------------------------------------------
+
+
+def arm_table(values: Mapping[str, Any], about: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
+    """One row a cell and seed: what is said about the cell (arm, architecture, …), seed, metrics."""
+    import pandas as pd
+
+    return pd.DataFrame(
+        [dict(columns) | row for name, columns in about.items() for row in values[name]]
+    )
+
+
+def toy_table(values: Mapping[str, Any], architecture: str, toy: ToyProfile) -> pd.DataFrame:
+    """Arm, seed and the fields of `ToyReport`, from the values of the study's cells."""
+    from c2r_core.artefacts.names import slug
+
+    title = ARCHITECTURES[architecture]
+    arms = standard_arms(toy, architecture)
+    return arm_table(values, {slug(f"{title}, {arm}"): {"arm": arm} for arm in arms})
 
 
 def values_by_seed(table: pd.DataFrame, arm: str, metric: str) -> list[float]:
@@ -103,7 +133,7 @@ def paired_difference(
     scale: float = 1.0,
     level: float = 0.95,
 ) -> Interval:
-    """Interval of arm − scale · baseline in one metric of a `toy_table`, paired by seed."""
+    """Interval of arm − scale · baseline in one metric of a table of arms, paired by seed."""
     values = (values_by_seed(table, name, metric) for name in (arm, baseline))
     return paired_interval(*values, scale=scale, level=level)
 

@@ -19,7 +19,7 @@ from c2r_core.artefacts.results import (
     plain,
     provenance,
     read_json,
-    results_dir,
+    runs_dir,
     write_json,
 )
 from c2r_core.notebook.claims import Claim, judge
@@ -112,7 +112,7 @@ class Session:
         -------
         The values as read from JSON, the same whether computed or kept.
         """
-        path = results_dir(self.profile.name) / self.notebook / f"{name}.json"
+        path = runs_dir(self.profile.name) / self.notebook / f"{name}.json"
         key = plain(settings or self.profile)
         if self.profile.name in COMMITTED_PROFILES and path.is_file():
             kept = read_json(path)
@@ -135,7 +135,7 @@ class Session:
         """Write claims, measured values and their provenance to the results file; print nothing."""
         name = self.notebook if self.seed == 0 else f"{self.notebook}-seed{self.seed}"
         write_json(
-            results_dir(self.profile.name) / f"{name}.json",
+            runs_dir(self.profile.name) / f"{name}.json",
             {
                 "schema": RESULTS_SCHEMA,
                 "notebook": self.notebook,

@@ -1,0 +1,224 @@
+"""Cells: one measured result each, in a small JSON file that says on what code, settings and inputs it rests.
+
+A cell is *current* when its file was computed with the settings, the inputs and the code that are there
+now, *stale* when one of these differs (and it is said which), *missing* without a file, and *edited* when
+the file is not what was computed. Committed cells are in `results/PROFILE/STUDY/`; what a notebook or a
+command computes for itself goes to `runs/PROFILE/STUDY/`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from filelock import FileLock
+
+from c2r_core.artefacts.fingerprints import fingerprints
+from c2r_core.artefacts.names import unknown_name
+from c2r_core.artefacts.results import (
+    COMMITTED_PROFILES,
+    plain,
+    provenance,
+    read_json,
+    results_dir,
+    runs_dir,
+    write_json,
+)
+
+SCHEMA = 1
+MODES = ("kept", "anew", "commit")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One result: how it is computed, and all that decides it.
+
+    `name` says everything in which the cells of a study differ; `settings` is JSON; `modules` are
+    entries as `fingerprints` takes them; `inputs` are fingerprints of models and text, by name.
+    """
+
+    study: str
+    name: str
+    profile: str
+    settings: Mapping[str, Any]
+    compute: Callable[[], Any]
+    modules: tuple[str, ...]
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    seed: int = 0
+    device: str = "cpu"
+
+    def file(self, folder: Path) -> Path:
+        """The cell's file under a profile's folder of results or runs."""
+        return folder / self.study / f"{self.name}.json"
+
+    def about(self) -> dict[str, Any]:
+        """What the values depend on, as the file holds it."""
+        return {
+            "schema": SCHEMA,
+            "study": self.study,
+            "name": self.name,
+            "settings": plain(self.settings),
+            "inputs": dict(self.inputs),
+            "modules": fingerprints(self.modules),
+        }
+
+
+class State(NamedTuple):
+    """Whether a file holds a cell's values; `why` names the settings, inputs and modules that differ."""
+
+    kind: Literal["current", "stale", "missing", "edited"]
+    why: str = ""
+
+
+class EditedCellError(ValueError):
+    """A committed cell is not what was computed: it was edited by hand, or damaged."""
+
+
+def state(cell: Cell, folder: Path | None = None) -> State:
+    """State of the cell's file in a folder; without one, of the committed file."""
+    return _examine(cell, cell.file(results_dir(cell.profile) if folder is None else folder))[0]
+
+
+def read_or_compute(cell: Cell, mode: str | None = None) -> Any:
+    """The cell's values, as read from JSON whether kept or computed.
+
+    Parameters
+    ----------
+    cell : Cell
+    mode : str, optional
+        "kept" takes the committed cell if it is current, else one in `runs/` that is, else computes
+        it into `runs/`; "anew" does not look at committed ones; "commit" computes what is not current
+        and writes it to `results/`. Cells of `smoke` are never committed. Without one, $C2R_CELLS or "kept".
+
+    Raises
+    ------
+    EditedCellError
+        If the committed file was edited by hand; it names the file.
+    """
+    mode = mode or os.environ.get("C2R_CELLS") or "kept"
+    if mode not in MODES:
+        raise ValueError(f"C2R_CELLS: {unknown_name('mode', mode, MODES)}")
+    if cell.profile not in COMMITTED_PROFILES:
+        mode = "anew"
+    committed, own = (cell.file(f(cell.profile)) for f in (results_dir, runs_dir))
+    looked_at = {"kept": (committed, own), "anew": (own,), "commit": (committed,)}[mode]
+    for file in looked_at:
+        found, values = _examine(cell, file)
+        if found.kind == "current":
+            return values
+        if found.kind == "edited" and file == committed:
+            raise EditedCellError(found.why)
+    target = committed if mode == "commit" else own
+    own.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(own.with_suffix(".lock")):  # another process may be computing it
+        found, values = _examine(cell, target)
+        return values if found.kind == "current" else _write(cell, target)
+
+
+def compute(cell: Cell) -> Any:
+    """The cell's values, computed now and written nowhere; as they would be read from JSON."""
+    return plain(cell.compute())
+
+
+def _write(cell: Cell, target: Path) -> Any:
+    started = time.monotonic()
+    content = cell.about()  # of the code as it is before the computation
+    content["values"] = compute(cell)
+    content["digest"] = _digest(content)
+    content["provenance"] = provenance(
+        profile=cell.profile,
+        seed=cell.seed,
+        device=cell.device,
+        seconds=time.monotonic() - started,
+    )
+    write_json(target, content)
+    return content["values"]
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    counted = {k: v for k, v in content.items() if k not in ("digest", "provenance")}
+    return hashlib.sha256(json.dumps(counted, sort_keys=True).encode()).hexdigest()[:20]
+
+
+def _examine(cell: Cell, file: Path) -> tuple[State, Any]:
+    if not file.is_file():
+        return State("missing"), None
+    try:
+        content = read_json(file)
+        untouched = content.get("digest") == _digest(content)
+    except (ValueError, AttributeError):
+        untouched = False
+    if not untouched:
+        why = f"{file} is not what was computed (edited?); delete it, or restore it from git"
+        return State("edited", why), None
+    now = cell.about()
+    differs = [
+        f"{what[:-1]} {path}"
+        for what in ("settings", "inputs", "modules")
+        for path in _differences(content[what], now[what])
+    ]
+    if content["schema"] != SCHEMA:
+        differs.append("schema")
+    if differs:
+        return State("stale", ", ".join(differs)), content["values"]
+    return State("current"), content["values"]
+
+
+def _differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
+    """Where two JSON values differ: dotted paths."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        for key in sorted({*old, *new}):
+            inner = f"{path}.{key}" if path else key
+            if key not in old or key not in new:
+                yield inner
+            else:
+                yield from _differences(old[key], new[key], inner)
+    elif old != new:
+        yield path
+
+
+RELATIVE, ABSOLUTE = 0.05, 0.02
+
+
+def differing(kept: Any, computed: Any, path: str = "") -> list[str]:
+    """Where two cells' values differ by more than a recomputation may: one line each.
+
+    A number may differ by 5 % or by 0.02, whichever is more: most metrics are shares, and training on
+    another processor adds in another order. Of a list of records, such as one a letter or a seed, the
+    means of each field are compared; texts, and whole numbers that name something (a latent, a seed),
+    are not.
+    """
+    if isinstance(kept, Mapping) and isinstance(computed, Mapping):
+        if kept.keys() != computed.keys():
+            return [f"{path or 'values'}: other fields"]
+        inner = ((f"{path}.{key}" if path else key, kept[key], computed[key]) for key in kept)
+        return [line for name, a, b in inner for line in differing(a, b, name)]
+    if isinstance(kept, list) and isinstance(computed, list):
+        if all(isinstance(item, Mapping) for item in [*kept, *computed]):
+            return differing(_means(kept), _means(computed), path)
+        return differing(_mean(kept), _mean(computed), path)
+    if _is_number(kept) and _is_number(computed):
+        if abs(kept - computed) > max(ABSOLUTE, RELATIVE * max(abs(kept), abs(computed))):
+            return [f"{path}: {kept:.6g} kept, {computed:.6g} computed"]
+        return []
+    return [] if type(kept) is type(computed) else [f"{path}: {kept!r} kept, {computed!r} computed"]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _mean(items: list) -> float | None:
+    numbers = [item for item in items if isinstance(item, float)]
+    return sum(numbers) / len(numbers) if numbers else None
+
+
+def _means(records: list[Mapping[str, Any]]) -> dict[str, float | None]:
+    names = dict.fromkeys(name for record in records for name in record)
+    return {name: _mean([record.get(name) for record in records]) for name in names}
