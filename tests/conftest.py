@@ -35,8 +35,12 @@ TINY_CELLS = [
     ("code", "nb.record(mean=draws.mean())\nprint(float(draws.mean()))", ["nbval-ignore-output"]),
     (
         "code",
-        'nb.claim("draws stay below one", draws.max(), at_most=1.0, effect=False)\n'
-        'nb.claim("the mean is near a half", draws.mean(), between=(0.4, 0.6))\n'
+        'nb.check("draws stay below one", draws.max(), at_most=1.0)\n'
+        'nb.guard("the mean is near a half", draws.mean(), between=(0.4, 0.6))\n'
+        "interval = (0.25, 0.125, 0.375)\n"
+        'nb.claim("it rises", interval, at_least=0, n="3 seeds", reason="a rise is above 0",\n'
+        '         about="toy")\n'
+        'nb.lead("it may rise elsewhere", interval, n="1 seed")\n'
         "nb.finish()",
         [],
     ),

@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+import configparser
 import json
 import math
+import sys
 from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +16,8 @@ from hypothesis import strategies as st
 
 from c2r_core.artefacts.results import plain, results_dir
 from c2r_core.notebook import start
-from c2r_core.notebook.claims import claim_lines, judge
+from c2r_core.notebook.claims import MEASURED, claim_lines, counted, judge, judge_interval
+from c2r_core.statistics import Interval
 
 
 @pytest.fixture
@@ -33,19 +38,65 @@ def written(tmp_path, name="default/00_tiny.json"):
 @pytest.mark.parametrize(
     ("value", "bound", "line"),
     [
-        (0.5, {"at_most": 0.5}, "[holds] ratio: at most 0.5"),
-        (0.51, {"at_most": 0.5}, "[FAILS] ratio: at most 0.5"),
-        (torch.tensor(3), {"at_least": 3}, "[holds] ratio: at least 3"),
-        (np.float32(2), {"between": (0, 1)}, "[FAILS] ratio: between 0 and 1"),
-        (1.0001, {"equals": 1, "tolerance": 0.001}, "[holds] ratio: equal to 1 within 0.001"),
-        (2, {"equals": 1}, "[FAILS] ratio: equal to 1"),
-        ("a", {"equals": "a"}, "[holds] ratio: equal to a"),
-        (torch.tensor(True), {}, "[holds] ratio"),
-        (False, {}, "[FAILS] ratio"),
+        (0.5, {"at_most": 0.5}, "[guard holds] ratio: measured 0.50, at most 0.5"),
+        (0.501, {"at_most": 0.5}, "[guard FAILS] ratio: measured 0.501, at most 0.5"),
+        (torch.tensor(3), {"at_least": 3}, "[guard holds] ratio: measured 3, at least 3"),
+        (np.float32(2), {"between": (0, 1)}, "[guard FAILS] ratio: measured 2.0, between 0 and 1"),
+        (
+            1.0001,
+            {"equals": 1, "tolerance": 0.001},
+            "[guard holds] ratio: measured 1.0, equal to 1 within 0.001",
+        ),
+        (-0.00152, {"at_most": 0}, "[guard holds] ratio: measured −0.0015, at most 0"),
+        (684102, {"at_least": 1}, "[guard holds] ratio: measured 684102, at least 1"),
+        ("a", {"equals": "a"}, "[guard holds] ratio: measured a, equal to a"),
+        (torch.tensor(True), {}, "[guard holds] ratio"),
+        (False, {}, "[guard FAILS] ratio"),
     ],
 )
 def test_line(value, bound, line):
-    assert judge("ratio", value, **bound).line == line
+    assert judge("guard", "ratio", value, **bound).line == line
+
+
+def test_a_check_prints_a_number_only_where_it_fails():
+    assert judge("check", "loss", 2.24, equals=2.24).line == "[check holds] loss: equal to 2.24"
+    assert (
+        judge("check", "loss", 2.5, equals=2).line == "[check FAILS] loss: measured 2.5, equal to 2"
+    )
+
+
+@pytest.mark.parametrize(
+    ("interval", "bound", "line"),
+    [
+        ((-0.098, -0.233, 0.038), {"at_most": 0}, "FAILS measured −0.10 [−0.23, +0.04]"),
+        (Interval(-0.098, -0.233, -0.038), {"at_most": 0}, "holds measured −0.10 [−0.23, −0.04]"),
+        ((0.5, 0.4, 0.6), {"at_least": 0.4}, "holds measured 0.50 [0.40, 0.60]"),
+        ((0.5, 0.4, 0.6), {"at_most": 0.5}, "FAILS measured 0.50 [0.40, 0.60]"),
+        ((0.0, -0.02, 0.03), {"between": (-0.05, 0.05)}, "holds measured +0.000 [−0.020, +0.030]"),
+        ((0.0, -0.06, 0.03), {"between": (-0.05, 0.05)}, "FAILS measured +0.000 [−0.060, +0.030]"),
+        ((0.98, 0.978, 0.982), {"at_least": 0.9}, "holds measured 0.980 [0.978, 0.982]"),
+        ((-0.1, -0.2, 0.0004), {"at_most": 0}, "FAILS measured −0.1000 [−0.2000, +0.0004]"),
+        (None, {"at_most": 0}, "FAILS measured nan [nan, nan]"),
+    ],
+)
+def test_a_claim_rests_on_the_end_of_its_interval(interval, bound, line):
+    claim = judge_interval("difference", interval, **bound)
+    assert f"{claim.verdict} measured {claim.measured}" == line
+
+
+def test_a_claim_says_what_it_is_about_and_rests_on(session, capsys):
+    session().claim(
+        "C²R lowers absorption",
+        (-0.098, -0.233, 0.038),
+        at_most=0,
+        n="22 letters",
+        reason="0 is no change",
+        about="language model",
+    )
+    assert capsys.readouterr().out == (
+        "[claim FAILS] (language model, C²R) C²R lowers absorption: measured −0.10 [−0.23, +0.04], "
+        "expected at most 0; n = 22 letters; because 0 is no change\n"
+    )
 
 
 @pytest.mark.parametrize("value", [math.nan, None, torch.tensor(math.nan)])
@@ -54,42 +105,91 @@ def test_line(value, bound, line):
     [{"at_least": -math.inf}, {"at_most": math.inf}, {"between": (0, 1)}, {"equals": 0}],
 )
 def test_what_was_not_measured_never_holds(value, bound):
-    assert judge("it is a number", value, **bound).verdict == "FAILS"
+    assert judge("guard", "it is a number", value, **bound).verdict == "FAILS"
 
 
 @given(value=st.floats(allow_nan=True), bound=st.floats(-1e6, 1e6))
-def test_the_line_tells_the_verdict_and_nothing_else_about_the_value(value, bound):
-    claim = judge("ratio", value, at_most=bound)
-    other = judge("ratio", bound - 1 if claim.verdict == "holds" else math.inf, at_most=bound)
-    assert claim.line == other.line
+def test_without_its_number_a_line_tells_the_verdict_and_nothing_else(value, bound):
+    def compared(value):
+        line = judge("guard", "ratio", value, at_most=bound).line
+        (found,) = claim_lines([{"name": "stdout", "text": line}])
+        return found.compared
+
+    holds = judge("guard", "ratio", value, at_most=bound).verdict == "holds"
+    assert compared(value) == compared(bound - 1 if holds else math.inf)
+
+
+@given(mean=st.floats(-1e4, 1e4), width=st.floats(0, 1e3), bound=st.floats(-1e4, 1e4, width=16))
+def test_rounding_never_contradicts_a_verdict(mean, width, bound):
+    claim = judge_interval("x", (mean, mean - width, mean + width), at_most=bound)
+    printed = float(claim.measured.split(", ")[1].rstrip("]").replace("−", "-"))
+    if claim.verdict == "FAILS":
+        assert printed >= bound
+    else:
+        assert printed <= bound + 1e-6
+
+
+def test_nbval_masks_what_a_comparison_leaves_out():
+    masks = configparser.ConfigParser()
+    masks.read(Path(__file__).parent / "nbval_sanitize.cfg", encoding="utf-8")
+    assert masks["measured"]["regex"] == MEASURED
 
 
 def test_a_number_needs_one_bound():
     with pytest.raises(ValueError, match="no bound"):
-        judge("ratio", 0.5)
+        judge("check", "ratio", 0.5)
     with pytest.raises(ValueError, match="more than one bound"):
-        judge("ratio", 0.5, at_least=0, at_most=1)
+        judge("check", "ratio", 0.5, at_least=0, at_most=1)
+    with pytest.raises(ValueError, match="exactly one"):
+        judge_interval("ratio", (0, -1, 1))
+    with pytest.raises(ValueError, match="an interval"):
+        judge_interval("ratio", (0, 1), at_most=0)
 
 
-def test_lines_are_found_again_in_outputs(session, capsys):
+OF_A_CLAIM = {"n": "3 seeds", "reason": "of x", "about": "toy"}
+
+
+def test_a_claim_is_about_something_known(session):
+    with pytest.raises(ValueError, match="'toys'; did you mean 'toy'"):
+        session().claim("x", (0, 0, 0), at_most=0, **OF_A_CLAIM | {"about": "toys"})
+
+
+def test_lines_are_found_again_in_outputs_and_claims_alone_are_counted(session, capsys):
     nb = session()
-    nb.claim("one", 1, equals=1)
+    nb.check("one", 1, equals=1)
     print("noise")
-    nb.claim("two", 1, at_least=2)
+    nb.guard("two", 1, at_least=2)
+    nb.claim("three", (0.5, 0.4, 0.6), at_least=0, **OF_A_CLAIM)
+    nb.claim("four", (0.5, 0.4, 0.6), at_most=0, **OF_A_CLAIM, subject="others")
+    nb.lead("five", (0.5, 0.4, 0.6), n="1 seed")
     outputs = [
         {"output_type": "display_data", "data": {}},
         {"output_type": "stream", "name": "stdout", "text": capsys.readouterr().out},
     ]
-    assert claim_lines(outputs) == [("holds", "one: equal to 1"), ("FAILS", "two: at least 2")]
+    lines = claim_lines(outputs)
+    assert [line.compared for line in lines] == [
+        "[check holds] one: equal to 1",
+        "[guard FAILS] two: measured …, at least 2",
+        "[claim holds] (toy, C²R) three: measured …, expected at least 0; n = 3 seeds; because of x",
+        "[claim FAILS] (toy, others) four: measured …, expected at most 0; n = 3 seeds; because of x",
+        "[lead] five: measured …; n = 1 seed",
+    ]
+    counts = counted(lines)
+    assert counts["toy", "C²R"] == (1, 0) and counts["toy", "others"] == (0, 1)
+    assert sum(map(sum, counts.values())) == 2
 
 
-def test_smoke_judges_structure_and_no_effect(session, capsys):
+def test_smoke_judges_identities_and_nothing_else(session, capsys):
     nb = session("smoke")
-    nb.claim("training helps", 0.0, at_least=1)
-    nb.claim("shapes agree", 3, equals=4, effect=False)
+    nb.check("shapes agree", 3, equals=4)
+    nb.guard("the probe reads letters", 0.0, at_least=1)
+    nb.claim("training helps", (0, 0, 0), at_least=1, **OF_A_CLAIM)
+    nb.lead("it may", (0, 0, 0))
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("[not judged in smoke] training helps")
-    assert lines[1].startswith("[FAILS] shapes agree")
+    assert lines[0].startswith("[check FAILS] shapes agree")
+    assert lines[1].startswith("[guard not judged in smoke] the probe reads letters: at least 1")
+    assert lines[2].startswith("[claim not judged in smoke] (toy, C²R) training helps: expected")
+    assert "measured" not in "".join(lines[1:])
 
 
 @dataclass(frozen=True)
@@ -101,7 +201,8 @@ class Measured:
 def test_results_hold_claims_numbers_and_where_they_come_from(session, tmp_path, capsys):
     nb = session(seed=0)
     nb.record(core=Measured(0.25, torch.tensor([1.0, math.nan])), words=("a", np.int64(3)))
-    nb.claim("small", 0.25, at_most=1)
+    nb.guard("small", 0.25, at_most=1)
+    nb.claim("rise", (0.5, 0.25, math.nan), at_least=0, **OF_A_CLAIM)
     capsys.readouterr()
     nb.finish()
     assert capsys.readouterr().out == ""
@@ -111,9 +212,10 @@ def test_results_hold_claims_numbers_and_where_they_come_from(session, tmp_path,
         "core": {"fvu": 0.25, "per_seed": [1.0, None]},
         "words": ["a", 3],
     }
-    assert result["claims"] == [
-        {"text": "small", "expectation": "at most 1", "value": 0.25, "verdict": "holds"}
-    ]
+    guard, claim = result["claims"]
+    assert guard["kind"] == "guard" and guard["value"] == 0.25 and guard["verdict"] == "holds"
+    assert claim["value"] == [0.5, 0.25, None] and claim["about"] == "toy"
+    assert claim["n"] == "3 seeds" and claim["expectation"] == "at least 0"
     provenance = result["provenance"]
     assert provenance["torch_version"] == torch.__version__
     assert provenance["seed"] == 0
@@ -138,30 +240,21 @@ def test_what_json_cannot_hold_is_refused():
         plain({"a": {1, 2}})
 
 
-def test_full_computes_only_missing_cells(session, tmp_path):
-    calls = []
+def test_a_session_gives_every_cell_of_a_study_by_name(session, monkeypatch):
+    from c2r_core.artefacts import cells
+    from c2r_core.experiments import STUDIES
 
-    def compute():
-        calls.append(1)
-        return {"fvu": torch.tensor(0.5), "pair": (1, 2)}
-
-    for _ in range(2):
-        nb = session("full")
-        values = nb.cell("relu-seed0", compute, settings=nb.profile.toy)
-        assert values == {"fvu": 0.5, "pair": [1, 2]}
-    assert len(calls) == 1
-    kept = written(tmp_path, "full/00_tiny/relu-seed0.json")
-    assert kept["provenance"]["profile"] == "full"
-
-    session("full").cell("relu-seed0", compute, settings={"steps": 7})
-    assert len(calls) == 2, "other settings are another cell"
-
-
-def test_default_always_computes(session, tmp_path):
-    calls = []
-    for _ in range(2):
-        session("default").cell("relu", lambda: calls.append(1))
-    assert len(calls) == 2
+    made = SimpleNamespace(
+        cells=lambda profile, seed, device: [
+            SimpleNamespace(name=f"arm-seed{seed}", values={"profile": profile.name})
+        ]
+    )
+    monkeypatch.setitem(sys.modules, "a_study", made)
+    monkeypatch.setitem(STUDIES, "mine", "a_study")
+    monkeypatch.setattr(cells, "read_or_compute", lambda cell: cell.values)
+    assert session(seed=3).cells("mine") == {"arm-seed3": {"profile": "default"}}
+    with pytest.raises(ValueError, match="unknown study 'mien'; did you mean 'mine'"):
+        session().cells("mien")
 
 
 def test_evidence_and_runs_lie_apart(monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import matplotlib.colors
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -43,31 +44,40 @@ def test_plot_grouped_marks_every_seed_beside_its_group():
     ax = figures.plot_grouped(table, "family", "fvu", label="FVU (share)")
     bars = [item for item in ax.collections if isinstance(item, LineCollection)]
     marks = [item.get_offsets() for item in ax.collections if item not in bars]
-    np.testing.assert_allclose(marks[1], [[0.11, 0.2], [1.11, 0.4], [1.11, 0.6]])
+    np.testing.assert_allclose(np.concatenate(marks[2:]), [[0.11, 0.2], [1.11, 0.4], [1.11, 0.6]])
     heights = [bar.get_segments()[0][0][1] for bar in bars]
     assert heights == pytest.approx([0.1, 0.3, 0.2, 0.5])
+    assert [t.get_text() for t in ax.get_legend().get_texts()] == ["a", "b"]
     assert [t.get_text() for t in ax.get_xticklabels()] == ["p", "q"]
 
 
-def test_plot_curves_joins_points_in_order():
+def test_an_arm_looks_the_same_in_every_figure():
+    table = pd.DataFrame({"arm": ["OrtSAE", "C²R"], "fvu": [0.1, 0.2], "v": [1.0, 2.0]})
+    bars = figures.plot_arms(table, "fvu", label="FVU")
+    points = figures.plot_points(table.iloc[::-1], "fvu", "v", labels=("FVU", "V"))
+    colours = [
+        [matplotlib.colors.to_hex(marks.get_facecolor()[0]) for marks in ax.collections[::step]]
+        for ax, step in ((bars, 2), (points, 1))
+    ]
+    assert colours[0] == colours[1][::-1]
+    assert colours[0] == [figures.ARMS["OrtSAE"].colour, figures.ARMS["C²R"].colour]
+
+
+def test_other_names_get_looks_that_no_arm_beside_them_has():
+    looks = figures.styles(["baseline", "λ ∝ 1/B", "same λ", "baseline"])
+    assert list(looks) == ["baseline", "λ ∝ 1/B", "same λ"]
+    assert len({look.colour for look in looks.values()}) == 3
+    shown_together = [
+        figures.ARMS[name] for name in ("baseline", "C²R", "OrtSAE", "small baseline")
+    ]
+    assert len({(arm.colour, arm.marker, arm.line) for arm in shown_together}) == 4
+
+
+def test_plot_lines_joins_points_in_order_of_a_logarithmic_axis():
     table = pd.DataFrame({"arm": ["a", "a", "b"], "w": [1.0, 0.1, 1.0], "v": [5.0, 4.0, 3.0]})
-    ax = figures.plot_curves(table, "w", "v", labels=("weight", "V (share)"))
+    ax = figures.plot_lines(table, "w", "v", labels=("weight", "V (share)"))
     np.testing.assert_allclose(ax.lines[0].get_xydata(), [[0.1, 4.0], [1.0, 5.0]])
     assert ax.get_xscale() == "log" and len(ax.lines) == 2
-
-
-def test_plot_trade_shows_runs_and_lines_from_the_baseline():
-    table = pd.DataFrame({"arm": ["a", "b", "b"], "u": [0.1, 0.2, 0.4], "v": [1.0, 0.5, 0.7]})
-    ax = figures.plot_trade(table, "u", "v", labels=("U (share)", "V (share)"))
-    assert ax.collections[1].get_offsets().tolist() == [[0.2, 0.5], [0.4, 0.7]]
-    np.testing.assert_allclose(ax.lines[1].get_xydata(), [[0.1, 1.0], [0.3, 0.6]])
-    assert (ax.get_xlabel(), ax.get_ylabel()) == ("U (share)", "V (share)")
-
-
-def test_plot_trade_of_nothing_is_an_empty_plot():
-    table = pd.DataFrame({"arm": [], "u": [], "v": []})
-    ax = figures.plot_trade(table, "u", "v", labels=("U", "V"))
-    assert not ax.collections and ax.get_xlabel() == "U"
 
 
 def test_plot_points_has_a_mark_for_every_row():
@@ -88,6 +98,7 @@ def test_plot_effects_shows_values_and_ends_from_the_top():
     np.testing.assert_allclose(bars.lines[0].get_xydata(), [[0.1, 0], [2, 1]])
     ends = [segment[:, 0].tolist() for segment in bars.lines[2][0].get_segments()]
     assert ends == [[-1, 0.5], [1, 4]]
+    assert ax.get_ylim()[0] > 1 and ax.get_ylim()[1] < 0, "no row is cut in half"
     assert ax.yaxis_inverted() and [t.get_text() for t in ax.get_yticklabels()] == ["a", "b"]
 
 
@@ -106,16 +117,37 @@ def test_plot_firing_has_a_bar_for_every_group():
     assert [t.get_text() for t in ax.get_legend().get_texts()] == ["one", "two"]
 
 
-def test_pair_penalties_are_the_formulas():
-    ax = figures.plot_pair_penalties()
-    curves = {line.get_label(): line.get_ydata() for line in ax.lines}
-    middle = {name: float(y[50]) for name, y in curves.items()}
-    ends = {name: float(y[0]) for name, y in curves.items()}
+def test_pair_penalties_and_forces_are_the_formulas():
+    left, right = figures.plot_pair_penalties()
+    values, forces = (
+        {line.get_label(): line.get_ydata() for line in ax.lines} for ax in (left, right)
+    )
+    middle = {name: float(y[50]) for name, y in values.items()}
+    ends = {name: float(y[0]) for name, y in values.items()}
     assert middle["sum n₁ + n₂ (C²R)"] == pytest.approx(2**0.5)
     assert ends["sum n₁ + n₂ (C²R)"] == 1
     assert middle["product n₁ · n₂"] == pytest.approx(0.5) and ends["product n₁ · n₂"] == 0
     assert middle["minimum of n₁, n₂"] == pytest.approx(0.5**0.5)
     assert ends["constant (OrtSAE, ½ + ½)"] == middle["constant (OrtSAE, ½ + ½)"] == 1
+    assert set(forces["sum n₁ + n₂ (C²R)"]) == {1.0}
+    assert forces["product n₁ · n₂"][75] == pytest.approx(0.5), "the other latent's norm"
+    assert (forces["minimum of n₁, n₂"][25], forces["minimum of n₁, n₂"][75]) == (1, 0)
+    assert set(forces["constant (OrtSAE, ½ + ½)"]) == {0.0}
+
+
+def test_plot_pairs_sorts_rows_by_the_difference_of_two_arms():
+    table = pd.DataFrame(
+        {
+            "arm": ["a", "a", "b", "b"],
+            "letter": ["A", "C", "A", "C"],
+            "value": [0.1, 0.5, 0.4, 0.2],
+        }
+    )
+    ax = figures.plot_pairs(table, by="letter", label="absorbed fraction")
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["C", "A"]
+    joins, *points = ax.collections
+    assert [p.get_offsets()[:, 1].tolist() for p in points] == [[0.5, 0.1], [0.2, 0.4]]
+    assert [bar[:, 1].tolist() for bar in joins.get_segments()] == [[0.2, 0.5], [0.1, 0.4]]
 
 
 def test_plot_norms_counts_every_token():
@@ -139,17 +171,7 @@ def test_plot_cumulative_is_the_distribution():
     assert ax.get_xlabel() == "cosine"
 
 
-def test_plot_letters_places_each_letter():
-    table = pd.DataFrame(
-        {"arm": ["a", "a", "b"], "letter": ["C", "A", "C"], "value": [0.5, 0.1, 0.9]}
-    )
-    ax = figures.plot_letters(table, label="absorbed fraction")
-    assert [t.get_text() for t in ax.get_xticklabels()] == ["A", "C"]
-    points = [points.get_offsets().tolist() for points in ax.collections]
-    assert points == [[[1, 0.5], [0, 0.1]], [[1, 0.9]]]
-
-
-def test_plot_fronts_joins_means_in_order_of_the_strength():
+def test_plot_lines_joins_means_in_order_of_the_strength():
     table = pd.DataFrame(
         {
             "front": ["T = 1"] * 4 + ["T = 5"],
@@ -158,7 +180,14 @@ def test_plot_fronts_joins_means_in_order_of_the_strength():
             "absorption": [0.0, 0.2, 0.5, 0.3, 0.5],
         }
     )
-    ax = figures.plot_fronts(table, "fvu", "absorption", labels=("FVU (share)", "absorption"))
+    ax = figures.plot_lines(
+        table,
+        "fvu",
+        "absorption",
+        by="front",
+        order="strength",
+        labels=("FVU (share)", "absorption"),
+    )
     np.testing.assert_allclose(ax.lines[0].get_xydata(), [[0.1, 0.5], [0.2, 0.3], [0.5, 0.1]])
     assert [t.get_text() for t in ax.get_legend().get_texts()] == ["T = 1", "T = 5"]
     assert len({(line.get_linestyle(), line.get_marker()) for line in ax.lines}) == 2

@@ -98,14 +98,14 @@ def grow(notebook):
     ("change", "problem"),
     [
         (strip, "execution counts are not 1 to"),
-        (strip, "prints no claim"),
+        (strip, "prints no verdict"),
         (run_out_of_order, "execution counts are not 1 to"),
         (repeat_an_id, "cell ids"),
         (untag, "0 cells tagged"),
         (inject, "injected"),
         (fail, "error output"),
         (drop_outputs_of("display_data"), "no figure"),
-        (drop_outputs_of("stream"), "no claim"),
+        (drop_outputs_of("stream"), "no verdict"),
         (grow, "larger than 300 kB"),
         (add_papermill_metadata, "not in canonical form"),
         (code(1, 'PROFILE = "default"\nSEED = 0'), r"parameters are \['PROFILE', 'SEED'\]"),
@@ -115,7 +115,7 @@ def grow(notebook):
         (code(0, "[next](01_nowhere.ipynb)"), "01_nowhere.ipynb leads nowhere"),
         (output("12 seconds"), "timing"),
         (output("10/10 [00:01<00:00, 9.5it/s]"), "timing"),
-        (output("[not judged in smoke] an effect"), "smoke profile"),
+        (output("[guard not judged in smoke] an effect"), "smoke profile"),
     ],
 )
 def test_the_checker_finds(refreshed_notebook, tmp_path, change, problem):
@@ -183,11 +183,21 @@ def test_nbval_passes_what_was_just_run_and_compares_no_address(refreshed_notebo
     assert outcome.returncode == 0, outcome.stdout
 
 
-def test_one_altered_claim_line_makes_nbval_fail(tmp_path):
+def test_nbval_compares_no_measured_number(refreshed_notebook, tmp_path):
+    text = refreshed_notebook.read_text(encoding="utf-8")
+    altered = text.replace("measured 0.25 [0.12, 0.38]", "measured 0.26 [0.13, 0.39]")
+    assert altered != text
+    path = tmp_path / "00_tiny.ipynb"
+    path.write_text(altered, encoding="utf-8")
+    outcome = nbval(path)
+    assert outcome.returncode == 0, outcome.stdout
+
+
+def test_one_altered_verdict_makes_nbval_fail(tmp_path):
     path = Path(shutil.copy(PROJECT / "notebooks" / FAST_NOTEBOOK, tmp_path))
     text = path.read_text(encoding="utf-8")
-    assert "[holds] " in text
-    path.write_text(text.replace("[holds] ", "[FAILS] ", 1), encoding="utf-8")
+    assert "[check holds] " in text
+    path.write_text(text.replace("[check holds] ", "[check FAILS] ", 1), encoding="utf-8")
     outcome = nbval(path)
     assert outcome.returncode == 1, outcome.stdout
     assert re.search(r"\b1 failed\b", outcome.stdout)

@@ -25,9 +25,12 @@ def test_run_passes_parameters_and_writes_only_the_executed_notebook(tiny, tmp_p
     arguments = ["run", str(tiny), "--profile", "smoke", "--seed", "5", "-p", "DEVICE", "cpu"]
     assert runner.main([*arguments, "--out", str(out)]) == 0
     executed = notebook_files.read(out)
-    assert notebook_files.claims(executed) == [
-        ("holds", "draws stay below one: at most 1"),
-        ("not judged in smoke", "the mean is near a half: between 0.4 and 0.6"),
+    assert [line.printed for line in notebook_files.verdicts(executed)] == [
+        "[check holds] draws stay below one: at most 1",
+        "[guard not judged in smoke] the mean is near a half: between 0.4 and 0.6",
+        "[claim not judged in smoke] (toy, C²R) it rises: expected at least 0; n = 3 seeds; "
+        "because a rise is above 0",
+        "[lead] it may rise elsewhere; n = 1 seed",
     ]
     results = json.loads(
         (Path(os.environ["C2R_RESULTS"]) / "smoke" / "00_tiny-seed5.json").read_text()
@@ -80,25 +83,44 @@ def notebook_with(path, *lines):
     nbformat.write(nbformat.v4.new_notebook(cells=[cell]), path)
 
 
-def test_summary_prints_every_verdict_and_where_to_look(tmp_path, capsys):
+CLAIM = (
+    "[claim holds] (toy, C²R) four: measured 0.50 [0.40, 0.60], expected at least 0; n = 3 seeds"
+)
+
+
+def test_summary_prints_every_verdict_counts_claims_and_says_where_to_look(tmp_path, capsys):
+    lines = ["[check holds] one", "[guard FAILS] two: measured 3.1, at most 1", "[lead] five"]
     for folder in ("notebooks", "runs"):
-        notebook_with(tmp_path / folder / "01_a.ipynb", "[holds] one", "[FAILS] two: at most 1")
-        notebook_with(tmp_path / folder / "02_b.ipynb", "[holds] three")
+        notebook_with(tmp_path / folder / "01_a.ipynb", *lines)
+        notebook_with(tmp_path / folder / "02_b.ipynb", CLAIM)
     arguments = ["--committed", str(tmp_path / "notebooks"), "--executed", str(tmp_path / "runs")]
     assert runner.main(["summary", *arguments]) == 0
     printed = capsys.readouterr().out
-    for line in ("01_a", "[holds] one", "[FAILS] two: at most 1", "02_b", "[holds] three"):
+    for line in ("01_a", "02_b", *lines, CLAIM):
         assert line in printed
+    assert re.search(r"toy, about C²R +1 held +0 failed", printed)
+    assert re.search(r"language model, about others +0 held +0 failed", printed)
     assert str(tmp_path / "runs" / "02_b.ipynb") in printed
     assert str(tmp_path / "runs" / "02_b.json") in printed
 
 
+def test_summary_compares_verdicts_and_no_digits(tmp_path):
+    notebook_with(tmp_path / "notebooks" / "01_a.ipynb", CLAIM)
+    notebook_with(tmp_path / "runs" / "01_a.ipynb", CLAIM.replace("0.50 [0.40", "0.51 [0.42"))
+    assert runner.summary(tmp_path / "notebooks", tmp_path / "runs")[1]
+
+
 @pytest.mark.parametrize(
     "executed",
-    [["[FAILS] one", "[holds] two"], ["[holds] one"], ["[holds] one", "[holds] two", "[holds] 3"]],
+    [
+        ["[check FAILS] one", CLAIM],
+        ["[check holds] one"],
+        ["[check holds] one", CLAIM, "[lead] 3"],
+        ["[check holds] one", CLAIM.replace("holds", "FAILS")],
+    ],
 )
 def test_summary_fails_where_a_verdict_is_not_as_committed(tmp_path, executed):
-    notebook_with(tmp_path / "notebooks" / "01_a.ipynb", "[holds] one", "[holds] two")
+    notebook_with(tmp_path / "notebooks" / "01_a.ipynb", "[check holds] one", CLAIM)
     notebook_with(tmp_path / "runs" / "01_a.ipynb", *executed)
     text, as_committed = runner.summary(tmp_path / "notebooks", tmp_path / "runs")
     assert not as_committed
@@ -106,7 +128,7 @@ def test_summary_fails_where_a_verdict_is_not_as_committed(tmp_path, executed):
 
 
 def test_summary_fails_where_a_notebook_did_not_run(tmp_path):
-    notebook_with(tmp_path / "notebooks" / "01_a.ipynb", "[holds] one")
+    notebook_with(tmp_path / "notebooks" / "01_a.ipynb", "[check holds] one")
     text, as_committed = runner.summary(tmp_path / "notebooks", tmp_path / "runs")
     assert not as_committed
     assert "not run" in text

@@ -1,4 +1,4 @@
-"""Every notebook runs to its end under the smoke profile; its structural claims hold."""
+"""Every notebook runs to its end under the smoke profile; its checks hold."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from conftest import NOTEBOOKS
 def test_smoke(notebook, tmp_path):
     out = tmp_path / notebook.name
     runner.run(notebook, out, {"PROFILE": "smoke"})
-    claims = notebook_files.claims(notebook_files.read(out))
-    assert claims
-    assert [claim for claim in claims if claim[0] == "FAILS"] == []
+    lines = notebook_files.verdicts(notebook_files.read(out))
+    assert [line for line in lines if line.kind != "lead"]
+    assert [line.printed for line in lines if line.verdict == "FAILS"] == []
     results = Path(os.environ["C2R_RESULTS"]) / "smoke" / f"{notebook.stem}.json"
-    assert len(json.loads(results.read_text())["claims"]) == len(claims)
+    assert len(json.loads(results.read_text())["claims"]) == len(lines)

@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 
-
 def evaluate(
     sae: AnySAE | str | Path,
     *,

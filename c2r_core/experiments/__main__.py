@@ -106,7 +106,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             command.add_argument("--minutes", type=float, help="start no cell after so long")
         else:
             command.add_argument("--sample", type=int, help="so many cells drawn at random")
-    command = commands.add_parser("prune", help="remove from the cache what no code here would find")
+    command = commands.add_parser(
+        "prune", help="remove from the cache what no code here would find"
+    )
     command.add_argument("--dry-run", action="store_true")
     given = parser.parse_args(arguments)
     if given.command == "prune":

@@ -1,38 +1,94 @@
-"""Claims: expectations of a measured number, printed without the number.
+"""Three kinds of verdict, printed apart, and leads, which are none.
 
-The third significant digit of a trained metric moves between processors. So a notebook's output,
-which is compared when it is run again, holds the expectation and the verdict; the number is in the
-results file.
+A *check* is an identity, a *guard* says that an instrument works, a *claim* is about the world and
+rests on an interval's end. Only claims are counted. What was noticed after the fact is a *lead*.
+Each line prints what was measured, rounded; nbval and `make reproduce` compare everything but that
+part, since the third digit of a trained metric moves between processors.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
-Verdict = Literal["holds", "FAILS", "not judged in smoke"]
+About = Literal["toy", "language model"]
+Subject = Literal["C²R", "others"]
+ABOUT: tuple[About, ...] = ("toy", "language model")
+SUBJECTS: tuple[Subject, ...] = ("C²R", "others")
+NOT_JUDGED = "not judged in smoke"
 
-_LINE = re.compile(r"^\[(holds|FAILS|not judged in smoke)\] (.+)$", re.MULTILINE)
+MEASURED = r"measured [^\s,\[]+(?: \[[^\]\n]*\])?"
+"""What a comparison of two runs leaves out of a line; also in tests/nbval_sanitize.cfg."""
+_LINE = re.compile(
+    rf"^\[(?:(check|guard|claim) (holds|FAILS|{NOT_JUDGED})|(lead))\] (.+)$", re.MULTILINE
+)
+_OF = re.compile(rf"^\(({'|'.join(ABOUT)}), ({'|'.join(SUBJECTS)})\) ")
 
 
-class Claim(NamedTuple):
-    """One judged expectation."""
+class Verdict(NamedTuple):
+    """One judged expectation, or a lead."""
 
+    kind: Literal["check", "guard", "claim", "lead"]
     text: str
-    expectation: str
-    """The bounds in words, such as "at most 0.5"; empty where the value is a plain yes or no."""
-    value: float | bool | str
-    verdict: Verdict
+    expectation: str = ""
+    """The bound in words, such as "at most 0.5"; empty for a plain yes or no."""
+    value: Any = None
+    """A number, bool or str; of a claim, the interval as (mean, low, high)."""
+    verdict: str = ""
+    """One of "holds", "FAILS" and "not judged in smoke"; empty for a lead."""
+    measured: str = ""
+    n: str = ""
+    reason: str = ""
+    about: str = ""
+    subject: str = ""
 
     @property
     def line(self) -> str:
-        """What is printed: never a measured digit."""
-        return f"[{self.verdict}] " + ": ".join(filter(None, [self.text, self.expectation]))
+        """What is printed."""
+        head = f"[{self.kind}]" if self.kind == "lead" else f"[{self.kind} {self.verdict}]"
+        of = f" ({self.about}, {self.subject})" if self.kind == "claim" else ""
+        known = self.kind == "check" and self.verdict == "holds"  # it is what the text says
+        hidden = known or self.verdict == NOT_JUDGED or not self.measured
+        parts = [] if hidden else [f"measured {self.measured}"]
+        if self.expectation:
+            parts.append(("expected " if self.kind == "claim" else "") + self.expectation)
+        body = ", ".join(parts)
+        notes = [f"n = {self.n}"] if self.n else []
+        notes += [f"because {self.reason}"] if self.reason else []
+        return (
+            f"{head}{of} {self.text}"
+            + (f": {body}" if body else "")
+            + "".join(f"; {note}" for note in notes)
+        )
+
+
+class Line(NamedTuple):
+    """A verdict or lead as found again in a notebook's output."""
+
+    kind: str
+    verdict: str
+    text: str
+
+    @property
+    def printed(self) -> str:
+        return f"[{' '.join(filter(None, (self.kind, self.verdict)))}] {self.text}"
+
+    @property
+    def compared(self) -> str:
+        """The line without what was measured."""
+        return re.sub(MEASURED, "measured …", self.printed)
+
+    @property
+    def about(self) -> tuple[str, str] | None:
+        """(about, subject) of a claim."""
+        found = _OF.match(self.text) if self.kind == "claim" else None
+        return (found[1], found[2]) if found else None
 
 
 def judge(
+    kind: Literal["check", "guard"],
     text: str,
     value: Any,
     *,
@@ -41,15 +97,17 @@ def judge(
     between: tuple[float, float] | None = None,
     equals: Any = None,
     tolerance: float = 0.0,
-) -> Claim:
+) -> Verdict:
     """Compare a measured value with one expectation; bounds are inclusive.
 
     A NaN or None (not evaluable) never holds.
 
     Parameters
     ----------
+    kind : {"check", "guard"}
+        An identity, or a test that the instrument works.
     text : str
-        What is claimed, without measured digits.
+        What is expected, without measured digits.
     value : number, bool or str
         What was measured. Without any bound it must be a bool.
     tolerance : float
@@ -62,16 +120,11 @@ def judge(
     """
     bounds = (at_least, at_most, between, equals)
     if sum(bound is not None for bound in bounds) > 1:
-        raise ValueError(f"claim {text!r} has more than one bound; make it several claims")
+        raise ValueError(f"{kind} {text!r} has more than one bound; make it several")
     value = value.item() if hasattr(value, "item") else value
     value = math.nan if value is None else value
-    if at_least is not None:
-        holds, expectation = value >= at_least, f"at least {at_least:g}"
-    elif at_most is not None:
-        holds, expectation = value <= at_most, f"at most {at_most:g}"
-    elif between is not None:
-        low, high = between
-        holds, expectation = low <= value <= high, f"between {low:g} and {high:g}"
+    if any(bound is not None for bound in (at_least, at_most, between)):
+        expectation, holds = _within((value, value), at_least, at_most, between)
     elif isinstance(equals, str | bool):
         holds, expectation = value == equals, f"equal to {equals}"
     elif equals is not None:
@@ -81,13 +134,117 @@ def judge(
         holds, expectation = value, ""
     else:
         raise ValueError(
-            f"claim {text!r} has a value of type {type(value).__name__} and no bound; "
+            f"{kind} {text!r} has a value of type {type(value).__name__} and no bound; "
             "give at_least, at_most, between or equals, or a bool"
         )
-    return Claim(text, expectation, value, "holds" if holds else "FAILS")
+    bounds = [b for b in (at_least, at_most, *(between or ())) if b is not None]
+    measured = "" if isinstance(value, bool) else _rounded([value], bounds)[0]
+    return Verdict(kind, text, expectation, value, _holds(holds), measured)
 
 
-def claim_lines(outputs: Iterable[dict[str, Any]]) -> list[tuple[str, str]]:
-    """(verdict, claim) of every claim line in a code cell's outputs, in order."""
+def judge_interval(
+    text: str,
+    interval: Sequence[float] | None,
+    *,
+    at_least: float | None = None,
+    at_most: float | None = None,
+    between: tuple[float, float] | None = None,
+) -> Verdict:
+    """Judge a claim by the end of an interval that is nearer to its bound; NaN or None never holds.
+
+    Parameters
+    ----------
+    interval : (mean, low, high), such as `statistics.Interval`, or None
+        None where it could not be evaluated.
+
+    Raises
+    ------
+    ValueError
+        If not exactly one bound is given, or the interval has no two ends.
+    """
+    if sum(bound is not None for bound in (at_least, at_most, between)) != 1:
+        raise ValueError(f"claim {text!r} needs exactly one of at_least, at_most and between")
+    values = [math.nan] * 3 if interval is None else [_number(value) for value in interval]
+    if len(values) != 3:
+        raise ValueError(
+            f"claim {text!r} rests on {len(values)} numbers; expected an interval (mean, low, high)"
+        )
+    expectation, holds = _within(tuple(values[1:]), at_least, at_most, between)
+    bounds = [b for b in (at_least, at_most, *(between or ())) if b is not None]
+    return Verdict("claim", text, expectation, values, _holds(holds), shown(values, bounds))
+
+
+def shown(interval: Sequence[float], bounds: Sequence[float] = ()) -> str:
+    """An interval as it is printed: "−0.10 [−0.23, +0.04]"."""
+    mean, low, high = _rounded([_number(value) for value in interval], bounds)
+    return f"{mean} [{low}, {high}]"
+
+
+def claim_lines(outputs: Iterable[dict[str, Any]]) -> list[Line]:
+    """Every verdict and lead in a code cell's outputs, in order."""
     printed = "".join(output["text"] for output in outputs if output.get("name") == "stdout")
-    return [(match[1], match[2]) for match in _LINE.finditer(printed)]
+    return [Line(m[1] or m[3], m[2] or "", m[4]) for m in _LINE.finditer(printed)]
+
+
+def counted(lines: Iterable[Line]) -> dict[tuple[str, str], tuple[int, int]]:
+    """How many claims were held and how many failed, by (about, subject)."""
+    verdicts = [(line.about, line.verdict) for line in lines if line.about]
+    return {
+        (about, subject): tuple(
+            sum(v == ((about, subject), verdict) for v in verdicts)
+            for verdict in ("holds", "FAILS")
+        )
+        for about in ABOUT
+        for subject in SUBJECTS
+    }
+
+
+def _number(value: Any) -> float:
+    return math.nan if value is None else float(value)
+
+
+def _holds(holds: bool) -> str:
+    return "holds" if holds else "FAILS"
+
+
+def _within(
+    ends: tuple[float, float],
+    at_least: float | None,
+    at_most: float | None,
+    between: tuple[float, float] | None,
+) -> tuple[str, bool]:
+    """The expectation in words, and whether both ends meet it."""
+    low, high = ends
+    if between is not None:
+        return f"between {between[0]:g} and {between[1]:g}", low >= between[0] and high <= between[
+            1
+        ]
+    if at_least is not None:
+        return f"at least {at_least:g}", low >= at_least
+    return f"at most {at_most:g}", high <= at_most
+
+
+def _rounded(values: Sequence[Any], bounds: Sequence[float] = ()) -> list[str]:
+    """Numbers to two significant digits of the largest, and to more where a bound would be blurred."""
+    if any(not isinstance(value, int | float) for value in values):
+        return [str(value) for value in values]
+    if all(isinstance(value, int) for value in values):
+        return [_signed(f"{value:d}") for value in values]
+    finite = [abs(value) for value in values if math.isfinite(value) and value]
+    digits = 1 - math.floor(math.log10(max(finite))) if finite else 0
+    spread = max(values) - min(values)
+    if math.isfinite(spread) and spread > 0:
+        digits = max(digits, -math.floor(math.log10(spread)))
+    digits = min(max(digits, 0), 6)
+    while digits < 6 and any(
+        value != bound and round(value, digits) == round(bound, digits)
+        for value in values
+        for bound in bounds
+    ):
+        digits += 1
+    plus = "+" if min(values) < 0 and len(values) > 1 else ""
+    return [_signed(f"{value:{plus}.{digits}f}") for value in values]
+
+
+def _signed(text: str) -> str:
+    return text.replace("-", "−")

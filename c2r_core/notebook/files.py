@@ -12,7 +12,7 @@ from typing import Any
 import nbformat
 from nbformat import NotebookNode
 
-from c2r_core.notebook.claims import claim_lines
+from c2r_core.notebook.claims import NOT_JUDGED, Line, claim_lines
 
 PARAMETERS = ("PROFILE", "SEED", "DEVICE")
 MAX_BYTES = 300_000
@@ -52,8 +52,8 @@ def parameter_names(notebook: NotebookNode) -> list[str]:
     return names
 
 
-def claims(notebook: NotebookNode) -> list[tuple[str, str]]:
-    """(verdict, claim) of every claim line that the notebook printed."""
+def verdicts(notebook: NotebookNode) -> list[Line]:
+    """Every verdict and lead that the notebook printed."""
     return [line for cell in _code(notebook) for line in claim_lines(cell.outputs)]
 
 
@@ -110,9 +110,9 @@ def problems(path: Path) -> list[str]:
     outputs = [output for cell in code for output in cell.outputs]
     require(all(o.output_type != "error" for o in outputs), "holds an error output")
     require(any("image/png" in o.get("data", {}) for o in outputs), "shows no figure")
-    verdicts = [verdict for verdict, _ in claims(notebook)]
-    require(bool(verdicts), "prints no claim")
-    require("not judged in smoke" not in verdicts, "was run under the smoke profile")
+    judged = [line.verdict for line in verdicts(notebook) if line.verdict]
+    require(bool(judged), "prints no verdict")
+    require(NOT_JUDGED not in judged, "was run under the smoke profile")
 
     for number, cell in enumerate(notebook.cells, start=1):
         where = f"cell {number}"

@@ -11,9 +11,9 @@ import argparse
 import os
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import yaml
 from traitlets.config import Config
@@ -21,6 +21,7 @@ from traitlets.config import Config
 from c2r_core.artefacts.names import unknown_name
 from c2r_core.artefacts.profiles import load_profile, profile_names
 from c2r_core.notebook import files as notebook_files
+from c2r_core.notebook.claims import Line, counted
 
 KERNEL_ENVIRONMENT = {
     "TQDM_DISABLE": "1",
@@ -29,11 +30,21 @@ KERNEL_ENVIRONMENT = {
 """Where a notebook runs unattended, progress bars and a debugger's remarks would be outputs."""
 
 
+Cells = Literal["kept", "anew", "commit"]
+"""What becomes of a study's committed cells: read where current, ignored, or made current."""
+
+
 class NotebookFailed(RuntimeError):
     """A cell raised; the message says where the notebook with its traceback is."""
 
 
-def run(notebook: Path, out: Path, parameters: Mapping[str, Any] | None = None) -> None:
+def run(
+    notebook: Path,
+    out: Path,
+    parameters: Mapping[str, Any] | None = None,
+    *,
+    cells: Cells = "kept",
+) -> None:
     """Execute a notebook in a process of its own, in its own folder, and write it to `out`.
 
     `out` appears only when every cell has run. After a failure, the notebook with its traceback is
@@ -67,6 +78,7 @@ def run(notebook: Path, out: Path, parameters: Mapping[str, Any] | None = None) 
     failed.unlink(missing_ok=True)
     for name, value in KERNEL_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    os.environ["C2R_CELLS"] = cells
     try:
         with tempfile.TemporaryDirectory(prefix="c2r-") as sockets:
             papermill.execute_notebook(
@@ -97,7 +109,7 @@ def refresh(notebook: Path, work_folder: Path = Path("runs/refresh")) -> None:
     Doing it twice gives the same bytes. A failure leaves the notebook as it was.
     """
     out = work_folder / notebook.name
-    run(notebook, out)
+    run(notebook, out, cells="commit")
     text = notebook_files.canonical(notebook_files.read(out))
     part = notebook.with_suffix(".ipynb.part")
     part.write_text(text, encoding="utf-8")
@@ -105,7 +117,7 @@ def refresh(notebook: Path, work_folder: Path = Path("runs/refresh")) -> None:
 
 
 def summary(committed: Path, executed: Path) -> tuple[str, bool]:
-    """Every claim's verdict under `default`, and whether all are as in the committed notebooks.
+    """Every verdict and lead under `default`, a count of the claims, and whether all is as committed.
 
     Parameters
     ----------
@@ -115,6 +127,7 @@ def summary(committed: Path, executed: Path) -> tuple[str, bool]:
         Folder with the same notebooks as just executed.
     """
     lines: list[str] = []
+    every: list[Line] = []
     as_committed = True
     for path in sorted(committed.glob("[0-9][0-9]_*.ipynb")):
         run_path = executed / path.name
@@ -123,20 +136,31 @@ def summary(committed: Path, executed: Path) -> tuple[str, bool]:
             lines.append(f"  not run: {run_path} is missing")
             as_committed = False
             continue
-        expected = notebook_files.claims(notebook_files.read(path))
-        measured = notebook_files.claims(notebook_files.read(run_path))
-        lines += [f"  [{verdict}] {text}" for verdict, text in measured]
-        for verdict, text in sorted(set(expected) ^ set(measured)):
-            origin = "committed" if (verdict, text) in expected else "this run"
-            lines.append(f"  DIFFERS, {origin}: [{verdict}] {text}")
-        as_committed &= expected == measured
+        measured = notebook_files.verdicts(notebook_files.read(run_path))
+        every += measured
+        lines += [f"  {line.printed}" for line in measured]
+        now = [line.compared for line in measured]
+        before = [line.compared for line in notebook_files.verdicts(notebook_files.read(path))]
+        for line in sorted(set(before) ^ set(now)):
+            lines.append(f"  DIFFERS, {'committed' if line in before else 'this run'}: {line}")
+        as_committed &= before == now
         lines.append(f"  notebook {run_path}, numbers {run_path.with_suffix('.json')}")
+    lines += ["", claims_text(every), ""]
     lines.append(
-        "\nEvery verdict is as committed."
+        "Every verdict is as committed."
         if as_committed
-        else "\nSome verdicts are NOT as committed: see the lines marked DIFFERS or not run."
+        else "Some verdicts are NOT as committed: see the lines marked DIFFERS or not run."
     )
     return "\n".join(lines), as_committed
+
+
+def claims_text(lines: Iterable[Line]) -> str:
+    """How many claims held and failed; checks, guards and leads are not counted."""
+    rows = [
+        f"  {f'{about}, about {subject}':32s} {held:3d} held  {failed:3d} failed"
+        for (about, subject), (held, failed) in counted(lines).items()
+    ]
+    return "\n".join(["Claims (checks, guards and leads are not counted):", *rows])
 
 
 def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -151,10 +175,16 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     runs.add_argument("--seed", dest="SEED", type=int)
     runs.add_argument("--device", dest="DEVICE", help="auto, cpu or cuda")
     runs.add_argument(
+        "--cells",
+        default="kept",
+        choices=get_args(Cells),
+        help="committed cells: read where current (kept), compute all anew, or renew (commit)",
+    )
+    runs.add_argument(
         "-p", dest="others", nargs=2, action="append", default=[], metavar=("NAME", "VALUE")
     )
 
-    sums = commands.add_parser("summary", help="print every claim's verdict")
+    sums = commands.add_parser("summary", help="print every verdict and count the claims")
     sums.add_argument("--committed", type=Path, default=Path("notebooks"))
     sums.add_argument("--executed", type=Path, default=Path("runs/default"))
 
@@ -181,7 +211,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if getattr(given, name) is not None:
                 parameters[name] = getattr(given, name)
         print(f"running {given.notebook} -> {given.out}", flush=True)
-        run(given.notebook, given.out, parameters)
+        run(given.notebook, given.out, parameters, cells=given.cells)
     except NotebookFailed as error:
         print(error, file=sys.stderr)
         return 1

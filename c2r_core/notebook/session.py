@@ -5,24 +5,32 @@ from __future__ import annotations
 import os
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Sequence
+from importlib import import_module
 from typing import Any
 
 import numpy as np
 import torch
-from pydantic import BaseModel
 
 from c2r_core.artefacts.names import unknown_name
 from c2r_core.artefacts.profiles import Profile, load_profile
 from c2r_core.artefacts.results import (
-    COMMITTED_PROFILES,
     plain,
     provenance,
-    read_json,
     runs_dir,
     write_json,
 )
-from c2r_core.notebook.claims import Claim, judge
+from c2r_core.notebook.claims import (
+    ABOUT,
+    NOT_JUDGED,
+    SUBJECTS,
+    About,
+    Subject,
+    Verdict,
+    judge,
+    judge_interval,
+    shown,
+)
 
 RESULTS_SCHEMA = 1
 FIRST_SEED = 10
@@ -37,7 +45,7 @@ class Session:
         self.seed = seed
         self.device = device
         self._started = time.monotonic()
-        self._claims: list[Claim] = []
+        self._verdicts: list[Verdict] = []
         self._records: dict[str, Any] = {}
 
     def seeds(self, n: int) -> list[int]:
@@ -64,72 +72,110 @@ class Session:
                 )
             self._records[name] = plain(value)
 
-    def claim(self, text: str, value: Any, *, effect: bool = True, **bound: Any) -> None:
-        """Judge a measured value against one bound and print the verdict, never the value.
+    def check(self, text: str, value: Any, **bound: Any) -> None:
+        """Print whether an identity holds; judged in every profile.
+
+        Parameters
+        ----------
+        text : str
+            What must be so, without measured digits.
+        value : number, bool or str
+            What was measured.
+        **bound
+            One of `at_least`, `at_most`, `between=(low, high)`, `equals` (with `tolerance`);
+            none for a bool. See `claims.judge`.
+        """
+        self._judged(judge("check", text, value, **bound))
+
+    def guard(self, text: str, value: Any, **bound: Any) -> None:
+        """Print whether an instrument works, such as a probe or a null model; not judged in smoke.
+
+        Takes what `check` takes.
+        """
+        self._judged(judge("guard", text, value, **bound))
+
+    def claim(
+        self,
+        text: str,
+        interval: Sequence[float] | None,
+        *,
+        n: str,
+        reason: str,
+        about: About,
+        subject: Subject = "C²R",
+        **bound: Any,
+    ) -> None:
+        """Print whether an interval lies on one side of a bound: a statement about the world.
+
+        Not judged in smoke.
 
         Parameters
         ----------
         text : str
             What is claimed, without measured digits.
-        value : number, bool or str
-            What was measured.
-        effect : bool
-            Whether this is about what training does; such a claim is not judged under `smoke`.
+        interval : (mean, low, high), such as `statistics.Interval`, or None if not evaluable
+        n : str
+            What the interval is over, such as "5 seeds".
+        reason : str
+            Why the bound is where it is.
+        about : {"toy", "language model"}
+        subject : {"C²R", "others"}
         **bound
-            One of `at_least`, `at_most`, `between=(low, high)`, `equals` (with `tolerance`);
-            none for a bool. See `claims.judge`.
+            One of `at_least` (for the lower end), `at_most` (for the upper) and
+            `between=(low, high)` (for both).
+
+        Raises
+        ------
+        ValueError
+            If `about` or `subject` is none of these, or as `claims.judge_interval`.
         """
-        claim = judge(text, value, **bound)
-        if effect and self.profile.name == "smoke":
-            claim = claim._replace(verdict="not judged in smoke")
-        self._claims.append(claim)
-        print(claim.line)
+        for value, known in ((about, ABOUT), (subject, SUBJECTS)):
+            if value not in known:
+                raise ValueError(f"claim {text!r}: {unknown_name('value', value, known)}")
+        judged = judge_interval(text, interval, **bound)
+        self._judged(judged._replace(n=n, reason=reason, about=about, subject=subject))
 
-    def cell(
-        self,
-        name: str,
-        compute: Callable[[], Any],
-        *,
-        settings: BaseModel | Mapping[str, Any] | None = None,
-    ) -> Any:
-        """One cell of a table, such as one arm and seed: computed, and kept in a JSON file.
+    def lead(self, text: str, interval: Sequence[float] | None = None, *, n: str = "") -> None:
+        """Print an effect that was noticed after the fact; it is neither judged nor counted."""
+        measured = shown(interval) if interval is not None and self._judges else ""
+        self._print(Verdict("lead", text, value=interval, measured=measured, n=n))
 
-        Under `full` and `paper` a kept cell with the same settings is read instead of computed, so
-        that a rerun fills only what is missing. `smoke` and `default` always compute.
+    @property
+    def _judges(self) -> bool:
+        return self.profile.name != "smoke"
+
+    def _judged(self, verdict: Verdict) -> None:
+        if verdict.kind != "check" and not self._judges:
+            verdict = verdict._replace(verdict=NOT_JUDGED)
+        self._print(verdict)
+
+    def _print(self, verdict: Verdict) -> None:
+        self._verdicts.append(verdict)
+        print(verdict.line)
+
+    def cells(self, study: str) -> dict[str, Any]:
+        """Every cell of a study at this notebook's profile, seed and device: {name: values}.
+
+        Current cells are read, the others computed, as the variable C2R_CELLS says ("kept",
+        "anew" or "commit"; see `artefacts.cells`).
 
         Parameters
         ----------
-        name : str
-            Names the file; it must say everything that differs between cells, the seed included.
-            What code computed a kept cell is in its provenance; delete cells that new code would
-            compute differently.
-        compute : callable
-            Returns the cell's values: numbers, lists, mappings or dataclasses.
-        settings : mapping or profile section, optional
-            What the values depend on. None means the whole profile.
+        study : str
+            A name in `experiments.STUDIES`.
 
-        Returns
-        -------
-        The values as read from JSON, the same whether computed or kept.
+        Raises
+        ------
+        ValueError
+            If there is no such study.
         """
-        path = runs_dir(self.profile.name) / self.notebook / f"{name}.json"
-        key = plain(settings or self.profile)
-        if self.profile.name in COMMITTED_PROFILES and path.is_file():
-            kept = read_json(path)
-            if kept["key"] == key:
-                return kept["values"]
-        started = time.monotonic()
-        values = plain(compute())
-        write_json(
-            path,
-            {
-                "schema": RESULTS_SCHEMA,
-                "key": key,
-                "values": values,
-                "provenance": self._provenance(time.monotonic() - started),
-            },
-        )
-        return values
+        from c2r_core.artefacts.cells import read_or_compute
+        from c2r_core.experiments import STUDIES
+
+        if study not in STUDIES:
+            raise ValueError(unknown_name("study", study, STUDIES))
+        made = import_module(STUDIES[study]).cells(self.profile, self.seed, self.device)
+        return {cell.name: read_or_compute(cell) for cell in made}
 
     def finish(self) -> None:
         """Write claims, measured values and their provenance to the results file; print nothing."""
@@ -139,7 +185,7 @@ class Session:
             {
                 "schema": RESULTS_SCHEMA,
                 "notebook": self.notebook,
-                "claims": [claim._asdict() for claim in self._claims],
+                "claims": [plain(verdict._asdict()) for verdict in self._verdicts],
                 "records": self._records,
                 "provenance": self._provenance(time.monotonic() - self._started),
             },
