@@ -9,8 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import platformdirs
-
 _CHECKOUT = Path(__file__).resolve().parents[2]
 
 
@@ -20,6 +18,8 @@ def project_folder(variable: str, name: str) -> Path:
         return Path(os.environ[variable]).expanduser().resolve()
     if (_CHECKOUT / "pyproject.toml").is_file():
         return _CHECKOUT / name
+    import platformdirs
+
     return Path(platformdirs.user_cache_dir("c2r")) / name
 
 
