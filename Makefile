@@ -2,6 +2,8 @@
 #   nb/NN        PROFILE=smoke|default|full|paper  SEED=n
 #   setup        TORCH=cpu   PyTorch's CPU build (Linux without a GPU)
 #   nbval, test  FRESH=1     start with an empty cache, as CI does
+#   test         SAMPLE=n    committed results that are computed again and compared
+#   evidence     STUDY=name  one study's results (c2r run --help lists them), PROFILE=…
 #   lock         UPGRADE=1   take the newest versions that pyproject.toml allows
 #   anything     HF_HUB_OFFLINE=0 to let a notebook reach the Hugging Face hub
 
@@ -23,11 +25,13 @@ BASE    = $(or $(FOUND),$(error Python 3.11 or later is needed, and none was fou
 
 RUNNER    := $(PYTHON) -m c2r_core.notebook.runner
 NOTEBOOKS := $(sort $(wildcard notebooks/[0-9][0-9]_*.ipynb))
+EXPERIMENTS := $(PYTHON) -m c2r_core.experiments
 EXECUTED  := $(NOTEBOOKS:notebooks/%=runs/default/%)
 SOURCES   := requirements.lock $(shell find c2r_core -name '*.py' -o -name '*.yml')
 PROFILE   ?= default
+SAMPLE    ?= 4
 
-# What every process gets before Python starts. Kept blocks of memory: page faults are dear.
+# What every process gets before Python starts. Kept blocks of memory: page faults are slow.
 ifndef OMP_NUM_THREADS
 CORES := $(shell (sysctl -n hw.physicalcpu || lscpu -p=CORE,SOCKET | grep '^[0-9]' | sort -u | wc -l) 2>/dev/null)
 OMP_NUM_THREADS := $(shell n=$(or $(strip $(CORES)),1); echo $$(( n < 1 ? 1 : n > 8 ? 8 : n )))
@@ -43,7 +47,14 @@ export MALLOC_TRIM_THRESHOLD_ := 17179869184
 export MALLOC_TOP_PAD_ := 268435456
 unexport MPLBACKEND
 
-.PHONY: help setup data lab test smoke reproduce refresh nbval bench parity validate blocks evidence lint lock clean
+# Where a notebook's measurements come from: committed results that are current (kept), all computed here
+# (anew), or those that are not current computed and written to results/ (commit).
+test nbval: export C2R_CELLS := kept
+reproduce:  export C2R_CELLS := anew
+refresh validate blocks parity evidence: export C2R_CELLS := commit
+
+.PHONY: help setup data lab test smoke reproduce refresh nbval status verify bench parity validate blocks evidence
+.PHONY: lint lock clean
 .DELETE_ON_ERROR:
 
 help:
@@ -73,14 +84,15 @@ $(DATA): | $(ENV)
 lab: $(DATA) ## open the notebooks in JupyterLab
 	$(PYTHON) -m jupyterlab notebooks
 
-test: $(DATA) ## units, hygiene, every notebook under smoke, then nbval
+test: $(DATA) ## units, hygiene, every notebook small, then nbval and a sample of the results
 	$(PYTHON) -m pytest
 	@$(MAKE) nbval
+	$(EXPERIMENTS) verify --sample $(SAMPLE)
 
 smoke: $(DATA) ## every notebook under the smoke profile
 	$(PYTHON) -m pytest tests/test_smoke_notebooks.py
 
-reproduce: $(EXECUTED) ## execute every notebook into runs/default; print every claim's verdict
+reproduce: $(EXECUTED) ## compute everything here into runs/default; print every claim
 	@$(RUNNER) summary
 
 runs/default/%.ipynb: notebooks/%.ipynb $(SOURCES) | $(DATA)
@@ -91,7 +103,7 @@ nb/%: $(DATA) ## execute notebook NN into runs/PROFILE; takes PROFILE and SEED
 	  --profile $(PROFILE) $(if $(SEED),--seed $(SEED)) \
 	  --out runs/$(PROFILE)$(if $(SEED),-seed$(SEED))/$(notdir $(filter notebooks/$*_%,$(NOTEBOOKS)))
 
-refresh: $(DATA) ## execute the committed notebooks in place
+refresh: $(DATA) ## execute the committed notebooks in place; bring results/ up to date
 	$(RUNNER) refresh $(NOTEBOOKS)
 
 nbval: $(DATA) ## run the committed notebooks again and compare their outputs
@@ -104,17 +116,23 @@ nbval: $(DATA) ## run the committed notebooks again and compare their outputs
 bench: $(ENV) ## what the fast paths buy, as ratios against plain references
 	$(PYTHON) benchmarks/training_step.py
 
-parity: $(ENV)-saelens $(DATA) ## held-out FVU against SAELens's own trainer: results/saelens_parity.json
-	$(PYTHON) -m c2r_core.experiments.parity
+status: $(ENV) ## which committed results are current, stale (and by which module) or missing
+	@$(EXPERIMENTS) status
 
-validate: $(DATA) ## does assignment consistency foretell use? 33 SAEs, an hour: results/validation
-	$(PYTHON) -m c2r_core.experiments.validation
+verify: $(DATA) ## compute every committed result again and compare
+	$(EXPERIMENTS) verify
 
-blocks: $(DATA) ## in which blocks, at which k, is there absorption to measure? results/blocks
-	$(PYTHON) -m c2r_core.experiments.blocks
+evidence: $(DATA) ## bring the results of every study, or of STUDY, up to date: results/
+	$(EXPERIMENTS) run $(STUDY) --profile $(PROFILE)
 
-evidence: $(ENV) ## gather the refreshed notebooks' results for the report: results/report.json
-	$(PYTHON) -m c2r_core.experiments.evidence
+validate: $(DATA) ## one study: does assignment consistency predict use? 33 SAEs, an hour
+	$(EXPERIMENTS) run validation
+
+blocks: $(DATA) ## one study: in which blocks, at which k, is there absorption to measure?
+	$(EXPERIMENTS) run blocks
+
+parity: $(ENV)-saelens $(DATA) ## one study: held-out FVU against SAELens's own trainer
+	$(EXPERIMENTS) run parity
 
 $(ENV)-saelens: $(ENV)
 	$(if $(UV),$(UV) pip install --python $(PYTHON),$(PYTHON) -m pip install) --quiet \

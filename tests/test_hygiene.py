@@ -1,4 +1,4 @@
-"""The committed notebooks, the environment files, and what importing the package costs."""
+"""The committed notebooks, and what no file of the project may hold."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from pathlib import Path
 
 import nbformat
 import pytest
-import yaml
-from packaging.requirements import Requirement
 
 from c2r_core.notebook import files as notebook_files
 from conftest import NOTEBOOKS, PROJECT
@@ -201,62 +199,6 @@ def test_one_altered_verdict_makes_nbval_fail(tmp_path):
     outcome = nbval(path)
     assert outcome.returncode == 1, outcome.stdout
     assert re.search(r"\b1 failed\b", outcome.stdout)
-
-
-def locked():
-    """The lock's requirements by normalised name."""
-    lines = (PROJECT / "requirements.lock").read_text(encoding="utf-8").splitlines()
-    requirements = [Requirement(line) for line in lines if not line.startswith("#")]
-    return {normalised(requirement.name): requirement for requirement in requirements}
-
-
-def normalised(name):
-    return re.sub(r"[-_.]+", "-", name).lower()
-
-
-def test_the_lock_is_exact_and_the_same_for_every_machine():
-    for name, requirement in locked().items():
-        pin = str(requirement.specifier)
-        assert re.fullmatch(r"==[\w.]+", pin), (
-            f"{name}{pin} is no exact version without a local tag"
-        )
-        assert not name.startswith(("nvidia", "triton", "cuda")), name
-        assert requirement.url is None
-    assert str(locked()["torch"].specifier) == "==2.13.0"
-
-
-def test_the_lock_satisfies_pyproject():
-    import tomllib
-
-    project = tomllib.loads((PROJECT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    extras = project["optional-dependencies"]
-    assert {"dev", "saelens"} <= set(extras)
-    wanted = project["dependencies"] + [one for extra in extras.values() for one in extra]
-    for requirement in map(Requirement, wanted):
-        pin = str(locked()[normalised(requirement.name)].specifier).removeprefix("==")
-        assert requirement.specifier.contains(pin), f"{requirement} against {pin}"
-
-
-def test_conda_users_get_the_lock():
-    environment = yaml.safe_load((PROJECT / "environment.yml").read_text(encoding="utf-8"))
-    assert environment["name"] == "c2r", "the Makefile looks for this name"
-    *conda, pip = environment["dependencies"]
-    assert conda == ["python=3.11", "pip", "make"]
-    assert pip == {"pip": ["-c requirements.lock", "-e .[dev]"]}
-
-
-def test_import_is_fast_and_light():
-    heavy = ("transformer_lens", "transformers", "matplotlib", "sklearn", "pandas", "seaborn")
-    script = (
-        "import sys, time, json; start = time.perf_counter(); import c2r_core; "
-        "print(json.dumps([time.perf_counter() - start, sorted(sys.modules)]))"
-    )
-    seconds, modules = min(
-        json.loads(subprocess.check_output([sys.executable, "-c", script], text=True, cwd=PROJECT))
-        for _ in range(2)
-    )
-    assert [name for name in heavy if name in modules] == []
-    assert seconds < 2
 
 
 def project_files():

@@ -29,9 +29,12 @@ import torch
 from torch import Tensor
 
 from c2r_core.artefacts.paths import data_dir
+from c2r_core.errors import needs_extra
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
+
+needs_extra("lm", "transformers", "transformer_lens", "gguf")
 
 SMOLLM2 = "smollm2-135m"
 RANDOM = "random-2-layer"

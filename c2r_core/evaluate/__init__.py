@@ -4,6 +4,10 @@ The only way in which the project measures an SAE on a language model. What is m
 `c2r_core.metrics`, a file for each metric.
 """
 
+from c2r_core.errors import needs_extra
+
+needs_extra("evaluate", "pandas", "pydantic", "scipy", "sklearn")
+
 from c2r_core.evaluate.compare import compare
 from c2r_core.evaluate.evaluation import evaluate
 from c2r_core.evaluate.report import Report, json_schema, read_report, write_report

@@ -23,6 +23,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, is_dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args, get_type_hints
 
+from c2r_core.errors import needs_extra
+
+needs_extra("evaluate", "pandas", "pydantic", "scipy", "sklearn")
+
 from pydantic import ConfigDict
 
 from c2r_core.artefacts.names import unknown_name
