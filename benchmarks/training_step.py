@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from c2r_core import BatchTopKSAE, ReLUSAE, c2r_loss
-from c2r_core.saes.batch_topk import largest_entries
+from c2r_core.saes import StepInput
+from c2r_core.saes.topk import largest_entries
 
 D_IN, D_SAE, BATCH, K = 576, 4096, 2048, 10
 PAIRS = 7
@@ -63,10 +64,10 @@ def main() -> None:
     sae = BatchTopKSAE(D_IN, D_SAE, K)
     compare(
         "sparse step",
-        lambda: sae.training_losses(x).total().backward(),
-        lambda: sae.dense_losses(x).total().backward(),
+        lambda: sae.training_losses(StepInput(x)).total().backward(),
+        lambda: sae.dense_losses(StepInput(x)).total().backward(),
     )
-    acts = sae.training_losses(x).feature_acts.to_dense().detach()
+    acts = sae.training_losses(StepInput(x)).feature_acts.to_dense().detach()
     compare(
         "C²R",
         lambda: c2r_loss(acts, sae.W_dec).backward(),
@@ -83,9 +84,9 @@ def main() -> None:
     singles = stack.unstack()
     compare(
         "stack of 15 toy SAEs",
-        lambda: stack.training_losses(toy_x).total().sum().backward(),
+        lambda: stack.training_losses(StepInput(toy_x)).total().sum().backward(),
         lambda: [
-            one.training_losses(batch).total().backward()
+            one.training_losses(StepInput(batch)).total().backward()
             for one, batch in zip(singles, toy_x, strict=True)
         ],
     )

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from architectures import D_IN, D_SAE, batch, every_architecture, make
+from c2r_core.saes import StepInput
 
 AUX_K = 1 / 32
 
@@ -191,7 +192,7 @@ def test_objective_is_the_published_one(architecture, stacked):
     x = torch.stack([batch(i, torch.float64) for i in range(len(singles))])
     dead = torch.arange(D_SAE) % 4 == 0
     ours = sae.training_losses(
-        x if stacked else x[0], dead=dead.expand(2, -1) if stacked else dead
+        StepInput(x if stacked else x[0], dead=dead.expand(2, -1) if stacked else dead)
     ).total(AUX_K)
     names = [name for name, _ in sae.named_parameters()]
     gradients = torch.autograd.grad(ours.sum(), list(sae.parameters()))
@@ -211,7 +212,7 @@ def test_p_anneal_starts_as_plain_l1():
     sae = make("p_anneal").double()
     x = batch(dtype=torch.float64)
     for progress in (0.0, sae.anneal_start):
-        losses = sae.training_losses(x, progress=progress)
+        losses = sae.training_losses(StepInput(x, progress=progress))
         torch.testing.assert_close(losses.sparsity, 0.01 * losses.feature_acts.sum(-1).mean())
     assert sae.p_at(0.55) == pytest.approx(0.6) and math.isclose(sae.p_at(1.0), 0.2)
 
@@ -219,8 +220,8 @@ def test_p_anneal_starts_as_plain_l1():
 def test_the_april_updates_weight_rises():
     sae = make("relu_april").double()
     x = batch(dtype=torch.float64)
-    whole = sae.training_losses(x).sparsity
+    whole = sae.training_losses(StepInput(x)).sparsity
     for progress, share in ((0.0, 0.0), (0.02, 0.4), (0.05, 1.0), (0.5, 1.0)):
         torch.testing.assert_close(
-            sae.training_losses(x, progress=progress).sparsity, share * whole
+            sae.training_losses(StepInput(x, progress=progress)).sparsity, share * whole
         )

@@ -13,6 +13,7 @@ from torch import Generator
 from architectures import batch, make
 from c2r_core import c2r_loss, create_regulariser
 from c2r_core.losses import nearest_neighbours
+from c2r_core.saes import StepInput
 from c2r_core.saes.sparse import SparseActs
 from c2r_core.training import (
     C2R,
@@ -22,7 +23,6 @@ from c2r_core.training import (
     strength_from_weight,
     weight_from_strength,
 )
-from c2r_core.training.regularisers import strength_at
 
 every_regulariser = pytest.mark.parametrize("name", sorted(REGULARISERS))
 
@@ -88,7 +88,7 @@ def test_silent_latents_have_finite_gradients_and_stacks_are_independent(name):
 @every_regulariser
 def test_sparse_activations_give_the_value_of_dense_ones(name):
     sae = make("batch_topk")
-    acts = sae.training_losses(batch()).feature_acts
+    acts = sae.training_losses(StepInput(batch())).feature_acts
     assert isinstance(acts, SparseActs)
     torch.testing.assert_close(
         value(name, acts, sae.W_dec), value(name, acts.to_dense(), sae.W_dec)
@@ -132,9 +132,9 @@ def test_chunked_search_is_that_of_the_losses():
 
 def test_warm_up_rises_linearly_from_start():
     penalty = C2R(0.1, every=2, start=3, warmup=4)
-    strengths = [strength_at(penalty, step) for step in range(10)]
+    strengths = [penalty.strength_at(step) for step in range(10)]
     assert strengths == [0, 0, 0, 0.5, 0, 1.5, 0, 2, 0, 2]
-    assert strength_at(Orthogonality(0.1, start=1), 1) == 1
+    assert Orthogonality(0.1, start=1).strength_at(1) == 1
 
 
 @every_regulariser

@@ -19,14 +19,15 @@ from c2r_core.saes import (
     PAnnealSAE,
     ReLUAprilSAE,
     ReLUSAE,
+    StepInput,
     TopKSAE,
     create_sae,
     fold_norm_factor,
     load_sae,
     save_sae,
 )
-from c2r_core.saes.batch_topk import largest_entries
 from c2r_core.saes.sparse import firing_counts, latent_norms
+from c2r_core.saes.topk import largest_entries
 
 k_sparse = pytest.mark.parametrize("sae_class", [TopKSAE, BatchTopKSAE, MatryoshkaBatchTopKSAE])
 
@@ -44,8 +45,8 @@ def test_sparse_step_equals_the_dense_one(sae_class, with_dead, progress):
     dead = torch.arange(D_SAE) % 4 == 0 if with_dead else None
     results = []
     for losses in (
-        sae.training_losses(x, progress=progress, dead=dead),
-        sae.dense_losses(x, progress=progress, dead=dead),
+        sae.training_losses(StepInput(x, progress=progress, dead=dead)),
+        sae.dense_losses(StepInput(x, progress=progress, dead=dead)),
     ):
         penalty = c2r_from_norms(latent_norms(losses.feature_acts), sae.W_dec)
         total = losses.total(0.3) + 0.1 * penalty
@@ -63,7 +64,7 @@ def test_sparse_step_equals_the_dense_one(sae_class, with_dead, progress):
 @k_sparse
 def test_sparse_norms_give_the_loss_of_the_dense_activations(sae_class):
     sae = make(sae_class.architecture)
-    acts = sae.training_losses(batch()).feature_acts
+    acts = sae.training_losses(StepInput(batch())).feature_acts
     from_norms = c2r_from_norms(latent_norms(acts), sae.W_dec)
     torch.testing.assert_close(from_norms, c2r_loss(acts.to_dense(), sae.W_dec))
 
@@ -74,7 +75,9 @@ def test_revival_reaches_the_encoder_of_dead_latents_only(sae_class):
     dead = torch.arange(D_SAE) < 5
     W_enc, b_enc, W_dec, _ = (
         dict(zip([n for n, _ in sae.named_parameters()], grads, strict=True))[name]
-        for grads in [gradients_or_zero(sae, sae.training_losses(batch(), dead=dead).aux_k)]
+        for grads in [
+            gradients_or_zero(sae, sae.training_losses(StepInput(batch(), dead=dead)).aux_k)
+        ]
         for name in ("W_enc", "b_enc", "W_dec", "b_dec")
     )
     assert (W_enc[:, dead].abs().sum(0) > 0).any() and W_enc[:, ~dead].abs().sum() == 0
@@ -90,9 +93,11 @@ def gradients_or_zero(sae, loss):
 
 def test_topk_keeps_k_per_sample_and_batch_topk_k_on_average():
     x = batch() * torch.linspace(0.1, 3, BATCH).unsqueeze(1)  # samples of very different strength
-    per_sample = (make("topk").training_losses(x).feature_acts.to_dense() > 0).sum(1)
+    per_sample = (make("topk").training_losses(StepInput(x)).feature_acts.to_dense() > 0).sum(1)
     assert (per_sample == 3).all()
-    per_sample = (make("batch_topk").training_losses(x).feature_acts.to_dense() > 0).sum(1)
+    per_sample = (make("batch_topk").training_losses(StepInput(x)).feature_acts.to_dense() > 0).sum(
+        1
+    )
     assert per_sample.sum() == 3 * BATCH and per_sample.unique().numel() > 1
 
 
@@ -106,17 +111,18 @@ def test_largest_entries_are_exact(shape, n):
 def test_k_is_annealed_from_d_in():
     sae = make("batch_topk")
     kept = [
-        len(sae.training_losses(batch(), progress=p).feature_acts.values) for p in (0, 0.005, 1)
+        len(sae.training_losses(StepInput(batch(), progress=p)).feature_acts.values)
+        for p in (0, 0.005, 1)
     ]
     assert kept[0] == D_IN * BATCH and kept[0] > kept[1] > kept[2] == 3 * BATCH
 
 
 def test_threshold_settles_at_the_smallest_kept_activation():
     sae = BatchTopKSAE(D_IN, D_SAE, k=3)
-    losses = sae.training_losses(batch())
+    losses = sae.training_losses(StepInput(batch()))
     assert sae.threshold == 0, "computing losses must change nothing"
     for _ in range(3):
-        sae.update_statistics(losses, ema_decay=0.9)
+        sae.after_step(losses, ema_decay=0.9)
     torch.testing.assert_close(sae.threshold, losses.min_active)
     assert (sae.encode(batch()) > 0).sum() == 3 * BATCH - 1  # all but the smallest itself
 
@@ -125,8 +131,10 @@ def test_threshold_settles_at_the_smallest_kept_activation():
 def test_losses_change_nothing(architecture):
     sae = make(architecture)
     before = {name: tensor.clone() for name, tensor in sae.state_dict().items()}
-    first = sae.training_losses(batch()).total()
-    torch.testing.assert_close(sae.training_losses(batch()).total(), first, rtol=0, atol=0)
+    first = sae.training_losses(StepInput(batch())).total()
+    torch.testing.assert_close(
+        sae.training_losses(StepInput(batch())).total(), first, rtol=0, atol=0
+    )
     assert all(torch.equal(tensor, before[name]) for name, tensor in sae.state_dict().items())
 
 
@@ -134,9 +142,12 @@ def test_losses_change_nothing(architecture):
 def test_a_stack_equals_its_single_saes(architecture):
     stack, x = make(architecture, seed=[3, 4]), torch.stack([batch(1), batch(2)])
     singles = [make(architecture, seed=seed) for seed in (3, 4)]
-    total = stack.training_losses(x).total()
+    total = stack.training_losses(StepInput(x)).total()
     torch.testing.assert_close(
-        total, torch.stack([s.training_losses(b).total() for s, b in zip(singles, x, strict=True)])
+        total,
+        torch.stack(
+            [s.training_losses(StepInput(b)).total() for s, b in zip(singles, x, strict=True)]
+        ),
     )
     torch.testing.assert_close(
         stack(x), torch.stack([s(b) for s, b in zip(singles, x, strict=True)])
@@ -146,7 +157,7 @@ def test_a_stack_equals_its_single_saes(architecture):
             assert torch.equal(tensor, taken.state_dict()[name])
     stacked = gradients(stack, total.sum())
     for i, single in enumerate(singles):
-        alone = gradients(single, single.training_losses(x[i]).total())
+        alone = gradients(single, single.training_losses(StepInput(x[i])).total())
         for ours, reference in zip(stacked, alone, strict=True):
             torch.testing.assert_close(ours[i], reference)
 
@@ -163,10 +174,10 @@ def test_a_threshold_below_zero_is_put_back_and_silent_latents_never_move_it():
         sae.threshold.zero_()
         sae.threshold[:5] = -0.2
         sae.b_enc[5] = -100.0  # silent, although 0 is within the kernel of its threshold
-    losses = sae.training_losses(batch())
+    losses = sae.training_losses(StepInput(batch()))
     (gradient,) = torch.autograd.grad(losses.sparsity, [sae.threshold])
     assert gradient[5] == 0 and (gradient[6:] != 0).any()
-    sae.update_statistics(losses, ema_decay=0.9)
+    sae.after_step(losses, ema_decay=0.9)
     assert (sae.threshold >= 0).all()
 
 
@@ -180,7 +191,11 @@ def test_saved_and_loaded_is_the_same(architecture, tmp_path):
     assert (
         json.loads((tmp_path / "sae" / "config.json").read_text())["architecture"] == architecture
     )
-    save_sae(make(architecture, seed=9), tmp_path / "sae")  # replaces
+    save_sae(sae, tmp_path / "sae")  # the same again
+    with pytest.raises(FileExistsError, match="another SAE; .*overwrite=True"):
+        save_sae(make(architecture, seed=9), tmp_path / "sae")
+    assert torch.equal(load_sae(tmp_path / "sae")(x), sae(x))
+    save_sae(make(architecture, seed=9), tmp_path / "sae", overwrite=True)
     assert not torch.equal(load_sae(tmp_path / "sae")(x), sae(x))
     assert [p.name for p in tmp_path.iterdir()] == ["sae"], "nothing half-written is left"
 
@@ -202,9 +217,9 @@ def test_a_full_disk_leaves_the_saved_sae_unharmed(tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("c2r_core.saes.base.save_file", full)
+    monkeypatch.setattr("c2r_core.saes.files.save_file", full)
     with pytest.raises(OSError, match="free some space"):
-        save_sae(make("topk", seed=1), tmp_path / "sae")
+        save_sae(make("topk", seed=1), tmp_path / "sae", overwrite=True)
     assert torch.equal(load_sae(tmp_path / "sae").W_dec, sae.W_dec)
     assert [p.name for p in tmp_path.iterdir()] == ["sae"]
 
@@ -221,7 +236,7 @@ def test_a_failing_rename_puts_the_old_folder_back(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "rename", failing)
     with pytest.raises(OSError, match="Could not write the SAE"):
-        save_sae(make("topk", seed=1), tmp_path / "sae")
+        save_sae(make("topk", seed=1), tmp_path / "sae", overwrite=True)
     assert torch.equal(load_sae(tmp_path / "sae").W_dec, sae.W_dec)
     assert [p.name for p in tmp_path.iterdir()] == ["sae"]
 

@@ -18,6 +18,7 @@ from c2r_core.saes import (
     PAnnealSAE,
     ReLUAprilSAE,
     ReLUSAE,
+    StepInput,
     TopKSAE,
     load_sae,
     save_sae,
@@ -25,7 +26,7 @@ from c2r_core.saes import (
 from c2r_core.training import C2R, DivergedError, Orthogonality, TrainConfig, train
 from c2r_core.training.checkpoints import read_checkpoint
 from c2r_core.training.resampling import resample_dead
-from c2r_core.training.trainer import clip_gradients, geometric_median
+from c2r_core.training.update import clip_gradients, geometric_median
 
 TREE = FeatureTree(d_in=20, n_parents=2, children_per_parent=2, n_singles=4)
 
@@ -106,7 +107,7 @@ def test_every_architecture_trains_with_every_penalty(architecture, penalty, see
     assert at_one == sae.unit_norm_decoder, "free rows must move, the others must not"
     x = ToyBatches(TREE, 32, 7)(0)
     for single in sae.unstack() if sae.n_stacked else [sae]:
-        loaded = load_sae(save_sae(single, tmp_path / "sae"))
+        loaded = load_sae(save_sae(single, tmp_path / "sae", overwrite=True))
         assert torch.equal(loaded(x), single(x)) and torch.equal(loaded.encode(x), single.encode(x))
 
 
@@ -132,7 +133,9 @@ def test_free_rows_follow_the_plain_gradient():
 def test_regularisers_act_on_every_tth_step_from_start():
     config = small_config(steps=8, log_every=1)
     _, history = run(config=config, regularisers=[C2R(0.1, every=3, start=2)])
-    assert [r["step"] for r in history.records if "c2r" in r] == [2, 5]
+    values = [record.get("c2r") for record in history.records]
+    assert values[:2] == [None, None] and values[2] == values[3] == values[4] != values[5]
+    assert values[5] == values[6] == values[7], "the last value is logged until the next"
 
 
 def test_a_stronger_penalty_means_less_similar_rows():
@@ -257,7 +260,7 @@ def test_resampling_brings_dead_latents_back(sae_class):
 def test_resampling_by_hand():
     sae, x = half_dead(ReLUSAE(20, 30, l1_weight=0.01)), ToyBatches(TREE, 32, 0)(0)
     optimiser = torch.optim.Adam(sae.parameters())
-    sae.training_losses(x).total().backward()
+    sae.training_losses(StepInput(x)).total().backward()
     optimiser.step()
     before = {name: value.clone() for name, value in sae.state_dict().items()}
     dead = torch.arange(30) < 15

@@ -43,7 +43,8 @@ class OpenedSAE:
     weights_sha256 : str or None
         Of the file that holds the weights, in hex; None for an SAE that is in memory.
     stated : dict of str
-        What the config says of its training, as far as it does: model, hook_name, layer, data.
+        What the config says of its training, as far as it does: model, hook_name, layer, data; for an own
+        SAE its `trained_on`.
     """
 
     sae: AnySAE

@@ -18,5 +18,5 @@ def read(folder: Path, config: Mapping[str, Any]) -> tuple[SAE, str]:
 
 
 def stated(config: Mapping[str, Any]) -> dict[str, str]:
-    """Nothing: the config holds the constructor's arguments only."""
-    return {}
+    """What `save_sae` recorded of the training; nothing where an older version wrote the folder."""
+    return {name: str(value) for name, value in config.get("trained_on", {}).items()}

@@ -20,7 +20,7 @@ from torch import Generator, Tensor
 from c2r_core.losses.neighbours import (
     check_decoder,
     nearest_neighbours,
-    neighbour_cosines,
+    pair_cosines,
 )
 
 
@@ -56,7 +56,8 @@ def c2r_loss(
     Raises
     ------
     ValueError
-        If the shapes do not fit together, alpha is not positive, or an argument holds a NaN or infinity.
+        If the shapes do not fit together, alpha is not positive, an activation is negative, or an argument
+        holds a NaN or infinity.
 
     Examples
     --------
@@ -68,6 +69,11 @@ def c2r_loss(
     """
     check_decoder(W_dec)
     _check_last_dimension(feature_acts, W_dec, "feature_acts", "(..., batch, d_sae)", dimensions=2)
+    if (feature_acts < 0).any():
+        raise ValueError(
+            f"feature_acts holds negative values, the least {feature_acts.min():g}; expected activations "
+            ">= 0, after the SAE's activation function."
+        )
     acts = feature_acts.to(torch.promote_types(feature_acts.dtype, torch.float32))
     norms = torch.linalg.vector_norm(acts, dim=-2)
     return c2r_from_norms(norms, W_dec, alpha, chunk_size=chunk_size, generator=generator)
@@ -94,9 +100,9 @@ def c2r_from_norms(
             "feature_acts holds a NaN or an infinity; check the activations that go into the SAE."
         )
     index = nearest_neighbours(W_dec, chunk_size=chunk_size, generator=generator).index
-    similarity = neighbour_cosines(W_dec, index).relu() ** 2
+    similarity = pair_cosines(W_dec, index).relu() ** 2
     pair_norms = norms + norms.gather(-1, index)
-    return (similarity * _power(pair_norms, alpha)).mean(-1)
+    return (similarity * power(pair_norms, alpha)).mean(-1)
 
 
 def orthogonality_loss(
@@ -108,10 +114,10 @@ def orthogonality_loss(
     `c2r_loss`; returns a Tensor of shape (...).
     """
     index = nearest_neighbours(W_dec, chunk_size=chunk_size, generator=generator).index
-    return (neighbour_cosines(W_dec, index).relu() ** 2).mean(-1)
+    return (pair_cosines(W_dec, index).relu() ** 2).mean(-1)
 
 
-def _power(base: Tensor, exponent: float) -> Tensor:
+def power(base: Tensor, exponent: float) -> Tensor:
     """base ** exponent for base >= 0, with gradient 0 at base = 0, where the plain one is infinite."""
     if exponent == 1:
         return base

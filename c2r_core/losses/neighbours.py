@@ -72,7 +72,7 @@ def nearest_neighbours(
     return Neighbours(index, cosine)
 
 
-def neighbour_cosines(W_dec: Tensor, index: Tensor) -> Tensor:
+def pair_cosines(W_dec: Tensor, index: Tensor) -> Tensor:
     """Cosine of each row with the row that `index` names, with gradient to both rows.
 
     The search for neighbours compares all pairs; its derivative needs only these d_sae pairs.

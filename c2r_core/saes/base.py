@@ -1,4 +1,4 @@
-"""What every sparse autoencoder is: its parameters, its contract, its file format.
+"""What every sparse autoencoder is: its parameters and its contract.
 
 Shapes: x is (..., batch, d_in), feature activations (..., batch, d_sae), decoder rows
 W_dec (..., d_sae, d_in). A *stack* holds several SAEs in one set of parameters, with one leading
@@ -7,22 +7,33 @@ dimension more, and trains them all in the same step.
 
 from __future__ import annotations
 
-import copy
-import json
-import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from c2r_core.artefacts.files import whole_folder
 from c2r_core.saes.sparse import FeatureActs
 
-FORMAT_VERSION = 1
+
+class StepInput(NamedTuple):
+    """What an SAE is given in one training step.
+
+    Fields
+    ------
+    x : Tensor, shape (..., batch, d_in)
+    progress : float in [0, 1]
+        Share of the training done, for architectures that change with it.
+    dead : Tensor of bool, shape (..., d_sae), optional
+        Latents to be revived by an auxiliary loss; None computes none.
+    precision : torch.dtype, optional
+        Of the encoder's product; None is that of the parameters.
+    """
+
+    x: Tensor
+    progress: float = 1.0
+    dead: Tensor | None = None
+    precision: torch.dtype | None = None
 
 
 class TrainingLosses(NamedTuple):
@@ -50,8 +61,9 @@ class TrainingLosses(NamedTuple):
 class SAE(nn.Module):
     """Base of all sparse autoencoders.
 
-    A subclass names its `architecture`, lists its `hyper_parameters` (constructor arguments beside
-    d_in, d_sae and seed, kept as attributes), and implements `encode` and `training_losses`.
+    A subclass names its `architecture`, lists its `hyper_parameters` (constructor arguments beside d_in,
+    d_sae and seed, kept as attributes) and implements `activate`; most add a `sparsity`. One that needs
+    more, such as another path in training, replaces `training_losses`.
 
     Parameters
     ----------
@@ -70,7 +82,10 @@ class SAE(nn.Module):
     resamples : bool
         Whether W_enc, b_enc and W_dec are all there is to a latent, so that a dead one can be drawn anew.
     norm_factor : float
-        The SAE was trained on norm_factor * x (set by whoever trains it); see `fold_norm_factor`.
+        The SAE was trained on norm_factor * x; `train` takes it from the batches. See `fold_norm_factor`.
+    trained_on : dict
+        What the training was, as `train` and `save_sae` record it: model, hook_name, steps and the
+        like, text or numbers by name.
     """
 
     architecture: ClassVar[str]
@@ -97,32 +112,29 @@ class SAE(nn.Module):
         self.b_enc = nn.Parameter(torch.zeros(rows.shape[:-1]))
         self.b_dec = nn.Parameter(torch.zeros(*rows.shape[:-2], d_in))
         self.norm_factor = 1.0
+        self.trained_on: dict[str, Any] = {}
 
     # -- the contract -----------------------------------------------------------------------
 
-    def encode(self, x: Tensor) -> Tensor:
-        """Feature activations (..., batch, d_sae) of x (..., batch, d_in), as used at inference."""
+    def activate(self, pre_acts: Tensor) -> Tensor:
+        """Feature activations from the encoder's output, both (..., batch, d_sae)."""
         raise NotImplementedError
 
-    def training_losses(
-        self, x: Tensor, *, progress: float = 1.0, dead: Tensor | None = None, precision=None
-    ) -> TrainingLosses:
-        """Loss terms of one batch.
+    def sparsity(self, feature_acts: Tensor, step: StepInput) -> Tensor:
+        """Weighted penalty on the activations, a mean over the batch, shape (...); 0 where there is none."""
+        return feature_acts.new_zeros(feature_acts.shape[:-2])
 
-        Parameters
-        ----------
-        x : Tensor, shape (..., batch, d_in)
-        progress : float in [0, 1]
-            Share of the training done, for architectures that change with it.
-        dead : Tensor of bool, shape (..., d_sae), optional
-            Latents to be revived by an auxiliary loss; None computes none.
-        precision : torch.dtype, optional
-            Of the encoder's product; None is that of the parameters.
-        """
-        raise NotImplementedError
+    def training_losses(self, step: StepInput) -> TrainingLosses:
+        """Loss terms of one batch."""
+        feature_acts = self.activate(self.pre_acts(step.x, step.precision).to(step.x.dtype))
+        reconstruction = reconstruction_loss(step.x, self.decode(feature_acts))
+        sparsity = self.sparsity(feature_acts, step)
+        return TrainingLosses(
+            reconstruction, sparsity, torch.zeros_like(reconstruction), feature_acts
+        )
 
-    def update_statistics(self, losses: TrainingLosses, ema_decay: float) -> None:
-        """Learn from a finished step what inference needs. Most architectures need nothing."""
+    def after_step(self, losses: TrainingLosses, ema_decay: float) -> None:
+        """What is to be done once a step is taken, such as moving a running mean; mostly nothing."""
 
     def fold_scale(self, factor: float) -> None:
         """Make this SAE, trained on factor * x, take x itself. A subclass with more state extends it."""
@@ -147,6 +159,10 @@ class SAE(nn.Module):
         """Constructor arguments, JSON-ready."""
         names = ("d_in", "d_sae", *self.hyper_parameters)
         return {"architecture": self.architecture} | {name: getattr(self, name) for name in names}
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Feature activations (..., batch, d_sae) of x (..., batch, d_in), as used at inference."""
+        return self.activate(self.pre_acts(x))
 
     def decode(self, feature_acts: Tensor) -> Tensor:
         """Reconstruction (..., batch, d_in) from activations (..., batch, d_sae)."""
@@ -180,12 +196,17 @@ class SAE(nn.Module):
         """The stack's SAEs as single ones that share no memory with it."""
         if self.n_stacked is None:
             raise ValueError("This is a single SAE, not a stack; there is nothing to take apart.")
-        state = self.state_dict()
+        own = {name: getattr(self, name) for name in self.hyper_parameters}
         singles = []
         for i in range(self.n_stacked):
-            single = create_sae(**self.config).to(self.W_dec)  # device and dtype
-            single.load_state_dict({name: tensor[i].clone() for name, tensor in state.items()})
+            single = type(self)(d_in=self.d_in, d_sae=self.d_sae, **own).to(self.W_dec)
+            single.load_state_dict(
+                {k: tensor[i].clone() for k, tensor in self.state_dict().items()}
+            )
             single.norm_factor = self.norm_factor
+            single.trained_on = {  # a list has an entry for each SAE
+                k: v[i] if isinstance(v, list) else v for k, v in self.trained_on.items()
+            }
             singles.append(single)
         return singles
 
@@ -193,114 +214,6 @@ class SAE(nn.Module):
 def reconstruction_loss(x: Tensor, x_hat: Tensor) -> Tensor:
     """Squared error summed over d_in, averaged over the batch: (..., batch, d_in) -> (...)."""
     return (x - x_hat).square().sum(-1).mean(-1)
-
-
-# -- registry and files -------------------------------------------------------------------------
-
-ARCHITECTURES: dict[str, type[SAE]] = {}
-
-
-def register(sae_class: type[SAE]) -> type[SAE]:
-    """Class decorator: makes an architecture known to `create_sae` and `load_sae`."""
-    ARCHITECTURES[sae_class.architecture] = sae_class
-    return sae_class
-
-
-def create_sae(architecture: str, **arguments: Any) -> SAE:
-    """A new SAE of a registered architecture, by name.
-
-    Raises
-    ------
-    ValueError
-        If the architecture is unknown; the message lists the known ones.
-    """
-    if architecture not in ARCHITECTURES:
-        known = ", ".join(sorted(ARCHITECTURES))
-        raise ValueError(f"Unknown architecture {architecture!r}; known are: {known}.")
-    return ARCHITECTURES[architecture](**arguments)
-
-
-def save_sae(sae: SAE, folder: str | Path) -> Path:
-    """Write a single SAE as `sae.safetensors` and `config.json`; returns the folder.
-
-    The folder appears complete or not at all; an SAE already there is replaced.
-
-    Raises
-    ------
-    ValueError
-        If `sae` is a stack: save what `unstack` returns.
-    OSError
-        If the disk is full or the place cannot be written; an SAE already there is left as it was.
-    """
-    if sae.n_stacked is not None:
-        raise ValueError(
-            f"This is a stack of {sae.n_stacked} SAEs; save each SAE that sae.unstack() returns."
-        )
-    folder = Path(folder)
-    state = {name: tensor.contiguous() for name, tensor in sae.state_dict().items()}
-    config = {"format_version": FORMAT_VERSION, "norm_factor": sae.norm_factor} | sae.config
-    try:
-        with whole_folder(folder) as part:
-            save_file(state, part / "sae.safetensors")
-            (part / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    except (OSError, SafetensorError) as error:
-        raise OSError(f"Could not write the SAE to {folder} ({error}); free some space.") from error
-    return folder
-
-
-def load_sae(folder: str | Path, device: str | torch.device = "cpu") -> SAE:
-    """Read an SAE that `save_sae` wrote.
-
-    Raises
-    ------
-    FileNotFoundError
-        If the folder lacks `config.json` or `sae.safetensors`.
-    ValueError
-        If the config is damaged, of another format version or architecture, or does not fit the
-        tensors.
-    """
-    folder = Path(folder)
-    for name in ("config.json", "sae.safetensors"):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(
-                f"{folder} holds no {name}; expected a folder written by save_sae."
-            )
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{folder}/config.json is damaged ({error}).") from error
-    version = config.pop("format_version", None)
-    if version != FORMAT_VERSION:
-        raise ValueError(
-            f"{folder} has format version {version!r}; this code reads {FORMAT_VERSION}."
-        )
-    try:
-        norm_factor = config.pop("norm_factor")
-        sae = create_sae(**config)
-    except (KeyError, TypeError) as error:
-        raise ValueError(
-            f"{folder}/config.json lacks an entry, or has one too many: {error}"
-        ) from error
-    sae.norm_factor = norm_factor
-    try:
-        sae.load_state_dict(load_file(folder / "sae.safetensors"))
-    except (RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{folder}/sae.safetensors does not fit config.json: {error}") from error
-    return sae.to(device)
-
-
-def fold_norm_factor(sae: SAE) -> SAE:
-    """A copy of the SAE that takes raw activations, its normalising factor folded in.
-
-    Trained on c·x, the copy satisfies folded.encode(x) = sae.encode(c·x) / c and
-    folded(x) = sae(c·x) / c: decoder rows stay as they are and activations have the units of x.
-    """
-    folded = copy.deepcopy(sae)
-    if not (math.isfinite(sae.norm_factor) and sae.norm_factor > 0):
-        raise ValueError(f"norm_factor is {sae.norm_factor}; expected a positive number.")
-    folded.fold_scale(sae.norm_factor)
-    folded.norm_factor = 1.0
-    return folded
 
 
 def _random_rows(d_sae: int, d_in: int, seed: int) -> Tensor:

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from c2r_core.saes.base import SAE, TrainingLosses, reconstruction_loss, register
+from c2r_core.saes.base import SAE, StepInput, TrainingLosses, reconstruction_loss
+from c2r_core.saes.files import register
 
 
 @register
@@ -48,22 +49,17 @@ class GatedSAE(SAE):
         self.b_mag = nn.Parameter(torch.zeros_like(self.b_enc))
         self.r_mag = nn.Parameter(torch.zeros_like(self.b_enc))
 
-    def encode(self, x: Tensor) -> Tensor:
-        """Feature activations (..., batch, d_sae) of x (..., batch, d_in)."""
-        return self._open(self.pre_acts(x))
+    def activate(self, pre_acts: Tensor) -> Tensor:
+        """As in `SAE`; pre_acts are the gates g."""
+        projection = pre_acts - self.b_enc.unsqueeze(-2)
+        magnitude = self.r_mag.exp().unsqueeze(-2) * projection + self.b_mag.unsqueeze(-2)
+        return magnitude.relu() * (pre_acts > 0)
 
-    def training_losses(
-        self,
-        x: Tensor,
-        *,
-        progress: float = 1.0,
-        dead: Tensor | None = None,
-        precision: torch.dtype | None = None,
-    ) -> TrainingLosses:
-        """As in `SAE`; aux-k is no part of it, so `dead` changes nothing."""
-        gate = self.pre_acts(x, precision).to(x.dtype)
-        feature_acts = self._open(gate)
-        reconstruction = reconstruction_loss(x, self.decode(feature_acts))
+    def training_losses(self, step: StepInput) -> TrainingLosses:
+        """As in `SAE`, with the error of the gate's own reconstruction."""
+        gate = self.pre_acts(step.x, step.precision).to(step.x.dtype)
+        feature_acts = self.activate(gate)
+        reconstruction = reconstruction_loss(step.x, self.decode(feature_acts))
         gate_acts = gate.relu()
         by_gate = gate_acts @ self.W_dec.detach() + self.b_dec.detach().unsqueeze(-2)
         return TrainingLosses(
@@ -71,7 +67,7 @@ class GatedSAE(SAE):
             sparsity=self.l1_weight * gate_acts.sum(-1).mean(-1),
             aux_k=torch.zeros_like(reconstruction),
             feature_acts=feature_acts,
-            gate_reconstruction=reconstruction_loss(x, by_gate),
+            gate_reconstruction=reconstruction_loss(step.x, by_gate),
         )
 
     def fold_scale(self, factor: float) -> None:
@@ -79,8 +75,3 @@ class GatedSAE(SAE):
         super().fold_scale(factor)
         with torch.no_grad():
             self.b_mag /= factor
-
-    def _open(self, gate: Tensor) -> Tensor:
-        projection = gate - self.b_enc.unsqueeze(-2)
-        magnitude = self.r_mag.exp().unsqueeze(-2) * projection + self.b_mag.unsqueeze(-2)
-        return magnitude.relu() * (gate > 0)

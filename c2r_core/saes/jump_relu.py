@@ -12,7 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from c2r_core.saes.base import SAE, TrainingLosses, reconstruction_loss, register
+from c2r_core.saes.base import SAE, StepInput, TrainingLosses, reconstruction_loss
+from c2r_core.saes.files import register
 
 INITIAL_THRESHOLD = 0.001
 
@@ -73,33 +74,23 @@ class JumpReLUSAE(SAE):
         """As given."""
         return self._target_l0
 
-    def encode(self, x: Tensor) -> Tensor:
-        """Feature activations (..., batch, d_sae) of x (..., batch, d_in)."""
-        acts = self.pre_acts(x).relu()
-        return acts * (acts > self.threshold.unsqueeze(-2))
+    def activate(self, pre_acts: Tensor) -> Tensor:
+        """As in `SAE`."""
+        return _JumpReLU.apply(pre_acts.relu(), self.threshold, self.bandwidth)
 
-    def training_losses(
-        self,
-        x: Tensor,
-        *,
-        progress: float = 1.0,
-        dead: Tensor | None = None,
-        precision: torch.dtype | None = None,
-    ) -> TrainingLosses:
-        """As in `SAE`; has no auxiliary loss, so `dead` changes nothing."""
-        acts = self.pre_acts(x, precision).relu().to(x.dtype)
+    def training_losses(self, step: StepInput) -> TrainingLosses:
+        """As in `SAE`; the penalty reads the activations before the jump, below θ too."""
+        acts = self.pre_acts(step.x, step.precision).to(step.x.dtype).relu()
         feature_acts = _JumpReLU.apply(acts, self.threshold, self.bandwidth)
         l0 = _Step.apply(acts, self.threshold, self.bandwidth).sum(-1).mean(-1)
-        reconstruction = reconstruction_loss(x, self.decode(feature_acts))
+        reconstruction = reconstruction_loss(step.x, self.decode(feature_acts))
+        sparsity = self.sparsity_weight * (l0 / self.target_l0 - 1) ** 2
         return TrainingLosses(
-            reconstruction=reconstruction,
-            sparsity=self.sparsity_weight * (l0 / self.target_l0 - 1) ** 2,
-            aux_k=torch.zeros_like(reconstruction),
-            feature_acts=feature_acts,
+            reconstruction, sparsity, torch.zeros_like(reconstruction), feature_acts
         )
 
     @torch.no_grad()
-    def update_statistics(self, losses: TrainingLosses, ema_decay: float) -> None:
+    def after_step(self, losses: TrainingLosses, ema_decay: float) -> None:
         """Put thresholds that the step moved below 0 back to 0."""
         self.threshold.clamp_(min=0)
 

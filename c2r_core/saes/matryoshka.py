@@ -9,9 +9,10 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from c2r_core.saes.base import register
-from c2r_core.saes.batch_topk import BatchTopKSAE
-from c2r_core.saes.sparse import FeatureActs, SparseActs, decode_sparse
+from c2r_core.saes.base import reconstruction_loss
+from c2r_core.saes.files import register
+from c2r_core.saes.sparse import FeatureActs, SparseActs, decode_groups
+from c2r_core.saes.topk import BatchTopKSAE
 
 GROUP_FRACTIONS = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 17 / 32)
 
@@ -22,8 +23,7 @@ class MatryoshkaBatchTopKSAE(BatchTopKSAE):
 
     The reconstruction loss is the mean over the groups g of ‖x − x̂_g‖², x̂_g by the latents of
     groups 1 to g. The kept activations are chosen once, among all latents, and revival works on what
-    all of them leave over. A single SAE trains on the sparse path, as `BatchTopKSAE` does: each
-    group's kept entries are decoded once, and the prefixes are running sums.
+    all of them leave over. Each group is decoded once, and the prefixes are running sums.
 
     Parameters
     ----------
@@ -57,18 +57,17 @@ class MatryoshkaBatchTopKSAE(BatchTopKSAE):
 
     def reconstruct(self, x: Tensor, feature_acts: FeatureActs) -> tuple[Tensor, Tensor]:
         """Mean over the prefixes of their reconstruction loss, and the reconstruction by all."""
-        first, errors = 0, []
-        x_hat = self.b_dec.unsqueeze(-2)
-        for rows in self.W_dec.split(self.group_sizes, dim=-2):
-            n = rows.shape[-2]
-            if isinstance(feature_acts, SparseActs):
-                written = decode_sparse(feature_acts.of_latents(first, n), rows)
-            else:
-                written = feature_acts[..., first : first + n] @ rows
-            x_hat = x_hat + written
-            errors.append((x - x_hat).square().sum(-1).mean(-1))
-            first += n
-        return torch.stack(errors).mean(0), x_hat
+        if isinstance(feature_acts, SparseActs):
+            written = decode_groups(feature_acts, self.W_dec, self.group_sizes).unbind(1)
+        else:
+            groups = (
+                feature_acts.split(self.group_sizes, -1),
+                self.W_dec.split(self.group_sizes, -2),
+            )
+            written = [acts @ rows for acts, rows in zip(*groups, strict=True)]
+        prefixes = [*accumulate(written, initial=self.b_dec.unsqueeze(-2))][1:]
+        errors = [reconstruction_loss(x, x_hat) for x_hat in prefixes]
+        return torch.stack(errors).mean(0), prefixes[-1]
 
 
 def _group_sizes(fractions: tuple[float, ...], d_sae: int) -> list[int]:

@@ -16,7 +16,8 @@ from torch import Tensor
 class SparseActs(NamedTuple):
     """Activations of a batch, sample by sample.
 
-    Sample b holds the entries offsets[b] to offsets[b + 1] (or the end). A stored value may be 0.
+    Sample b holds the entries offsets[b] to offsets[b + 1] (or the end), its latents in rising order. A
+    stored value may be 0.
 
     Fields
     ------
@@ -37,13 +38,6 @@ class SparseActs(NamedTuple):
         ends = torch.cat([self.offsets[1:], self.offsets.new_tensor([len(self.latents)])])
         batch = torch.arange(len(self.offsets), device=self.offsets.device)
         return batch.repeat_interleave(ends - self.offsets)
-
-    def of_latents(self, first: int, n: int) -> SparseActs:
-        """Activations of the n latents from `first` on, as those of a dictionary of n latents."""
-        inside = (self.latents >= first) & (self.latents < first + n)
-        n_before = F.pad(inside.cumsum(0), (1, 0))
-        latents = self.latents[inside] - first
-        return SparseActs(self.values[inside], latents, n_before[self.offsets], n)
 
     def to_dense(self) -> Tensor:
         """The same activations as a Tensor of shape (batch, d_sae)."""
@@ -80,6 +74,17 @@ def decode_sparse(feature_acts: SparseActs, W_dec: Tensor) -> Tensor:
         feature_acts.offsets,
         mode="sum",
         per_sample_weights=feature_acts.values,
+    )
+
+
+def decode_groups(feature_acts: SparseActs, W_dec: Tensor, sizes: list[int]) -> Tensor:
+    """What each group of consecutive latents writes, shape (batch, len(sizes), d_in)."""
+    starts = torch.tensor([0, *sizes[:-1]], device=W_dec.device).cumsum(0)
+    samples = torch.arange(len(feature_acts.offsets), device=W_dec.device).unsqueeze(1)
+    stored = feature_acts.samples * feature_acts.d_sae + feature_acts.latents  # rising
+    offsets = torch.searchsorted(stored, (samples * feature_acts.d_sae + starts).flatten())
+    return decode_sparse(feature_acts._replace(offsets=offsets), W_dec).unflatten(
+        0, (-1, len(sizes))
     )
 
 

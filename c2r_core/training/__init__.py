@@ -5,13 +5,7 @@ from c2r_core.losses.strength import (
     strength_from_weight,
     weight_from_strength,
 )
-from c2r_core.training.ablations import (
-    CoActivation,
-    GroupLasso,
-    PairMinimum,
-    PairProduct,
-    UnweightedSum,
-)
+from c2r_core.training import ablations  # noqa: F401  registers them
 from c2r_core.training.config import TrainConfig
 from c2r_core.training.history import History
 from c2r_core.training.regularisers import (
@@ -28,16 +22,11 @@ __all__ = [
     "C2R",
     "PAPER_STRENGTH",
     "REGULARISERS",
-    "CoActivation",
     "DivergedError",
-    "GroupLasso",
     "History",
     "Orthogonality",
-    "PairMinimum",
-    "PairProduct",
     "Regulariser",
     "TrainConfig",
-    "UnweightedSum",
     "create_regulariser",
     "register_regulariser",
     "strength_from_weight",

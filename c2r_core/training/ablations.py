@@ -15,93 +15,58 @@ others as C²R does: their weights are not comparable with λ.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass
 from typing import ClassVar
 
 import torch
 from torch import Generator, Tensor
 
-from c2r_core.losses.neighbours import nearest_neighbours, neighbour_cosines
+from c2r_core.losses.neighbours import nearest_neighbours, pair_cosines
 from c2r_core.saes.sparse import FeatureActs, SparseActs
-from c2r_core.training.regularisers import check_schedule, register_regulariser, written_norms
+from c2r_core.training.regularisers import Regulariser, register_regulariser, written_norms
+
+# Cost of each latent from s_i, n_i and n_j, all (..., d_sae).
+PAIR_COSTS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "unweighted_sum": lambda s, n_i, n_j: n_i + n_j,
+    "product": lambda s, n_i, n_j: s * n_i * n_j,
+    "minimum": lambda s, n_i, n_j: s * torch.minimum(n_i, n_j),
+}
 
 
 @dataclass(frozen=True)
-class _PairAblation:
-    """A penalty on each latent and its nearest neighbour. Parameters are those of `C2R`."""
+class PairAblation(Regulariser):
+    """The mean over the latents of `PAIR_COSTS[name]`. Parameters are those of `C2R`."""
 
-    weight: float | Sequence[float]
-    every: int = 1
-    start: int = 0
+    _: KW_ONLY
     chunk_size: int | None = None
-    warmup: int = 0
-    name: ClassVar[str]
-
-    def __post_init__(self) -> None:
-        check_schedule(self)
 
     def __call__(self, feature_acts: FeatureActs, W_dec: Tensor, generator: Generator) -> Tensor:
         """As in `Regulariser`."""
         index = nearest_neighbours(W_dec, chunk_size=self.chunk_size, generator=generator).index
-        similarity = neighbour_cosines(W_dec, index).relu() ** 2
+        similarity = pair_cosines(W_dec, index).relu() ** 2
         return self.pair_costs(feature_acts, W_dec, index, similarity).mean(-1)
 
     def pair_costs(
         self, feature_acts: FeatureActs, W_dec: Tensor, index: Tensor, similarity: Tensor
     ) -> Tensor:
         """Cost of each latent with its neighbour; index, similarity and result are (..., d_sae)."""
-        raise NotImplementedError
-
-
-@register_regulariser
-@dataclass(frozen=True)
-class UnweightedSum(_PairAblation):
-    """mean_i (n_i + n_j): C²R with every similarity taken as 1."""
-
-    name: ClassVar[str] = "unweighted_sum"
-
-    def pair_costs(self, feature_acts, W_dec, index, similarity):
-        """As in `_PairAblation`."""
         norms = written_norms(feature_acts, W_dec)
-        return norms + norms.gather(-1, index)
+        return PAIR_COSTS[self.name](similarity, norms, norms.gather(-1, index))
+
+
+for _name in PAIR_COSTS:
+    register_regulariser(type(_name, (PairAblation,), {"name": _name}))
 
 
 @register_regulariser
-@dataclass(frozen=True)
-class PairProduct(_PairAblation):
-    """mean_i s_i n_i n_j."""
-
-    name: ClassVar[str] = "product"
-
-    def pair_costs(self, feature_acts, W_dec, index, similarity):
-        """As in `_PairAblation`."""
-        norms = written_norms(feature_acts, W_dec)
-        return similarity * norms * norms.gather(-1, index)
-
-
-@register_regulariser
-@dataclass(frozen=True)
-class PairMinimum(_PairAblation):
-    """mean_i s_i min(n_i, n_j)."""
-
-    name: ClassVar[str] = "minimum"
-
-    def pair_costs(self, feature_acts, W_dec, index, similarity):
-        """As in `_PairAblation`."""
-        norms = written_norms(feature_acts, W_dec)
-        return similarity * torch.minimum(norms, norms.gather(-1, index))
-
-
-@register_regulariser
-@dataclass(frozen=True)
-class CoActivation(_PairAblation):
+class CoActivation(PairAblation):
     """mean_i s_i Σ_b f_bi f_bj ‖w_i‖ ‖w_j‖; needs the dense activations, and makes them if it must."""
 
     name: ClassVar[str] = "co_activation"
 
     def pair_costs(self, feature_acts, W_dec, index, similarity):
-        """As in `_PairAblation`."""
+        """As in `PairAblation`."""
         acts = feature_acts.to_dense() if isinstance(feature_acts, SparseActs) else feature_acts
         written = acts * torch.linalg.vector_norm(W_dec, dim=-1).unsqueeze(-2)
         partners = written.gather(-1, index.unsqueeze(-2).expand(written.shape))
@@ -109,18 +74,10 @@ class CoActivation(_PairAblation):
 
 
 @register_regulariser
-@dataclass(frozen=True)
-class GroupLasso:
-    """mean_i n_i, an ℓ2,1 norm over the batch. Parameters are those of `C2R`."""
+class GroupLasso(Regulariser):
+    """mean_i n_i, an ℓ2,1 norm over the batch."""
 
-    weight: float | Sequence[float]
-    every: int = 1
-    start: int = 0
-    warmup: int = 0
     name: ClassVar[str] = "group_lasso"
-
-    def __post_init__(self) -> None:
-        check_schedule(self)
 
     def __call__(self, feature_acts: FeatureActs, W_dec: Tensor, generator: Generator) -> Tensor:
         """As in `Regulariser`."""

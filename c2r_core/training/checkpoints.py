@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,41 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from c2r_core.artefacts.files import whole_file
+from c2r_core.saes.base import SAE
+from c2r_core.training.config import TrainConfig
+from c2r_core.training.regularisers import Regulariser
+
+START = "start (hash of the new SAE and the first batch)"
+
+
+def identity(
+    sae: SAE, config: TrainConfig, regularisers: Sequence[Regulariser], first_batch: Tensor
+) -> dict[str, Any]:
+    """What must be the same for a checkpoint to be continued, JSON-ready."""
+    start = hashlib.sha256()
+    for tensor in (first_batch, *sae.state_dict().values()):
+        start.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    described = {
+        "sae": sae.config | {"n_stacked": sae.n_stacked, "norm_factor": sae.norm_factor},
+        "config": dataclasses.asdict(config),
+        "regularisers": [{"name": r.name} | dataclasses.asdict(r) for r in regularisers],
+        START: start.hexdigest()[:16],
+    }
+    return json.loads(json.dumps(described))
+
+
+def check_same_run(path: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
+    """Raise a ValueError that names what differs, unless a checkpoint is of this training."""
+    for part in ours:
+        if theirs.get(part) != ours[part]:
+            hint = " (an SAE that has trained already is not new: create it again)"
+            raise ValueError(
+                f"{path} belongs to another training: its {part} is {theirs.get(part)}, but now it is "
+                f"{ours[part]}{hint if part == START else ''}. Name another file, or delete this one "
+                "to start anew."
+            )
 
 
 def write_checkpoint(path: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
@@ -20,14 +58,11 @@ def write_checkpoint(path: Path, tensors: dict[str, Tensor], state: dict[str, An
     OSError
         If it cannot be written (full disk); the checkpoint before is left as it was.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
     contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     try:
-        save_file(contiguous, part, metadata={"state": json.dumps(state)})
-        part.replace(path)
+        with whole_file(path) as part:
+            save_file(contiguous, part, metadata={"state": json.dumps(state)})
     except (OSError, SafetensorError) as error:
-        part.unlink(missing_ok=True)
         raise OSError(
             f"Could not write the checkpoint {path} ({error}). The one before it is unharmed: "
             "free some space and start again to go on from there."

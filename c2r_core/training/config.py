@@ -34,10 +34,13 @@ class TrainConfig:
         Horizon of running means (inference threshold), as a share of the steps.
     precision : "float32" or "bfloat16"
         Of the encoder's product; weights and all else stay in float32.
+    mean_square_norm : float or None
+        E‖x‖² that the batches must have, on which every λ and lr rests; the first batch is checked. None
+        takes any.
     seed : int
         Random stream of the regularisers (the SAE and the batches carry seeds of their own).
     log_every, checkpoint_every : int
-        Steps between entries of the history, and between checkpoints.
+        Steps between entries of the history, and between checkpoints (the last step writes one too).
     """
 
     steps: int
@@ -50,6 +53,7 @@ class TrainConfig:
     resample_every: int = 0
     ema_share: float = 0.05
     precision: str = "float32"
+    mean_square_norm: float | None = 1.0
     seed: int = 0
     log_every: int = 50
     checkpoint_every: int = 200

@@ -15,7 +15,8 @@ class History:
     """Loss terms of a training, an entry every `log_every` steps.
 
     Each record holds the step, the learning rate, `l0` and the loss terms before weighting, in a
-    stack as one list each.
+    stack as one list each; of a penalty that was off on this step, the value of the last step on which it
+    was on.
     """
 
     records: list[dict[str, Any]] = field(default_factory=list)
@@ -32,8 +33,13 @@ class History:
         table = pd.DataFrame(rows, columns=["step", "copy", "term", "value"])
         return table[table["term"] != "step"].reset_index(drop=True)
 
-    def plot(self, term: str = "reconstruction", ax: Axes | None = None) -> Axes:
-        """Draw one recorded term over the steps, a band over the SAEs of a stack; returns the Axes.
+    def plot(
+        self, term: str = "reconstruction", ax: Axes | None = None, label: str | None = None
+    ) -> Axes:
+        """Draw one recorded term over the steps; returns the Axes.
+
+        Of a stack the line is the mean and the band goes from the lowest SAE to the highest, as the legend
+        says. `label` names the line, for several histories in one Axes.
 
         Raises
         ------
@@ -49,6 +55,10 @@ class History:
             raise ValueError(f"No term {term!r} was recorded; there are: {', '.join(known)}.")
         if ax is None:
             _, ax = plt.subplots()
-        sns.lineplot(table[table["term"] == term], x="step", y="value", errorbar=("pi", 100), ax=ax)
+        n_copies = table["copy"].max() + 1
+        if n_copies > 1:
+            label = f"{f'{label}: ' if label else ''}mean and range of {n_copies} SAEs"
+        rows = table[table["term"] == term]
+        sns.lineplot(rows, x="step", y="value", errorbar=("pi", 100), ax=ax, label=label)
         ax.set(xlabel="optimiser step", ylabel=term.replace("_", " "))
         return ax

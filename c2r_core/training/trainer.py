@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -12,10 +11,12 @@ import torch
 from torch import Generator, Tensor
 from tqdm.auto import tqdm
 
-from c2r_core.saes.base import SAE, TrainingLosses
+from c2r_core.saes.base import SAE, StepInput, TrainingLosses
 from c2r_core.saes.sparse import firing_counts
 from c2r_core.seeds import mix_seeds
 from c2r_core.training.checkpoints import (
+    check_same_run,
+    identity,
     optimiser_tensors,
     read_checkpoint,
     restore_optimiser,
@@ -23,8 +24,14 @@ from c2r_core.training.checkpoints import (
 )
 from c2r_core.training.config import TrainConfig
 from c2r_core.training.history import History
-from c2r_core.training.regularisers import Regulariser, strength_at
+from c2r_core.training.regularisers import Regulariser
 from c2r_core.training.resampling import resample_dead
+from c2r_core.training.update import (
+    clip_gradients,
+    geometric_median,
+    normalise_rows,
+    remove_parallel_gradient,
+)
 
 BatchSource = Callable[[int], Tensor]
 
@@ -47,17 +54,20 @@ def train(
     Parameters
     ----------
     sae : SAE
-        A new SAE. Its b_dec is set to the geometric median of the first batch.
+        A new SAE. Its b_dec is set to the geometric median of the first batch, and `trained_on` to what is
+        known of this training.
     batches : callable
         batches(step) gives the batch of that step, (batch, d_in) or (n_stacked, batch, d_in), scaled to
-        E‖x‖² = 1; the same step must always give the same batch, so that a run can be resumed.
+        E‖x‖² = 1; the same step must always give the same batch, so that a run can be resumed. Where it
+        has an attribute `norm_factor`, the scale of its batches, the SAE remembers it; where it has
+        `trained_on`, text and numbers by name, the SAE's `trained_on` includes them.
     config : TrainConfig
     regularisers : sequence of Regulariser
         Penalties to add, such as C2R(weight=...).
     checkpoint : path, optional
-        File to write the state to every config.checkpoint_every steps. If it exists, training goes
-        on from it, and ends with the same SAE as if it had never stopped (to the bit on a CPU; a GPU adds in
-        changing order).
+        File to write the state to every config.checkpoint_every steps and at the end. If it exists,
+        training goes on from it, and ends with the same SAE as if it had never stopped (to the bit on a
+        CPU; a GPU adds in changing order).
     progress : bool
         Show a progress bar.
 
@@ -67,25 +77,31 @@ def train(
 
     Raises
     ------
+    TypeError
+        If `regularisers` is no sequence of regularisers.
     ValueError
-        If a batch has the wrong shape, fewer than 2 samples, or a NaN or infinity; if the checkpoint
-        belongs to another training.
+        If a batch has the wrong shape, fewer than 2 samples, or a NaN or infinity; if the first has
+        another scale than config.mean_square_norm; if the checkpoint belongs to another training.
     DivergedError
         If a loss becomes NaN or infinite.
     OSError
         If a checkpoint cannot be written; the one before it is left unharmed.
+
+    Warns
+    -----
+    UserWarning
+        If a penalty with every > 1 is so strong that the gradient's bound alone decides how far it acts.
     """
     first_batch = _checked(batches(0), sae, 0)
+    _check_scale(first_batch, config.mean_square_norm)
+    sae.norm_factor = getattr(batches, "norm_factor", sae.norm_factor)
     run = _Run(sae, config, regularisers, Path(checkpoint) if checkpoint else None, first_batch)
-    if run.checkpoint is not None and run.checkpoint.exists():
-        run.resume()
-    else:
-        run.begin(first_batch)
+    sae.trained_on = dict(getattr(batches, "trained_on", {})) | run.recipe(first_batch.shape[-2])
     for step in tqdm(
         range(run.step, config.steps), initial=run.step, total=config.steps, disable=not progress
     ):
         run.take_step(_checked(batches(step), sae, step))
-        if run.step % config.checkpoint_every == 0 and run.step < config.steps:
+        if run.step % config.checkpoint_every == 0 or run.step == config.steps:
             run.save()
     return run.history
 
@@ -101,80 +117,62 @@ class _Run:
         checkpoint: Path | None,
         first_batch: Tensor,
     ) -> None:
-        names = [regulariser.name for regulariser in regularisers]
-        if len(set(names)) < len(names):
-            raise ValueError(
-                f"Regularisers are {names}; give each kind once, with its whole weight."
-            )
-        self.sae = sae
-        self.config = config
-        self.regularisers = tuple(regularisers)
-        self.checkpoint = checkpoint
-        self.identity = self._identity(first_batch)
-        self.step = 0
-        self.history = History()
-        self.names = [name for name, _ in sae.named_parameters()]
-        self.optimiser = torch.optim.Adam(sae.parameters(), lr=config.lr, fused=True)
-        self.revives = config.aux_k_coefficient > 0 and sae.target_l0 is not None
+        self.sae, self.config, self.checkpoint = sae, config, checkpoint
+        self.regularisers = _checked_regularisers(regularisers, sae)
+        self.weights = [
+            torch.as_tensor(r.weight, device=sae.W_dec.device) for r in self.regularisers
+        ]
         if config.resample_every > 0 and not sae.resamples:
             raise ValueError(
                 f"resample_every is {config.resample_every}, but {type(sae).__name__} does not resample "
                 "dead latents; take 0 (aux_k_coefficient revives those of the TopK family)."
             )
-        self.precision = getattr(torch, config.precision)
-        latents = sae.W_dec.shape[:-1]
-        self.silent_samples = torch.zeros(latents, dtype=torch.long, device=sae.W_dec.device)
-        self.weights = [
-            torch.as_tensor(r.weight, device=sae.W_dec.device) for r in self.regularisers
-        ]
-        for regulariser, weight in zip(self.regularisers, self.weights, strict=True):
-            if weight.ndim and weight.shape != latents[:-1]:
-                raise ValueError(
-                    f"{regulariser.name} has {len(weight)} weights; expected one number, or one for "
-                    f"each SAE of a stack ({sae.n_stacked or 'this is a single SAE'})."
-                )
-
-    def begin(self, first_batch: Tensor) -> None:
-        with torch.no_grad():
-            self.sae.b_dec.copy_(geometric_median(first_batch))
+        self.identity = identity(sae, config, self.regularisers, first_batch)
+        self.step, self.history = 0, History()
+        self.names = [name for name, _ in sae.named_parameters()]
+        self.optimiser = torch.optim.Adam(sae.parameters(), lr=config.lr, fused=True)
+        self.revives = config.aux_k_coefficient > 0 and sae.target_l0 is not None
+        self.silent_samples = torch.zeros_like(sae.W_dec[..., 0], dtype=torch.long)
+        self.last_penalties: dict[str, Tensor] = {}
+        self.saturation = _Saturation(config.clip_norm)
+        if checkpoint is not None and checkpoint.exists():
+            self.resume()
+        else:
+            with torch.no_grad():
+                sae.b_dec.copy_(geometric_median(first_batch))
 
     def take_step(self, x: Tensor) -> None:
         sae, config = self.sae, self.config
+        precision = getattr(torch, config.precision)
         losses = sae.training_losses(
-            x,
-            progress=self.step / config.steps,
-            dead=self._dead(),
-            precision=self.precision,
+            StepInput(x, self.step / config.steps, self._dead(), precision)
         )
         total = losses.total(config.aux_k_coefficient)
-        if not torch.isfinite(total).all():
-            raise DivergedError(self._divergence(_terms(losses)))
-        penalties = {}
+        self._check_finite(total, losses)
+        penalties, applied = {}, []
         for regulariser, weight in zip(self.regularisers, self.weights, strict=True):
-            strength = strength_at(regulariser, self.step)
+            strength = regulariser.strength_at(self.step)
             if strength > 0:
                 value = regulariser(losses.feature_acts, sae.W_dec, self._generator())
-                penalties[regulariser.name] = value.detach()
                 total = total + weight * strength * value
-        if not torch.isfinite(total).all():
-            raise DivergedError(self._divergence(_terms(losses) | penalties))
-        for group in self.optimiser.param_groups:
-            group["lr"] = config.lr_at(self.step)
+                penalties[regulariser.name] = value.detach()
+                applied.append(regulariser)
+        self._check_finite(total, losses, penalties)
+
+        self.optimiser.param_groups[0]["lr"] = config.lr_at(self.step)
         self.optimiser.zero_grad()
         total.sum().backward()
         if sae.unit_norm_decoder:
             remove_parallel_gradient(sae.W_dec)
-        clip_gradients(list(sae.parameters()), config.clip_norm, stacked=sae.n_stacked is not None)
+        norms = clip_gradients(
+            list(sae.parameters()), config.clip_norm, stacked=sae.n_stacked is not None
+        )
+        self.saturation.watch(norms, applied)
         self.optimiser.step()
         if sae.unit_norm_decoder:
             normalise_rows(sae.W_dec)
-        sae.update_statistics(losses, config.ema_decay)
-        logs = self.step % config.log_every == 0 or self.step == config.steps - 1
-        if logs or self.revives or config.resample_every > 0:
-            fired = firing_counts(losses.feature_acts)
-            self.silent_samples = torch.where(fired > 0, 0, self.silent_samples + x.shape[-2])
-            if logs:
-                self._log(losses, penalties, l0=fired.sum(-1) / x.shape[-2])
+        sae.after_step(losses, config.ema_decay)
+        self._count_and_log(x, losses, penalties)
         if config.resamples_after(self.step):
             dead = self.silent_samples >= config.resample_every / 2 * x.shape[-2]
             resample_dead(sae, dead, x, self.optimiser, mix_seeds(config.seed, self.step))
@@ -190,46 +188,53 @@ class _Run:
     def _generator(self) -> Generator:
         return Generator().manual_seed(mix_seeds(self.config.seed, self.step))
 
-    def _log(self, losses: TrainingLosses, penalties: dict[str, Tensor], l0: Tensor) -> None:
-        terms = _terms(losses) | penalties | {"l0": l0}
-        record = {"step": self.step, "lr": self.config.lr_at(self.step)}
-        self.history.records.append(record | {name: v.tolist() for name, v in terms.items()})
+    def _count_and_log(
+        self, x: Tensor, losses: TrainingLosses, penalties: dict[str, Tensor]
+    ) -> None:
+        config, self.last_penalties = self.config, self.last_penalties | penalties
+        logs = self.step % config.log_every == 0 or self.step == config.steps - 1
+        if logs or self.revives or config.resample_every > 0:
+            fired = firing_counts(losses.feature_acts)
+            self.silent_samples = torch.where(fired > 0, 0, self.silent_samples + x.shape[-2])
+        if logs:
+            terms = _terms(losses) | self.last_penalties | {"l0": fired.sum(-1) / x.shape[-2]}
+            record = {"step": self.step, "lr": config.lr_at(self.step)}
+            self.history.records.append(record | {name: v.tolist() for name, v in terms.items()})
 
-    def _divergence(self, terms: dict[str, Tensor]) -> str:
-        listed = ", ".join(f"{name} {value.tolist()}" for name, value in terms.items())
-        saved = self.checkpoint is not None and self.checkpoint.exists()
-        last = (
-            f"The last good checkpoint is {self.checkpoint}."
-            if saved
-            else "There is no checkpoint."
-        )
-        return (
-            f"Training diverged at step {self.step}: {listed}. {last} "
-            "Try a smaller lr or a smaller regulariser weight."
-        )
+    def _check_finite(
+        self, total: Tensor, losses: TrainingLosses, penalties: dict[str, Tensor] | None = None
+    ) -> None:
+        if not torch.isfinite(total).all():
+            terms = _terms(losses) | (penalties or {})
+            raise DivergedError(_divergence(self.step, terms, self.checkpoint))
 
     # -- checkpoints ------------------------------------------------------------------------
 
-    def _identity(self, first_batch: Tensor) -> dict:
-        """What must be the same for a checkpoint to be continued."""
-        start = hashlib.sha256()
-        for tensor in (first_batch, *self.sae.state_dict().values()):
-            start.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-        described = {
-            "sae": self.sae.config
-            | {"n_stacked": self.sae.n_stacked, "norm_factor": self.sae.norm_factor},
-            "config": dataclasses.asdict(self.config),
-            "regularisers": [{"name": r.name} | dataclasses.asdict(r) for r in self.regularisers],
-            "start (hash of the new SAE and the first batch)": start.hexdigest()[:16],
+    def recipe(self, batch_size: int) -> dict[str, str | float | list[str]]:
+        """Steps, batch size, lr and regularisers; these as a list with an entry for each SAE of a stack."""
+
+        def penalties(copy: int) -> str:
+            own = [
+                r
+                if isinstance(r.weight, (int, float))
+                else dataclasses.replace(r, weight=r.weight[copy])
+                for r in self.regularisers
+            ]
+            return ", ".join(map(repr, own)) or "none"
+
+        stacked = self.sae.n_stacked
+        recipe = {"steps": self.config.steps, "batch_size": batch_size, "lr": self.config.lr}
+        return recipe | {
+            "regularisers": [penalties(i) for i in range(stacked)] if stacked else penalties(0)
         }
-        return json.loads(json.dumps(described))
 
     def save(self) -> None:
         if self.checkpoint is None:
             return
         if not all(torch.isfinite(p).all() for p in self.sae.parameters()):
-            raise DivergedError(self._divergence({}))
+            raise DivergedError(_divergence(self.step, {}, self.checkpoint))
         tensors = {f"sae.{name}": tensor for name, tensor in self.sae.state_dict().items()}
+        tensors |= {f"penalty.{name}": tensor for name, tensor in self.last_penalties.items()}
         tensors |= optimiser_tensors(self.optimiser, self.names)
         tensors["silent_samples"] = self.silent_samples
         state = {"step": self.step, "history": self.history.records, "run": self.identity}
@@ -237,21 +242,44 @@ class _Run:
 
     def resume(self) -> None:
         tensors, state = read_checkpoint(self.checkpoint)
-        for part, ours in self.identity.items():
-            theirs = state["run"].get(part)
-            if theirs != ours:
-                raise ValueError(
-                    f"{self.checkpoint} belongs to another training: its {part} is {theirs}, but "
-                    f"now it is {ours}. Name another file, or delete this one to start anew."
-                )
-        prefix = "sae."
-        self.sae.load_state_dict(
-            {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-        )
+        check_same_run(self.checkpoint, state["run"], self.identity)
+
+        def named(prefix: str) -> dict[str, Tensor]:
+            return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+        self.sae.load_state_dict(named("sae."))
         restore_optimiser(self.optimiser, self.names, tensors)
+        self.last_penalties = named("penalty.")
         self.silent_samples.copy_(tensors["silent_samples"])
         self.step = state["step"]
         self.history.records[:] = state["history"]
+
+
+class _Saturation:
+    """Warns, once, where a penalty of every > 1 fills its steps and the gradient's bound cuts them.
+
+    Such a step moves the SAE by the bound, in the penalty's direction, however large λ is.
+    """
+
+    DOMINATES = 10
+
+    def __init__(self, clip_norm: float) -> None:
+        self.clip_norm, self.usual, self.warned = clip_norm, None, False
+
+    def watch(self, norms: Tensor, applied: list[Regulariser]) -> None:
+        """Gradient norms of a step before the bound, and the penalties that acted on it."""
+        rare = [r.name for r in applied if r.every > 1]
+        if not rare:
+            self.usual = norms
+        elif self.usual is not None and not self.warned:
+            if (norms > (self.DOMINATES * self.usual).clamp(min=self.clip_norm)).any():
+                self.warned = True
+                warnings.warn(
+                    f"{' and '.join(rare)} makes the gradient more than {self.DOMINATES} times as long as "
+                    f"it is on the steps between, and clip_norm={self.clip_norm:g} cuts it: a larger weight "
+                    "changes nothing more. Take a smaller weight, every=1, or a larger clip_norm.",
+                    stacklevel=5,
+                )
 
 
 def _terms(losses: TrainingLosses) -> dict[str, Tensor]:
@@ -260,44 +288,39 @@ def _terms(losses: TrainingLosses) -> dict[str, Tensor]:
     return {name: value.detach() for name, value in terms.items() if value is not None}
 
 
-# -- pieces of the recipe, for a single SAE (…) or a stack (n_stacked, …) -------------------------
+# -- what is refused ------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def geometric_median(x: Tensor, iterations: int = 20) -> Tensor:
-    """Point of least summed distance to the samples, by Weiszfeld's iteration.
-
-    x (..., batch, d_in) -> (..., d_in).
-    """
-    median = x.mean(-2)
-    for _ in range(iterations):
-        distances = torch.linalg.vector_norm(x - median.unsqueeze(-2), dim=-1, keepdim=True)
-        weights = 1 / distances.clamp(min=1e-6)
-        median = (x * weights).sum(-2) / weights.sum(-2)
-    return median
+def _divergence(step: int, terms: dict[str, Tensor], checkpoint: Path | None) -> str:
+    listed = ", ".join(f"{name} {value.tolist()}" for name, value in terms.items())
+    saved = checkpoint is not None and checkpoint.exists()
+    last = f"The last good checkpoint is {checkpoint}." if saved else "There is no checkpoint."
+    return (
+        f"Training diverged at step {step}: {listed}. {last} "
+        "Try a smaller lr or a smaller regulariser weight."
+    )
 
 
-@torch.no_grad()
-def remove_parallel_gradient(W_dec: Tensor) -> None:
-    """Take from each decoder row's gradient the part along the row, which renormalising undoes."""
-    along = (W_dec.grad * W_dec).sum(-1, keepdim=True)
-    W_dec.grad -= along * W_dec
-
-
-@torch.no_grad()
-def clip_gradients(parameters: list[Tensor], max_norm: float, *, stacked: bool) -> None:
-    """Scale the gradients of each SAE so that their common norm is at most max_norm."""
-    keep = 1 if stacked else 0
-    squares = sum(p.grad.square().sum(dim=tuple(range(keep, p.ndim))) for p in parameters)
-    factors = (max_norm / squares.sqrt().clamp(min=1e-12)).clamp(max=1.0)
-    for p in parameters:
-        p.grad *= factors.reshape(factors.shape + (1,) * (p.ndim - keep))
-
-
-@torch.no_grad()
-def normalise_rows(W_dec: Tensor) -> None:
-    """Bring every decoder row back to norm 1."""
-    W_dec /= torch.linalg.vector_norm(W_dec, dim=-1, keepdim=True).clamp(min=1e-12)
+def _checked_regularisers(given: Sequence[Regulariser], sae: SAE) -> tuple[Regulariser, ...]:
+    if isinstance(given, Regulariser):
+        raise TypeError(
+            f"regularisers is one {type(given).__name__}; expected a list: [{type(given).__name__}(...)]."
+        )
+    for one in given:
+        if not isinstance(one, Regulariser):
+            raise TypeError(
+                f"regularisers holds {one!r}; expected Regulariser objects such as C2R."
+            )
+        shape = torch.as_tensor(one.weight).shape
+        if shape and shape != sae.W_dec.shape[:-2]:
+            raise ValueError(
+                f"{one.name} has {len(one.weight)} weights; expected one number, or one for "
+                f"each SAE of a stack ({sae.n_stacked or 'this is a single SAE'})."
+            )
+    names = [one.name for one in given]
+    if len(set(names)) < len(names):
+        raise ValueError(f"Regularisers are {names}; give each kind once, with its whole weight.")
+    return tuple(given)
 
 
 def _checked(x: Tensor, sae: SAE, step: int) -> Tensor:
@@ -315,3 +338,20 @@ def _checked(x: Tensor, sae: SAE, step: int) -> Tensor:
             "made of."
         )
     return x
+
+
+def _check_scale(x: Tensor, expected: float | None) -> None:
+    """E‖x‖² must be as expected up to a factor of 1.5, and three standard errors of so small a batch."""
+    if expected is None:
+        return
+    squares = x.float().square().sum(-1)
+    mean, error = squares.mean(-1), squares.std(-1) / x.shape[-2] ** 0.5
+    wrong = (mean - 3 * error > 1.5 * expected) | (mean + 3 * error < expected / 1.5)
+    if wrong.any():
+        found = mean[wrong].flatten()[0].item()
+        raise ValueError(
+            f"The first batch has E‖x‖² = {found:.4g}; expected about {expected:g}, on which lr and every "
+            f"weight rest. Multiply the batches by {(expected / found) ** 0.5:.4g} and set "
+            "sae.norm_factor to that number, or say TrainConfig(mean_square_norm=None) to train on them "
+            "as they are."
+        )
