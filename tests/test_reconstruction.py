@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from c2r_core.metrics.decoder import neighbour_cosines
+from c2r_core.metrics.decoder import decoder_summary
 from c2r_core.metrics.reconstruction import evaluate_reconstruction
 from c2r_core.saes import TopKSAE
 from c2r_core.statistics import mean_interval, paired_interval
@@ -31,12 +31,15 @@ def activations(n=500, seed=0):
 
 def test_fvu_is_about_the_mean_over_all_tokens():
     x = activations()
-    report = evaluate_reconstruction(Plain(0.9), x.split(130))
+    report, _ = evaluate_reconstruction(Plain(0.9), x.split(130))
     plain = (0.1 * x).square().sum() / (x - x.mean(0)).square().sum()
     assert report.fvu == pytest.approx(plain.item(), rel=1e-5)
     assert report.explained_variance == pytest.approx(1 - plain.item(), rel=1e-5)
-    assert report.cosine == pytest.approx(1) and report.norm_ratio == pytest.approx(0.9)
-    assert report.relative_bias == pytest.approx(0.9) and report.n_tokens == 500
+    assert report.cossim == pytest.approx(1) and report.l2_ratio == pytest.approx(0.9)
+    assert (
+        report.relative_reconstruction_bias == pytest.approx(0.9)
+        and report.total_tokens_eval_reconstruction == 500
+    )
 
 
 def test_predicting_the_mean_explains_nothing():
@@ -46,21 +49,25 @@ def test_predicting_the_mean_explains_nothing():
         def decode(self, feature_acts):
             return x.mean(0).expand_as(feature_acts)
 
-    assert evaluate_reconstruction(Mean(1), [x]).fvu == pytest.approx(1, rel=1e-5)
+    assert evaluate_reconstruction(Mean(1), [x])[0].fvu == pytest.approx(1, rel=1e-5)
 
 
 def test_counts_of_latents():
-    report = evaluate_reconstruction(Plain(1.0, keep=2), [activations()])
-    assert report.l0 == 2 and report.live_share == pytest.approx(1 / 3)
-    assert report.dense_share == pytest.approx(1 / 3)
-    assert report.density.tolist() == [1, 1, 0, 0, 0, 0]
+    report, density = evaluate_reconstruction(Plain(1.0, keep=2), [activations()])
+    assert report.l0 == report.num_alive == 2 and report.frac_alive == pytest.approx(1 / 3)
+    assert report.freq_over_10_percent == pytest.approx(1 / 3)
+    assert report.freq_under_001_percent == pytest.approx(2 / 3)
+    assert report.normalized_freq_over_10_percent == 1
+    assert density.tolist() == [1, 1, 0, 0, 0, 0]
 
 
 def test_chunks_do_not_matter():
     sae, x = TopKSAE(6, 20, k=2), activations()
-    whole, parts = (evaluate_reconstruction(sae, chunks) for chunks in ([x], x.split(7)))
+    (whole, densities), (parts, same) = (
+        evaluate_reconstruction(sae, chunks) for chunks in ([x], x.split(7))
+    )
     assert whole.fvu == pytest.approx(parts.fvu, rel=1e-6)
-    assert torch.equal(whole.density, parts.density) and whole.l0 == 2
+    assert torch.equal(densities, same) and whole.l0 == 2
 
 
 def test_nothing_to_evaluate_is_an_error():
@@ -72,17 +79,17 @@ def test_nothing_to_evaluate_is_an_error():
         evaluate_reconstruction(Plain(1), [torch.full((5, 6), torch.nan)])
 
 
-def test_neighbour_cosines_count_live_latents_only():
+def test_decoder_summary_count_live_latents_only():
     W_dec = torch.tensor([[1.0, 0], [1, 0], [0, 1], [0.8, 0.6]])
-    everyone = neighbour_cosines(W_dec)
+    everyone = decoder_summary(W_dec)
     assert everyone.share_above_09 == pytest.approx(0.5)
     assert everyone.share_above_07 == pytest.approx(0.75)
-    assert everyone.mean == pytest.approx((1 + 1 + 0.6 + 0.8) / 4)
-    live = neighbour_cosines(W_dec, torch.tensor([True, False, True, True]))
-    assert live.share_above_09 == 0 and live.n_live == 3
-    assert live.mean == pytest.approx((0.8 + 0.6 + 0.8) / 3)
+    assert everyone.average_max_decoder_cosine_sim == pytest.approx((1 + 1 + 0.6 + 0.8) / 4)
+    live = decoder_summary(W_dec, torch.tensor([True, False, True, True]))
+    assert live.share_above_09 == 0 and live.n_latents == 3
+    assert live.average_max_decoder_cosine_sim == pytest.approx((0.8 + 0.6 + 0.8) / 3)
     with pytest.raises(ValueError, match="1 latents are live"):
-        neighbour_cosines(W_dec, torch.tensor([True, False, False, False]))
+        decoder_summary(W_dec, torch.tensor([True, False, False, False]))
 
 
 def test_paired_interval_is_students_t():

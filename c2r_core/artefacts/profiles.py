@@ -207,6 +207,8 @@ class StrengthProfile(_Section):
 class EvaluationProfile(_Section):
     """How much the metrics read that go beyond reconstruction and first letters."""
 
+    word_splits: Count
+    """Splits of the words of first letters into training and test words."""
     passages: Count
     """Passages of the held-out documents, for the labelled tasks."""
     passage_tokens: Count

@@ -14,9 +14,9 @@ How tokens are treated, in every arm alike:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,6 +24,9 @@ import torch
 from torch import Tensor
 
 from c2r_core.data.language_models import Precision, run_to_hook
+from c2r_core.errors import NotEvaluable
+from c2r_core.metrics import metric
+from c2r_core.metrics.inputs import Inputs
 from c2r_core.saes.interface import AnySAE
 
 if TYPE_CHECKING:
@@ -31,117 +34,93 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class CrossEntropyReport:
-    """Next-token cross-entropies, means per predicted token, in nats.
+class ModelPreservation:
+    """The language model's own loss with the activation replaced, in nats per predicted token.
 
-    Attributes
-    ----------
-    ce_model : float
-        Of the untouched model.
-    ce_sae, ce_zero, ce_mean : float
-        With the activation replaced by the SAE's reconstruction, by zero, by its mean.
-    recovered_zero : float or None
-        (ce_zero − ce_sae) / (ce_zero − ce_model): 1 if the reconstruction is as good as the
-        activation, 0 if it is as bad as zero ablation, negative if worse. Says nothing where
-        ablation lowers the loss, as in untrained models; None where it leaves it as it is.
-    recovered_mean : float or None
-        Likewise with mean ablation.
-    kl : float
-        KL(p_model ‖ p_sae).
-    n_tokens : int
-        Predicted tokens.
-    n_unchanged : int
-        Tokens that kept their activation in every arm.
+    The first token of each context and tokens of huge norm keep their activation in every arm;
+    SAEBench replaces them too. Ablation sets the activation to zero.
     """
 
-    ce_model: float
-    ce_sae: float
-    ce_zero: float
-    ce_mean: float
-    recovered_zero: float | None
-    recovered_mean: float | None
-    kl: float
-    n_tokens: int
-    n_unchanged: int
+    ce_loss_score: float | None
+    """(ce_loss_with_ablation − ce_loss_with_sae) / (ce_loss_with_ablation − ce_loss_without_sae): 1 if
+    the reconstruction is as good as the activation, 0 if as bad as none. Says nothing where ablation
+    lowers the loss, as in untrained models; null where it leaves it as it is."""
+    ce_loss_with_ablation: float
+    ce_loss_with_sae: float
+    ce_loss_without_sae: float
+    kl_div_score: float | None
+    """(kl_div_with_ablation − kl_div_with_sae) / kl_div_with_ablation."""
+    kl_div_with_ablation: float
+    kl_div_with_sae: float
+    """KL(p_model ‖ p_sae)."""
+    ce_loss_score_mean_ablation: float | None
+    """Ours: ce_loss_score with the mean activation as the floor."""
+    ce_loss_with_mean_ablation: float
+    n_predicted_tokens: int
+    n_unchanged_tokens: int
+    """Tokens that kept their activation."""
 
 
-def cross_entropy_recovered(
+@metric(
+    "model_preservation",
+    group="core",
+    headline={"ce_loss_score": "higher", "kl_div_score": "higher"},
+)
+def measure_model_preservation(inputs: Inputs) -> ModelPreservation:
+    """Cross-entropy and KL divergence on evenly spaced held-out contexts."""
+    store = inputs.activations
+    n = min(inputs.lm.cross_entropy_contexts, len(store.contexts))
+    chosen = np.linspace(0, len(store.contexts) - 1, n).astype(int)
+    return model_preservation(
+        inputs.language_model,
+        inputs.sae,
+        torch.from_numpy(store.contexts[chosen]),
+        inputs.lm.hook_name,
+        max_norm=inputs.lm.drop_norm_ratio * store.manifest.median_norm,
+        precision=inputs.precision,
+    )
+
+
+def model_preservation(
     model: TransformerBridge,
     sae: AnySAE,
     tokens: Tensor,
     hook_name: str,
     *,
-    drop_norm_ratio: float = 6.0,
-    median_norm: float | None = None,
+    max_norm: float = math.inf,
     mean_activation: Tensor | None = None,
     batch_size: int = 8,
     precision: Precision = "float32",
-) -> CrossEntropyReport:
-    """Cross-entropy recovered by one SAE; see `compare_cross_entropy` for parameters and errors."""
-    reports = compare_cross_entropy(
-        model,
-        {"sae": sae},
-        tokens,
-        hook_name,
-        drop_norm_ratio=drop_norm_ratio,
-        median_norm=median_norm,
-        mean_activation=mean_activation,
-        batch_size=batch_size,
-        precision=precision,
-    )
-    return reports["sae"]
-
-
-def compare_cross_entropy(
-    model: TransformerBridge,
-    saes: Mapping[str, AnySAE],
-    tokens: Tensor,
-    hook_name: str,
-    *,
-    drop_norm_ratio: float = 6.0,
-    median_norm: float | None = None,
-    mean_activation: Tensor | None = None,
-    batch_size: int = 8,
-    precision: Precision = "float32",
-) -> dict[str, CrossEntropyReport]:
-    """Cross-entropy recovered by several SAEs of one hook, on the same tokens.
-
-    The untouched model and the two ablated ones run once for all SAEs, so n SAEs cost n + 3
-    forward passes instead of 4 n. Blocks below the hook run again in each, because
-    transformer_lens's bridge cannot start in the middle.
+) -> ModelPreservation:
+    """Loss and KL divergence with the activation kept, reconstructed and ablated: four passes a token.
 
     Parameters
     ----------
     model : TransformerBridge
-    saes : mapping of name to SAE
-        Each takes raw activations. Rows are encoded and decoded independently of each other.
+    sae : any object with encode and decode
+        Takes raw activations, each row on its own.
     tokens : Tensor of int, shape (n_contexts, context_size)
         Full contexts, cut like those of training (first token included).
     hook_name : str
         Such as `blocks.4.hook_resid_post`.
-    drop_norm_ratio : float
-        Tokens of a norm over this many times the median keep their activation.
-    median_norm : float, optional
-        Of the activations, the first of each context excepted; `ActivationStore.manifest` has it.
-        None measures it on `tokens`, at the price of one pass up to the hook.
+    max_norm : float
+        Tokens of a larger norm keep their activation.
     mean_activation : Tensor, shape (d_in,), optional
-        What mean ablation puts in. None measures it on the replaced tokens, at the same price.
+        What mean ablation puts in. None measures it on the replaced tokens, at the cost of one pass up
+        to the hook.
     batch_size : int
         Contexts per forward pass. Memory is about 5 · batch_size · context_size · vocabulary
         floats.
     precision : "float32" or "bfloat16"
         Of the model's matrix products, as in `run_to_hook`.
 
-    Returns
-    -------
-    dict of CrossEntropyReport, in the order of `saes`
-
     Raises
     ------
+    NotEvaluable
+        If no token is replaced, or the SAE returns another shape, NaN or infinite values.
     ValueError
-        If `tokens` has no two-dimensional shape with contexts of two tokens or more, if
-        `run_to_hook` refuses the hook or the precision, if no token is replaced, or if an SAE
-        returns another shape, NaN or infinite values.
+        If `tokens` has no two-dimensional shape with contexts of two tokens or more, or if
+        `run_to_hook` refuses the hook or the precision.
     """
     if tokens.ndim != 2 or tokens.shape[0] < 1 or tokens.shape[1] < 2:
         raise ValueError(
@@ -152,67 +131,54 @@ def compare_cross_entropy(
     # One context through the model finds a wrong hook or precision before the work begins.
     run_to_hook(model, tokens[:1], hook_name, precision)
     batches = tokens.split(batch_size)
-    if median_norm is None:
-        median_norm = _median_norm(model, batches, hook_name, precision)
-    max_norm = drop_norm_ratio * median_norm
     if mean_activation is None:
         mean_activation = _mean_activation(model, batches, hook_name, precision, max_norm)
-
     mean_activation = mean_activation.to(tokens.device)
 
-    ce_model = ce_zero = ce_mean = 0.0
-    ce_sae, kl = dict.fromkeys(saes, 0.0), dict.fromkeys(saes, 0.0)
+    ce = dict.fromkeys(("model", "zero", "mean", "sae"), 0.0)
+    kl = dict.fromkeys(("zero", "sae"), 0.0)
     n_unchanged = 0
     for batch in batches:
         seen: list[Tensor] = []
         log_p_model = _log_probs(model, batch, hook_name, seen.append, precision)
-        activation = seen[0]
-        is_replaced = _is_replaced(activation, max_norm)
+        activation, is_replaced = seen[0], _is_replaced(seen[0], max_norm)
         n_unchanged += int((~is_replaced).sum())
         x = activation[is_replaced].float()
-        run = partial(
-            _replaced_log_probs, model, batch, hook_name, activation, is_replaced, precision
-        )
-        ce_model += _cross_entropy(log_p_model, batch)
-        ce_zero += _cross_entropy(run(torch.zeros_like(x)), batch)
-        ce_mean += _cross_entropy(run(mean_activation.expand_as(x)), batch)
-        for name, sae in saes.items():
-            log_p = run(_reconstruct(name, sae, x))
-            ce_sae[name] += _cross_entropy(log_p, batch)
-            kl[name] += _kl_divergence(log_p_model, log_p)
+        ce["model"] += _cross_entropy(log_p_model, batch)
+        replacements = {
+            "zero": torch.zeros_like(x),
+            "mean": mean_activation.expand_as(x),
+            "sae": _reconstruct(sae, x),
+        }
+        for arm, replacement in replacements.items():
+            edited = activation.clone()
+            edited[is_replaced] = replacement.to(edited)
+            log_p = _log_probs(model, batch, hook_name, lambda _, new=edited: new, precision)
+            ce[arm] += _cross_entropy(log_p, batch)
+            if arm in kl:
+                kl[arm] += _kl_divergence(log_p_model, log_p)
 
     n_tokens = tokens[:, 1:].numel()
-    ce_model, ce_zero, ce_mean = ce_model / n_tokens, ce_zero / n_tokens, ce_mean / n_tokens
-    return {
-        name: CrossEntropyReport(
-            ce_model=ce_model,
-            ce_sae=ce_sae[name] / n_tokens,
-            ce_zero=ce_zero,
-            ce_mean=ce_mean,
-            recovered_zero=_recovered(ce_zero, ce_sae[name] / n_tokens, ce_model),
-            recovered_mean=_recovered(ce_mean, ce_sae[name] / n_tokens, ce_model),
-            kl=kl[name] / n_tokens,
-            n_tokens=n_tokens,
-            n_unchanged=n_unchanged,
-        )
-        for name in saes
-    }
+    ce, kl = ({arm: value / n_tokens for arm, value in sums.items()} for sums in (ce, kl))
+    return ModelPreservation(
+        ce_loss_score=_recovered(ce["zero"], ce["sae"], ce["model"]),
+        ce_loss_with_ablation=ce["zero"],
+        ce_loss_with_sae=ce["sae"],
+        ce_loss_without_sae=ce["model"],
+        kl_div_score=(kl["zero"] - kl["sae"]) / kl["zero"] if kl["zero"] else None,
+        kl_div_with_ablation=kl["zero"],
+        kl_div_with_sae=kl["sae"],
+        ce_loss_score_mean_ablation=_recovered(ce["mean"], ce["sae"], ce["model"]),
+        ce_loss_with_mean_ablation=ce["mean"],
+        n_predicted_tokens=n_tokens,
+        n_unchanged_tokens=n_unchanged,
+    )
 
 
 def _recovered(ce_ablated: float, ce_sae: float, ce_model: float) -> float | None:
     if ce_ablated == ce_model:
         return None
     return (ce_ablated - ce_sae) / (ce_ablated - ce_model)
-
-
-def _median_norm(
-    model: TransformerBridge, batches: Sequence[Tensor], hook_name: str, precision: Precision
-) -> float:
-    norms = [
-        run_to_hook(model, batch, hook_name, precision)[:, 1:].norm(dim=-1).flatten().cpu()
-        for batch in batches
-    ]
-    return float(np.median(torch.cat(norms).numpy()))
 
 
 def _mean_activation(
@@ -228,9 +194,9 @@ def _mean_activation(
         x = activation[_is_replaced(activation, max_norm)]
         total, count = total + x.double().sum(0), count + len(x)
     if count == 0:
-        raise ValueError(
+        raise NotEvaluable(
             "Every token keeps its activation: beside the first of each context, none has a norm "
-            f"of at most {max_norm:.4g}. Check median_norm and drop_norm_ratio."
+            f"of at most {max_norm:.4g}."
         )
     return (total / count).float()
 
@@ -242,33 +208,19 @@ def _is_replaced(activation: Tensor, max_norm: float) -> Tensor:
     return is_replaced
 
 
-def _reconstruct(name: str, sae: AnySAE, x: Tensor) -> Tensor:
-    with torch.no_grad():
-        x_hat = sae.decode(sae.encode(x))
+@torch.no_grad()
+def _reconstruct(sae: AnySAE, x: Tensor) -> Tensor:
+    x_hat = sae.decode(sae.encode(x))
     if x_hat.shape != x.shape or not x_hat.isfinite().all():
         fault = (
             f"shape {tuple(x_hat.shape)}" if x_hat.shape != x.shape else "NaN or infinite values"
         )
-        raise ValueError(
-            f"SAE {name!r} returned {fault} for activations of shape {tuple(x.shape)}; expected "
-            "finite reconstructions of the same shape. Was it trained for this hook, and does it "
-            "take raw activations?"
+        raise NotEvaluable(
+            f"The SAE returned {fault} for activations of shape {tuple(x.shape)}; expected finite "
+            "reconstructions of the same shape. Was it trained for this hook, and does it take raw "
+            "activations?"
         )
     return x_hat
-
-
-def _replaced_log_probs(
-    model: TransformerBridge,
-    tokens: Tensor,
-    hook_name: str,
-    activation: Tensor,
-    is_replaced: Tensor,
-    precision: Precision,
-    replacement: Tensor,
-) -> Tensor:
-    edited = activation.clone()
-    edited[is_replaced] = replacement.to(edited)
-    return _log_probs(model, tokens, hook_name, lambda _: edited, precision)
 
 
 def _log_probs(
