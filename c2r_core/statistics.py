@@ -1,4 +1,4 @@
-"""Confidence intervals of means and of paired differences."""
+"""Confidence intervals of means and of paired differences, rank correlations, trade-offs."""
 
 from __future__ import annotations
 
@@ -125,3 +125,52 @@ def _spearman(x: np.ndarray, y: np.ndarray) -> float:
 
 def _resamples(n: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(n, size=(N_RESAMPLES, n))
+
+
+def cost_at(failure: Sequence[float], cost: Sequence[float], target: float) -> float:
+    """Cost at which a trade-off first brings a failure down to a target, linear between its points.
+
+    Two metrics trade against each other while a weight sweeps from nothing to too much.
+
+    Parameters
+    ----------
+    failure : sequence of float
+        What should be low, such as absorption: one entry a point, in order of the weight.
+    cost : sequence of float of equal length
+        What it costs, such as FVU; or the weight itself, for the weight that is needed.
+    target : float
+
+    Returns
+    -------
+    float
+        The first point's cost if that is at the target already; NaN, not evaluable, if no point is.
+
+    Raises
+    ------
+    ValueError
+        If the lengths differ, there is no point, or a value is not finite.
+
+    Examples
+    --------
+    >>> cost_at(failure=[0.4, 0.2, 0.0], cost=[0.0, 0.1, 0.5], target=0.1)
+    0.3
+    """
+    failure, cost = np.asarray(failure, dtype=float), np.asarray(cost, dtype=float)
+    if failure.shape != cost.shape or failure.ndim != 1 or not len(failure):
+        raise ValueError(
+            f"Got {failure.shape} failures and {cost.shape} costs; expected two sequences of "
+            "equal length with at least one point."
+        )
+    if not (np.isfinite(failure).all() and np.isfinite(cost).all()):
+        raise ValueError(
+            f"Got failures {failure.tolist()} and costs {cost.tolist()}; expected finite values."
+        )
+    reached = np.flatnonzero(failure <= target)
+    if not len(reached):
+        return float("nan")
+    last = reached[0]
+    if last == 0:
+        return float(cost[0])
+    first = last - 1
+    share = (failure[first] - target) / (failure[first] - failure[last])
+    return float(cost[first] + share * (cost[last] - cost[first]))

@@ -19,6 +19,11 @@ needs_extra("evaluate", "pandas", "pydantic", "scipy", "sklearn")
 STUDIES = {
     "toy": "c2r_core.experiments.toy",
     "architectures": "c2r_core.experiments.architectures",
+    "ablations": "c2r_core.experiments.ablations",
+    "knobs": "c2r_core.experiments.knobs",
+    "correlated": "c2r_core.experiments.correlated",
+    "benchmark": "c2r_core.experiments.benchmark",
+    "language_model": "c2r_core.experiments.language_model",
 }
 """By name, the module that makes the study's cells."""
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from c2r_core.artefacts.cells import Cell
 from c2r_core.artefacts.names import slug
 from c2r_core.artefacts.profiles import Profile, ToyProfile, training_seeds
-from c2r_core.experiments.synthetic import Sweep
+from c2r_core.experiments.study import Study
 from c2r_core.experiments.toy import arm_table, standard_arms, toy_arm, toy_cell
 
 if TYPE_CHECKING:
@@ -30,9 +30,9 @@ TITLES = {
 def cells(profile: Profile, seed: int = 0, device: str = "cpu") -> list[Cell]:
     """Baseline, C²R and OrtSAE on each architecture."""
     toy = profile.toy
-    sweep = Sweep("architectures", profile, training_seeds(toy.comparison_seeds, seed), device)
+    study = Study("architectures", profile, training_seeds(toy.comparison_seeds, seed), device)
     return [
-        toy_cell(sweep, name, toy_arm(toy, architecture, regulariser))
+        toy_cell(study, name, toy_arm(toy, architecture, regulariser))
         for name, (architecture, regulariser) in _arms(toy).items()
     ]
 

@@ -1,98 +1,111 @@
-"""What the synthetic benchmark's runs are worth: tables, and how the weights were chosen.
-
-    python -m c2r_core.experiments.benchmark
-
-chooses them: the same number of weights in geometric steps for C²R and OrtSAE, on seeds that no claim
-uses, the one of highest F1. The outcome is results/tuning/benchmark.json; profiles.yml repeats it.
-"""
+"""Study `benchmark`, of notebook 10: BatchTopK SAEs on a `GatedForest`, many features of unlike frequency."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from c2r_core.artefacts.profiles import BenchmarkProfile, load_profile
-from c2r_core.artefacts.results import tuning_dir, write_json
-from c2r_core.experiments.benchmark_runs import (
-    BenchmarkRuns,
-    benchmark_features,
-    c2r_of,
-    train_benchmark_arms,
-)
-from c2r_core.metrics.benchmark import BenchmarkReport, evaluate_benchmark
-from c2r_core.training import Orthogonality
+from c2r_core.artefacts.cells import Cell
+from c2r_core.artefacts.names import slug
+from c2r_core.artefacts.profiles import BenchmarkProfile, Profile, training_seeds
+from c2r_core.data.forest import GatedForest
+from c2r_core.experiments.study import Study
+from c2r_core.experiments.synthetic import EVALUATION_SEED, Arm, trained
+from c2r_core.experiments.toy import arm_table
+from c2r_core.metrics.benchmark import evaluate_benchmark
+from c2r_core.training import C2R, Orthogonality, Regulariser, TrainConfig, weight_from_strength
 
 if TYPE_CHECKING:
     import pandas as pd
 
-EVALUATION_SEED = 10**6  # no training seed comes near, so evaluation samples are new
-TUNING_SEEDS = (0, 1)
-C2R_STRENGTHS = (0.02, 0.08, 0.32, 1.28)
-ORTHOGONALITY_WEIGHTS = (0.03, 0.12, 0.48, 1.92)
-SHOWN = ["f1", "mcc", "uniqueness", "absorption", "near_duplicates", "fvu", "l0", "live_share"]
+TITLES = ("baseline", "C²R", "OrtSAE")
 
 
-def benchmark_reports(
-    benchmark: BenchmarkProfile, runs: BenchmarkRuns
-) -> dict[tuple[str, int], BenchmarkReport]:
-    """`evaluate_benchmark` of every run, all on the same samples, which no run has seen."""
-    features = benchmark_features(benchmark)
-    return {
-        run: evaluate_benchmark(
-            sae,
-            features,
-            n_samples=benchmark.evaluation_samples,
-            generator=torch.Generator().manual_seed(EVALUATION_SEED),
+def cells(profile: Profile, seed: int = 0, device: str = "cpu") -> list[Cell]:
+    """Baseline, C²R and OrtSAE with the profile's weights."""
+    benchmark = profile.benchmark
+    study = Study("benchmark", profile, training_seeds(benchmark.seeds, seed), device)
+    c2r, weight = benchmark.c2r_strength, benchmark.orthogonality_weight
+    penalties = (None, c2r_of(benchmark, c2r), orthogonality_of(benchmark, weight))
+    return [
+        study.cell(
+            title,
+            measure,
+            arm=benchmark_arm(benchmark, penalty),
+            samples=benchmark.evaluation_samples,
         )
-        for run, sae in runs.items()
-    }
+        for title, penalty in zip(TITLES, penalties, strict=True)
+    ]
 
 
-def benchmark_table(reports: dict[tuple[str, int], BenchmarkReport]) -> pd.DataFrame:
+@cache
+def benchmark_features(benchmark: BenchmarkProfile) -> GatedForest:
+    """The profile's features; one object a process, since measuring their rates takes seconds."""
+    return GatedForest(
+        n_features=benchmark.n_features, d_in=benchmark.d_in, n_roots=benchmark.n_roots
+    )
+
+
+def benchmark_arm(benchmark: BenchmarkProfile, regulariser: Regulariser | None) -> Arm:
+    """A BatchTopK SAE on the forest, None for the baseline."""
+    config = TrainConfig(steps=benchmark.steps, lr=benchmark.lr, clip_norm=benchmark.clip_norm)
+    return Arm(
+        features=benchmark_features(benchmark),
+        architecture="batch_topk",
+        d_sae=benchmark.d_sae,
+        batch_size=benchmark.batch_size,
+        config=config,
+        arguments={"k": benchmark.k},
+        regulariser=regulariser,
+    )
+
+
+def c2r_of(benchmark: BenchmarkProfile, strength: float) -> C2R:
+    """C²R of a dimensionless strength at the profile's batch size and width."""
+    sizes = {"batch_size": benchmark.batch_size, "d_sae": benchmark.d_sae}
+    return C2R(weight_from_strength(strength, **sizes), every=benchmark.penalty_every)
+
+
+def orthogonality_of(benchmark: BenchmarkProfile, weight: float) -> Orthogonality:
+    """OrtSAE's penalty on the steps on which C²R acts."""
+    return Orthogonality(weight, every=benchmark.penalty_every)
+
+
+def measure(arm: Arm, samples: int, seeds: Sequence[int], device: str) -> list[dict[str, Any]]:
+    """`BenchmarkReport` of each seed, all on the same samples, which no run has seen."""
+    return [
+        {"seed": seed}
+        | asdict(
+            evaluate_benchmark(
+                sae,
+                arm.features,
+                n_samples=samples,
+                generator=torch.Generator().manual_seed(EVALUATION_SEED),
+            )
+        )
+        for seed, sae in trained(arm, seeds, device).items()
+    ]
+
+
+def benchmark_table(values: Mapping[str, Any]) -> pd.DataFrame:
     """One row per run: arm, seed and the fields of `BenchmarkReport`, without the bands."""
-    import pandas as pd
-
-    rows = [{"arm": arm, "seed": seed} | asdict(report) for (arm, seed), report in reports.items()]
-    return pd.DataFrame(rows).drop(columns="bands")
+    about = {slug(title): {"arm": title} for title in TITLES}
+    return arm_table(values, about).drop(columns="bands")
 
 
-def band_table(reports: dict[tuple[str, int], BenchmarkReport]) -> pd.DataFrame:
+def band_table(values: Mapping[str, Any]) -> pd.DataFrame:
     """One row per run and frequency band: arm, seed, band (a title) and its measures."""
     import pandas as pd
 
     return pd.DataFrame(
-        {"arm": arm, "seed": seed, "band": f"{band.lowest_rate:g} to {band.highest_rate:g}"}
-        | asdict(band)
-        for (arm, seed), report in reports.items()
-        for band in report.bands
+        {"arm": title, "seed": row["seed"]}
+        | {"band": f"{band['lowest_rate']:g} to {band['highest_rate']:g}"}
+        | band
+        for title in TITLES
+        for row in values[slug(title)]
+        for band in row["bands"]
     )
-
-
-def main() -> None:
-    """Train every candidate, write means and the choice."""
-    benchmark = load_profile("default").benchmark
-    every = benchmark.penalty_every
-    candidates = {
-        "c2r_strength": {s: c2r_of(benchmark, s) for s in C2R_STRENGTHS},
-        "orthogonality_weight": {w: Orthogonality(w, every=every) for w in ORTHOGONALITY_WEIGHTS},
-    }
-    outcome = {}
-    for name, arms in {"baseline": {0.0: None}, **candidates}.items():
-        tried = []
-        for weight, regulariser in arms.items():
-            runs = train_benchmark_arms(benchmark, {"arm": regulariser}, TUNING_SEEDS)
-            means = benchmark_table(benchmark_reports(benchmark, runs))[SHOWN].mean()
-            tried.append({"weight": weight} | means.round(4).to_dict())
-            print(name, tried[-1], flush=True)
-        chosen = max(tried, key=lambda row: row["f1"])["weight"]
-        outcome[name] = {"chosen": chosen, "tried": tried}
-    write_json(
-        tuning_dir() / "benchmark.json",
-        {"criterion": "highest F1, mean over seeds", "seeds": TUNING_SEEDS, "outcome": outcome},
-    )
-
-
-if __name__ == "__main__":
-    main()

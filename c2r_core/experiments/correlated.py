@@ -1,16 +1,17 @@
-"""C²R and OrtSAE where true features are themselves correlated: sweeps over worlds and weights."""
+"""Study `correlated`, of notebook 09: C²R and OrtSAE where true features are themselves correlated."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
-from c2r_core.artefacts.names import unknown_name
-from c2r_core.artefacts.profiles import CorrelatedProfile, ToyProfile
-from c2r_core.experiments.synthetic import c2r_of, train_toy_arms
-from c2r_core.experiments.toy import toy_table
+from c2r_core.artefacts.cells import Cell
+from c2r_core.artefacts.names import slug, unknown_name
+from c2r_core.artefacts.profiles import CorrelatedProfile, Profile, ToyProfile, training_seeds
+from c2r_core.experiments.study import Study
+from c2r_core.experiments.toy import arm_table, c2r_of, toy_arm, toy_cell
 from c2r_core.statistics import paired_interval
-from c2r_core.training import Orthogonality
+from c2r_core.training import Orthogonality, Regulariser
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -35,33 +36,53 @@ def worlds(toy: ToyProfile, correlated: CorrelatedProfile) -> dict[str, ToyProfi
     return {name: toy.model_copy(update=flat | own) for name, own in named.items()}
 
 
-def weight_sweep(
-    toy: ToyProfile,
-    architecture: str,
-    shares: Sequence[float],
-    seeds: Sequence[int],
-    device: str = "cpu",
-) -> pd.DataFrame:
-    """C²R and OrtSAE at shares of the profile's weights, which were tuned in the same way.
+def cells(profile: Profile, seed: int = 0, device: str = "cpu") -> list[Cell]:
+    """Baseline, and both penalties at shares of their weights, in every world."""
+    study = Study("correlated", profile, training_seeds(profile.correlated.seeds, seed), device)
+    return [
+        toy_cell(study, name, toy_arm(world, about["architecture"], penalty))
+        for name, world, penalty, about in _arms(profile)
+    ]
 
-    Returns
-    -------
-    DataFrame with `penalty`, `share`, seed and the fields of `ToyReport`
-        The baseline is there for both penalties, at share 0.
+
+def _arms(
+    profile: Profile,
+) -> Iterator[tuple[str, ToyProfile, Regulariser | None, dict[str, Any]]]:
+    """Name, world, penalty and what a table says about it."""
+    toy, correlated = profile.toy, profile.correlated
+    for architecture in correlated.architectures:
+        strength, weight = toy.c2r_strength[architecture], toy.orthogonality_weight[architecture]
+        for name, world in worlds(toy, correlated).items():
+            about = {"architecture": architecture, "world": name}
+            yield f"{architecture}, {name}, baseline", world, None, about
+            for share in correlated.shares:
+                for title, penalty in (
+                    ("C²R", c2r_of(world, share * strength)),
+                    ("OrtSAE", Orthogonality(share * weight)),
+                ):
+                    more = {"penalty": title, "share": share}
+                    yield f"{architecture}, {name}, {title} {share:g}", world, penalty, about | more
+
+
+def correlated_table(
+    values: Mapping[str, Any], profile: Profile, architecture: str
+) -> pd.DataFrame:
+    """World, penalty, share, seed and the fields of `ToyReport`.
+
+    Shares are of the weights that were tuned on the tree, in the same way for both penalties. The
+    baseline is there for both, at share 0.
     """
     import pandas as pd
 
-    strength, weight = toy.c2r_strength[architecture], toy.orthogonality_weight[architecture]
-    sweeps = {
-        "C²R": {share: c2r_of(toy, share * strength) for share in shares},
-        "OrtSAE": {share: Orthogonality(share * weight) for share in shares},
-    }
-    tables = []
-    for penalty, arms in sweeps.items():
-        runs = train_toy_arms(toy, architecture, {0.0: None} | arms, seeds, device)
-        table = toy_table(toy, runs).rename(columns={"arm": "share"})
-        tables.append(table.assign(penalty=penalty))
-    return pd.concat(tables, ignore_index=True)
+    pieces = []
+    for name, _, penalty, about in _arms(profile):
+        if about["architecture"] == architecture:
+            own = [about] if penalty else [about | {"penalty": p, "share": 0.0} for p in PENALTIES]
+            pieces += [arm_table(values, {slug(name): columns}) for columns in own]
+    return pd.concat(pieces, ignore_index=True).drop(columns="architecture")
+
+
+PENALTIES = ("C²R", "OrtSAE")
 
 
 def differences_from_baseline(
@@ -72,7 +93,7 @@ def differences_from_baseline(
     Parameters
     ----------
     table : DataFrame
-        `weight_sweep`s with a column `world`.
+        From `correlated_table`.
     metric : str
     control : str, optional
         A world whose difference, at the same penalty, share and seed, is taken off: what is left is
@@ -97,7 +118,7 @@ def differences_from_baseline(
     change = values.sub(baseline, axis=0)
     found = []
     for world in table["world"].unique():
-        for penalty in table["penalty"].unique():
+        for penalty in PENALTIES:
             for share in change.columns:
                 own = change.loc[(world, penalty), share]
                 other = own * 0 if control is None else change.loc[(control, penalty), share]

@@ -1,18 +1,19 @@
-"""Fronts of the toy experiments: one for every value of a knob, its points along the strength."""
+"""Study `knobs`, of notebook 08: trade-offs of C²R, its strength swept at each value of a knob."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from c2r_core.artefacts.names import unknown_name
-from c2r_core.artefacts.profiles import KnobsProfile, ToyProfile
-from c2r_core.experiments.synthetic import c2r_of, train_toy_arms
-from c2r_core.experiments.toy import toy_table
-from c2r_core.metrics.fronts import price_at
-from c2r_core.statistics import Interval, paired_interval
+from c2r_core.artefacts.cells import Cell
+from c2r_core.artefacts.names import slug, unknown_name
+from c2r_core.artefacts.profiles import Profile, ToyProfile, training_seeds
+from c2r_core.experiments.study import Study
+from c2r_core.experiments.synthetic import Arm
+from c2r_core.experiments.toy import arm_table, c2r_of, toy_arm, toy_cell
+from c2r_core.statistics import Interval, cost_at, paired_interval
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -28,95 +29,91 @@ LABELS = {
 """The knobs: fields of `C2R`, with start and warmup as shares of the steps, and the batch size."""
 
 
-class FrontPrice(NamedTuple):
-    """What a front pays at a target, and how much more that is than the standard front's price.
+class CostAtTarget(NamedTuple):
+    """What a setting costs at a target, and how much more that is than the standard setting's cost.
 
-    `reached` counts the seeds in which both fronts get to the target; only these are compared, and
-    the difference is NaN, not evaluable, where they are fewer than two.
+    `reached` counts the seeds in which both get to the target; only these are compared, and the
+    difference is NaN, not evaluable, where they are fewer than two.
     """
 
     knob: str
-    front: str
-    price: float
+    setting: str
+    cost: float
     difference: Interval
     reached: int
 
 
-class FrontDifference(NamedTuple):
-    """A front minus the standard one at one strength: mean with its 95 % interval, and each seed's."""
+class Difference(NamedTuple):
+    """A setting minus the standard one at one strength: mean with its 95 % interval, each seed's."""
 
     interval: Interval
     by_seed: list[float]
 
 
-def front_table(
-    toy: ToyProfile,
-    architecture: str,
-    strengths: Sequence[float],
-    seeds: Sequence[int],
-    device: str = "cpu",
-    **setting: float,
-) -> pd.DataFrame:
-    """A front of C²R: `strength`, seed and the fields of `ToyReport`; strength 0 is the baseline.
+class _Point(NamedTuple):
+    architecture: str
+    knob: str
+    value: float | None
+    strength: float
 
-    Parameters
-    ----------
-    strengths : sequence of float
-        As in `weight_from_strength`, so that λ follows the batch size and α.
-    **setting
-        Values of knobs other than their standard ones; see LABELS.
+    @property
+    def cell(self) -> str:
+        setting = "standard" if self.value is None else f"{self.knob} {self.value:g}"
+        return f"{self.architecture}, {setting}, {self.strength:g}"
 
-    Raises
-    ------
-    ValueError
-        If there is no such knob.
-    """
-    for knob in setting:
-        if knob not in LABELS:
-            raise ValueError(unknown_name("knob", knob, LABELS))
+
+def cells(profile: Profile, seed: int = 0, device: str = "cpu") -> list[Cell]:
+    """One cell a point: architecture, value of a knob, strength; the standard setting comes once."""
+    study = Study("knobs", profile, training_seeds(profile.knobs.seeds, seed), device)
+    points = {slug(point.cell): point for point in _points(profile)}
+    return [toy_cell(study, name, _arm(profile.toy, point)) for name, point in points.items()]
+
+
+def _points(profile: Profile) -> Iterator[_Point]:
+    """Every point of every setting; the standard one is the first setting of each knob."""
+    for architecture, knobs in profile.knobs.values.items():
+        for knob, values in knobs.items():
+            for value in [None, *values]:
+                for strength in [0.0, *profile.knobs.strengths[architecture]]:
+                    yield _Point(architecture, knob, value, strength)
+
+
+def _arm(toy: ToyProfile, point: _Point) -> Arm:
+    if point.knob not in LABELS:
+        raise ValueError(unknown_name("knob", point.knob, LABELS))
+    setting = {} if point.value is None else {point.knob: point.value}
     toy = toy.model_copy(update={"batch_size": setting.pop("batch_size", toy.batch_size)})
     for share in ("start", "warmup"):
         if share in setting:
             setting[share] = round(setting[share] * toy.steps)
-    arms = {0.0: None} | {strength: c2r_of(toy, strength, **setting) for strength in strengths}
-    runs = train_toy_arms(toy, architecture, arms, seeds, device)
-    return toy_table(toy, runs).rename(columns={"arm": "strength"})
+    penalty = c2r_of(toy, point.strength, **setting) if point.strength else None
+    return toy_arm(toy, point.architecture, penalty)
 
 
-def knob_fronts(
-    toy: ToyProfile,
-    architecture: str,
-    knobs: KnobsProfile,
-    seeds: Sequence[int],
-    device: str = "cpu",
-) -> pd.DataFrame:
-    """`front_table` for every value of every knob of the profile, with `knob` and `front`.
+def knob_table(values: Mapping[str, Any], profile: Profile, architecture: str) -> pd.DataFrame:
+    """Knob, setting, strength, seed and the fields of `ToyReport`; strength 0 is the baseline.
 
-    The standard front, α = 1 on every step from the first on with a search over all latents, is
-    the first front of each knob, under that knob's name for it.
+    The standard setting, α = 1 on every step from the first on with a search over all latents, is
+    the first setting of each knob, under that knob's name for it.
     """
     import pandas as pd
 
-    def front(**setting: float) -> pd.DataFrame:
-        strengths = knobs.strengths[architecture]
-        return front_table(toy, architecture, strengths, seeds, device, **setting)
-
-    standard, pieces = front(), []
-    for knob, values in knobs.values[architecture].items():
-        pieces.append(standard.assign(knob=knob, front=front_label(knob, None, toy)))
-        for value in values:
-            label = front_label(knob, value, toy)
-            pieces.append(front(**{knob: value}).assign(knob=knob, front=label))
+    pieces = []
+    for point in _points(profile):
+        if point.architecture == architecture:
+            label = setting_label(point.knob, point.value, profile.toy)
+            about = {"knob": point.knob, "setting": label, "strength": point.strength}
+            pieces.append(arm_table(values, {slug(point.cell): about}))
     return pd.concat(pieces, ignore_index=True)
 
 
-def front_label(knob: str, value: float | None, toy: ToyProfile) -> str:
-    """Name of a front; a value of None is the standard one.
+def setting_label(knob: str, value: float | None, toy: ToyProfile) -> str:
+    """Name of a setting; a value of None is the standard one.
 
     Examples
     --------
     >>> from c2r_core.artefacts.profiles import load_profile
-    >>> front_label("every", 5, load_profile("default").toy)
+    >>> setting_label("every", 5, load_profile("default").toy)
     'T = 5'
     """
     standard: dict[str, Any] = {
@@ -133,72 +130,64 @@ def front_label(knob: str, value: float | None, toy: ToyProfile) -> str:
     return "all latents" if value is None else LABELS[knob].format(value)
 
 
-def front_prices(
-    table: pd.DataFrame, failure: str, target: float, price: str = "fvu"
-) -> list[FrontPrice]:
-    """What each front of a `knob_fronts` pays at a target, paired by seed with the standard front.
+def costs_at_target(
+    table: pd.DataFrame, failure: str, target: float, cost: str = "fvu"
+) -> list[CostAtTarget]:
+    """What each setting of a `knob_table` costs at a target, paired by seed with the standard one.
 
     Parameters
     ----------
     failure : str
         Column that should be low.
     target : float
-    price : str
-        Column of the price; "strength" asks for the strength that is needed.
+    cost : str
+        Column of the cost; "strength" asks for the strength that is needed.
     """
     found = []
     for knob, of_knob in table.groupby("knob", sort=False):
         standard = None
-        for front, rows in of_knob.groupby("front", sort=False):
+        for setting, rows in of_knob.groupby("setting", sort=False):
             by_seed = rows.sort_values(["seed", "strength"]).groupby("seed")
-            prices = np.array(
-                [price_at(one[failure], one[price], target) for _, one in by_seed], dtype=float
+            costs = np.array(
+                [cost_at(one[failure], one[cost], target) for _, one in by_seed], dtype=float
             )
-            standard = prices if standard is None else standard
-            both = np.isfinite(prices) & np.isfinite(standard)
+            standard = costs if standard is None else standard
+            both = np.isfinite(costs) & np.isfinite(standard)
             difference = Interval(float("nan"), float("nan"), float("nan"))
             if both.sum() > 1:
-                difference = paired_interval(prices[both], standard[both])
-            mean = float(prices[both].mean()) if both.any() else float("nan")
-            found.append(FrontPrice(str(knob), str(front), mean, difference, int(both.sum())))
+                difference = paired_interval(costs[both], standard[both])
+            mean = float(costs[both].mean()) if both.any() else float("nan")
+            found.append(CostAtTarget(str(knob), str(setting), mean, difference, int(both.sum())))
     return found
 
 
-def front_differences(
+def differences_from_standard(
     table: pd.DataFrame, metric: str, strength: float
-) -> dict[tuple[str, str], FrontDifference]:
-    """A metric at one strength, each front minus the standard one, paired by seed.
-
-    Parameters
-    ----------
-    table : DataFrame
-        From `knob_fronts`.
-    metric : str
-    strength : float
-        One of the fronts' points.
+) -> dict[tuple[str, str], Difference]:
+    """A metric at one strength, each setting minus the standard one, paired by seed.
 
     Returns
     -------
-    dict from (knob, front) to a FrontDifference, without the standard fronts
+    dict from (knob, setting) to a Difference, without the standard settings
 
     Raises
     ------
     ValueError
-        If the fronts have no such point.
+        If the settings have no such point.
     """
     points = table[table["strength"] == strength]
     if points.empty:
         known = ", ".join(f"{value:g}" for value in sorted(table["strength"].unique()))
-        raise ValueError(f"strength {strength:g} is no point of the fronts; these are: {known}.")
+        raise ValueError(f"no setting was run at strength {strength:g}; these were: {known}.")
     found = {}
     for knob, of_knob in points.groupby("knob", sort=False):
         values = {
-            front: rows.sort_values("seed")[metric].tolist()
-            for front, rows in of_knob.groupby("front", sort=False)
+            setting: rows.sort_values("seed")[metric].tolist()
+            for setting, rows in of_knob.groupby("setting", sort=False)
         }
         standard, *others = values
-        for front in others:
-            by_seed = [a - b for a, b in zip(values[front], values[standard], strict=True)]
-            interval = paired_interval(values[front], values[standard])
-            found[str(knob), str(front)] = FrontDifference(interval, by_seed)
+        for setting in others:
+            by_seed = [a - b for a, b in zip(values[setting], values[standard], strict=True)]
+            interval = paired_interval(values[setting], values[standard])
+            found[str(knob), str(setting)] = Difference(interval, by_seed)
     return found

@@ -1,153 +1,345 @@
-"""The language-model experiments: activations harvested once, SAEs trained once per arm and seed."""
+"""Study `language_model`, of notebooks 05 and 12–16: four arms on a language model, measured by `evaluate`.
+
+Here is also the one way to train an SAE on a language model, which the other studies share.
+"""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from c2r_core.artefacts.cache import cached
-from c2r_core.artefacts.profiles import SPLIT_SEED, LanguageModelProfile, resolve_precision
-from c2r_core.data.harvest import ActivationStore, StoreBatches, harvest
-from c2r_core.data.text import load_corpus, split_documents
-from c2r_core.data.words import FirstLetterTask, harvest_words, letter_words
-from c2r_core.metrics.absorption import (
-    LetterProbes,
-    train_letter_probes,
+from c2r_core.artefacts.cells import Cell
+from c2r_core.artefacts.names import slug
+from c2r_core.artefacts.profiles import (
+    SPLIT_SEED,
+    LanguageModelProfile,
+    Profile,
+    resolve_precision,
+    training_seeds,
 )
-from c2r_core.saes import SAE, BatchTopKSAE, load_sae, save_sae
+from c2r_core.data.harvest import ActivationStore, StoreBatches, harvest
+from c2r_core.data.language_models import load_language_model
+from c2r_core.data.text import Corpus, load_corpus, split_documents
+from c2r_core.evaluate.evaluation import evaluate
+from c2r_core.experiments.study import Study
+from c2r_core.metrics import METRICS, standard_metrics
+from c2r_core.metrics.inputs import Options
+from c2r_core.saes import SAE, create_sae, load_sae, save_sae
 from c2r_core.training import C2R, Orthogonality, TrainConfig, train, weight_from_strength
 
 if TYPE_CHECKING:
+    import pandas as pd
     from transformer_lens.model_bridge import TransformerBridge
+
+_READ = (
+    "model",
+    "hook_name",
+    "corpus",
+    "context_size",
+    "held_out_share",
+    "train_tokens",
+    "held_out_tokens",
+    "drop_norm_ratio",
+    "precision",
+    "cross_entropy_contexts",
+    "first_letter_words",
+)
+
+
+# -- what is read -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Activations:
-    """Stores of training and of held-out documents, harvested from one model at one hook."""
+class Sources:
+    """The language model and the text that SAEs are trained on and measured with, and how much of them."""
 
-    train: ActivationStore
-    held_out: ActivationStore
+    profile: Profile
+
+    @property
+    def lm(self) -> LanguageModelProfile:
+        """The profile's section."""
+        return self.profile.language_model
+
+    def settings(self) -> dict[str, Any]:
+        """What decides an SAE's data and its measurements: JSON."""
+        lm = {name: getattr(self.lm, name) for name in _READ}
+        return lm | {"sizes": self.profile.evaluation.model_dump()}
+
+    def inputs(self) -> dict[str, str]:
+        """Fingerprints of the model and the text."""
+        return {"model": _model(self.lm.model), "text": _corpus(self.lm.corpus).fingerprint}
+
+    def with_lm(self, **changes: Any) -> Sources:
+        """The same with other values in the profile's section."""
+        lm = self.lm.model_copy(update=changes)
+        return Sources(self.profile.model_copy(update={"language_model": lm}))
+
+
+@functools.cache
+def _model(name: str) -> str:
+    try:
+        from c2r_core.data.language_models import model_fingerprint
+    except ImportError:
+        return name
+
+    return model_fingerprint(name)
+
+
+@functools.cache
+def _corpus(name: str) -> Corpus:
+    return load_corpus(name)
+
+
+@functools.lru_cache(maxsize=1)
+def language_model(name: str, device: str = "cpu") -> TransformerBridge:
+    """The model, loaded once a process."""
+    return load_language_model(name, device=device)
+
+
+def stored(
+    lm: LanguageModelProfile, corpus: Corpus, max_tokens: int, device: str = "cpu"
+) -> ActivationStore:
+    """Activations of a corpus, harvested or from the cache.
+
+    Raises
+    ------
+    ValueError
+        If the corpus has fewer tokens than are asked for.
+    """
+    settings = {
+        "context_size": lm.context_size,
+        "max_tokens": max_tokens,
+        "drop_norm_ratio": lm.drop_norm_ratio,
+        "precision": resolve_precision(lm.precision, device),
+    }
+    key = settings | {"model": _model(lm.model), "hook": lm.hook_name, "text": corpus.fingerprint}
+
+    def build(part: Path) -> None:
+        harvest(language_model(lm.model, device), corpus, lm.hook_name, part, **settings)
+
+    store = ActivationStore.open(cached("activations", key, build))
+    if store.manifest.n_tokens <= max_tokens - lm.context_size:
+        raise ValueError(
+            f"The corpus {corpus.name!r} gives {store.manifest.n_tokens:,} tokens in contexts of "
+            f"{lm.context_size}; the profile asks for {max_tokens:,}. Lower it in the profile, or "
+            "name a folder with more text as its corpus."
+        )
+    return store
+
+
+def training_corpus(lm: LanguageModelProfile) -> Corpus:
+    """The documents that SAEs are trained on; the others are held out."""
+    return split_documents(_corpus(lm.corpus), lm.held_out_share, seed=SPLIT_SEED)[0]
+
+
+def training_store(lm: LanguageModelProfile, device: str = "cpu") -> ActivationStore:
+    """Their activations."""
+    return stored(lm, training_corpus(lm), lm.train_tokens, device)
+
+
+# -- arms ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class LanguageModelArm:
-    """One way to train an SAE on the language model."""
+    """One way to train an SAE on stored activations; strengths are as in `weight_from_strength`."""
 
+    architecture: str
     d_sae: int
+    k: int
+    batch_size: int
+    config: TrainConfig
+    """Its seed is the run's."""
     c2r_strength: float = 0.0
     orthogonality_weight: float = 0.0
+    every: int = 1
+    chunk_size: int | None = None
+
+    def settings(self) -> dict[str, Any]:
+        """All that decides the trained SAE, but data and seed: JSON."""
+        return asdict(self)
+
+    def penalties(self) -> list:
+        """The regularisers."""
+        both = {"every": self.every, "chunk_size": self.chunk_size}
+        found = []
+        if self.c2r_strength:
+            sizes = {"batch_size": self.batch_size, "d_sae": self.d_sae}
+            found.append(C2R(weight_from_strength(self.c2r_strength, **sizes), **both))
+        if self.orthogonality_weight:
+            found.append(Orthogonality(self.orthogonality_weight, **both))
+        return found
 
 
-def standard_arms(lm: LanguageModelProfile) -> dict[str, LanguageModelArm]:
+def arm_of(
+    lm: LanguageModelProfile, device: str = "cpu", *, steps: int | None = None, **changes: Any
+) -> LanguageModelArm:
+    """The profile's recipe for a BatchTopK SAE, with fields of `LanguageModelArm` changed."""
+    config = TrainConfig(
+        steps=steps or lm.steps,
+        lr=lm.lr,
+        clip_norm=lm.clip_norm,
+        aux_k_coefficient=lm.aux_k_coefficient,
+        precision=resolve_precision(lm.precision, device),
+    )
+    plain = LanguageModelArm(
+        architecture="batch_topk",
+        d_sae=lm.d_sae,
+        k=lm.k,
+        batch_size=lm.batch_size,
+        config=config,
+        every=lm.penalty_every,
+        chunk_size=lm.chunk_size,
+    )
+    return replace(plain, **changes)
+
+
+def standard_arms(lm: LanguageModelProfile, device: str = "cpu") -> dict[str, LanguageModelArm]:
     """Baseline, C²R, OrtSAE, and a smaller baseline: what size alone would buy."""
     return {
-        "baseline": LanguageModelArm(lm.d_sae),
-        "C²R": LanguageModelArm(lm.d_sae, c2r_strength=lm.c2r_strength),
-        "OrtSAE": LanguageModelArm(lm.d_sae, orthogonality_weight=lm.orthogonality_weight),
-        "small baseline": LanguageModelArm(lm.small_d_sae),
+        "baseline": arm_of(lm, device),
+        "C²R": arm_of(lm, device, c2r_strength=lm.c2r_strength),
+        "OrtSAE": arm_of(lm, device, orthogonality_weight=lm.orthogonality_weight),
+        "small baseline": arm_of(lm, device, d_sae=lm.small_d_sae),
     }
 
 
-def harvest_activations(
-    lm: LanguageModelProfile, model: TransformerBridge, device: str = "cpu"
-) -> Activations:
-    """Activations of the profile's corpus, split by document; from the cache where they are there."""
-    precision = resolve_precision(lm.precision, device)
-    corpora = split_documents(load_corpus(lm.corpus), lm.held_out_share, seed=SPLIT_SEED)
-    stores = []
-    for corpus, max_tokens in zip(corpora, (lm.train_tokens, lm.held_out_tokens), strict=True):
-        settings = {
-            "context_size": lm.context_size,
-            "max_tokens": max_tokens,
-            "drop_norm_ratio": lm.drop_norm_ratio,
-            "precision": precision,
-        }
-        key = settings | {"model": lm.model, "hook": lm.hook_name, "text": corpus.fingerprint}
-        folder = cached(
-            "activations",
-            key,
-            lambda part, c=corpus, s=settings: harvest(model, c, lm.hook_name, part, **s),
-        )
-        store = ActivationStore.open(folder)
-        if store.manifest.n_tokens <= max_tokens - lm.context_size:
-            raise ValueError(
-                f"The corpus {corpus.name!r} gives {store.manifest.n_tokens:,} tokens in contexts of "
-                f"{lm.context_size}; the profile asks for {max_tokens:,}. Lower it in the profile, or "
-                "name a folder with more text as its corpus."
-            )
-        stores.append(store)
-    return Activations(*stores)
-
-
-def train_arm(
-    lm: LanguageModelProfile,
+def trained(
     arm: LanguageModelArm,
     store: ActivationStore,
     seed: int,
     device: str = "cpu",
     progress: bool = False,
 ) -> SAE:
-    """The arm's BatchTopK SAE, trained on normalised activations, from the cache where it is there."""
-    precision = resolve_precision(lm.precision, device)
-    config = TrainConfig(
-        steps=lm.steps,
-        lr=lm.lr,
-        clip_norm=lm.clip_norm,
-        aux_k_coefficient=lm.aux_k_coefficient,
-        precision=precision,
-        seed=seed,
-    )
-    regularisers = []
-    if arm.c2r_strength > 0:
-        weight = weight_from_strength(arm.c2r_strength, batch_size=lm.batch_size, d_sae=arm.d_sae)
-        regularisers.append(C2R(weight, every=lm.penalty_every, chunk_size=lm.chunk_size))
-    if arm.orthogonality_weight > 0:
-        regularisers.append(
-            Orthogonality(
-                arm.orthogonality_weight, every=lm.penalty_every, chunk_size=lm.chunk_size
-            )
-        )
-    key = {
-        "arm": asdict(arm),
-        "k": lm.k,
-        "seed": seed,
-        "batch_size": lm.batch_size,
-        "config": asdict(config),
-        "regularisers": [{"name": r.name} | asdict(r) for r in regularisers],
-        "data": asdict(store.manifest),
-        "device": device.partition(":")[0],
-    }
+    """The arm's SAE, for activations of norm 1 (see `fold_norm_factor`), trained or from the cache."""
 
     def build(folder: Path) -> None:
-        sae = BatchTopKSAE(store.d_in, arm.d_sae, lm.k, seed=seed).to(device)
+        sae = create_sae(arm.architecture, d_in=store.d_in, d_sae=arm.d_sae, k=arm.k, seed=seed)
+        sae = sae.to(device)
         sae.norm_factor = store.norm_factor
-        batches = StoreBatches(store, lm.batch_size, seed)
+        batches = StoreBatches(store, arm.batch_size, seed)
         checkpoint = folder / "checkpoint.safetensors"
-        train(sae, batches, config, regularisers, checkpoint=checkpoint, progress=progress)
+        config = replace(arm.config, seed=seed)
+        train(sae, batches, config, arm.penalties(), checkpoint=checkpoint, progress=progress)
         save_sae(sae, folder / "sae")
         checkpoint.unlink(missing_ok=True)
 
-    return load_sae(cached("sae", key, build, resumable=True) / "sae", device)
-
-
-def first_letter_task(
-    lm: LanguageModelProfile, model: TransformerBridge, device: str = "cpu"
-) -> tuple[FirstLetterTask, LetterProbes]:
-    """Words of the corpus with their activations, and the letters' probes on them, both cached."""
-    precision = resolve_precision(lm.precision, device)
-    corpus = load_corpus(lm.corpus)
-    key = {
-        "model": lm.model,
-        "hook": lm.hook_name,
-        "text": corpus.fingerprint,
-        "words": lm.first_letter_words,
-        "precision": precision,
+    key = arm.settings() | {
+        "seed": seed,
+        "data": asdict(store.manifest),
+        "device": device.partition(":")[0],
     }
+    code = ["c2r_core.experiments.language_model:trained"]
+    return load_sae(cached("sae", key, build, code=code, resumable=True) / "sae", device)
 
-    def build(folder: Path) -> None:
-        words = letter_words(model.tokenizer, corpus, limit=lm.first_letter_words)
-        harvest_words(model, words, lm.hook_name, precision=precision).save(folder)
 
-    task = FirstLetterTask.load(cached("words", key, build))
-    return task, train_letter_probes(task)
+# -- cells --------------------------------------------------------------------------------------
+
+
+def cells(profile: Profile, seed: int = 0, device: str = "cpu") -> list[Cell]:
+    """A cell for each seed, arm and metric."""
+    sources = Sources(profile)
+    return [
+        metric_cell(Study("language_model", profile, [one], device), arm, title, name, sources)
+        for one in training_seeds(profile.language_model.seeds, seed)
+        for title, arm in standard_arms(profile.language_model, device).items()
+        for name in standard_metrics()
+    ]
+
+
+def metric_cell(
+    study: Study, arm: LanguageModelArm, title: str, metric: str, sources: Sources
+) -> Cell:
+    """The record of one metric, of the SAE that an arm and the study's one seed give."""
+    return study.cell(
+        cell_name(title, study.seeds[0], metric),
+        measure,
+        modules=[METRICS[metric].measure.__module__],
+        inputs=sources.inputs(),
+        arm=arm,
+        metric=metric,
+        sources=sources,
+    )
+
+
+def cell_name(title: str, seed: int, metric: str) -> str:
+    """Name of a metric's cell."""
+    return slug(f"{title}, seed {seed}, {metric}")
+
+
+def measure(
+    arm: LanguageModelArm, metric: str, sources: Sources, seeds: Sequence[int], device: str
+) -> Any:
+    """The metric's record in the report of `evaluate`."""
+    lm = sources.lm
+    store = training_store(lm, device)
+    report = evaluate(
+        trained(arm, store, seeds[0], device),
+        model=language_model(lm.model, device),
+        hook_name=lm.hook_name,
+        corpus=_corpus(lm.corpus),
+        metrics=[metric],
+        options=Options(profile=sources.profile, device=device, train_store=store),
+    )
+    return report.metrics[metric]
+
+
+# -- tables -------------------------------------------------------------------------------------
+
+
+def records(
+    values: Mapping[str, Any], metric: str, titles: Sequence[str]
+) -> dict[tuple[str, int], Mapping[str, Any]]:
+    """A metric's values by (arm, seed), where it was evaluable."""
+    found = {}
+    for title in titles:
+        for name, record in values.items():
+            head, tail = slug(f"{title}, seed "), slug(f" {metric}")
+            seed = name.removeprefix(head).removesuffix(tail).strip("-")
+            if name == f"{head}-{seed}-{tail}" and seed.isdigit():
+                if record["status"] == "evaluated":
+                    found[title, int(seed)] = record["values"]
+    return found
+
+
+def metric_table(
+    values: Mapping[str, Any], columns: Mapping[str, str], titles: Sequence[str]
+) -> pd.DataFrame:
+    """Arm, seed, and the columns asked for; a metric that was not evaluable leaves NaN.
+
+    Parameters
+    ----------
+    values : mapping
+        {name: values} of the study's cells.
+    columns : mapping of str
+        By the column's name, where its number is: "reconstruction.fvu", "model_loss.kl", …
+    titles : sequence of str
+        The arms.
+    """
+    import pandas as pd
+
+    rows: dict[tuple[str, int], dict[str, Any]] = {}
+    for column, path in columns.items():
+        metric, *inner = path.split(".")
+        for (arm, seed), found in records(values, metric, titles).items():
+            row = rows.setdefault((arm, seed), {"arm": arm, "seed": seed})
+            row[column] = functools.reduce(lambda value, key: value[key], inner, found)
+    table = pd.DataFrame(rows.values(), columns=["arm", "seed", *columns])
+    return table.astype(dict.fromkeys(columns, float))
+
+
+def item_table(
+    values: Mapping[str, Any], metric: str, items: str, titles: Sequence[str]
+) -> pd.DataFrame:
+    """Arm, seed, and the fields of each item of a list in a metric's report, such as its letters."""
+    import pandas as pd
+
+    return pd.DataFrame(
+        {"arm": arm, "seed": seed} | item
+        for (arm, seed), found in records(values, metric, titles).items()
+        for item in found[items]
+    )

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from c2r_core.artefacts.cache import cached
-from c2r_core.artefacts.cells import Cell
-from c2r_core.artefacts.names import slug
-from c2r_core.artefacts.profiles import Profile
 from c2r_core.data.forest import GatedForest
 from c2r_core.data.toy import FeatureTree, ToyBatches
 from c2r_core.saes import SAE, create_sae, load_sae, save_sae
@@ -67,31 +64,3 @@ def trained(arm: Arm, seeds: Sequence[int], device: str = "cpu") -> dict[int, SA
     key = arm.settings() | {"seeds": seeds, "device": device.partition(":")[0]}
     folder = cached("sae", key, build, code=["c2r_core.experiments.synthetic:trained"])
     return {seed: load_sae(folder / str(seed)) for seed in seeds}
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """Arms of one study that are measured in the same way, one cell an arm."""
-
-    study: str
-    profile: Profile
-    seeds: Sequence[int]
-    device: str = "cpu"
-
-    def cell(
-        self,
-        name: str,
-        arm: Arm,
-        measure: Callable[[Arm, Sequence[int], int, str], Any],
-        samples: int,
-    ) -> Cell:
-        """The cell of an arm: what `measure(arm, seeds, samples, device)` returns."""
-        return Cell(
-            study=self.study,
-            name=slug(name),
-            profile=self.profile.name,
-            settings=arm.settings() | {"seeds": list(self.seeds), "samples": samples},
-            compute=lambda: measure(arm, self.seeds, samples, self.device),
-            modules=(f"{measure.__module__}:{measure.__qualname__}",),
-            device=self.device,
-        )

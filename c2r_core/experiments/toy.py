@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from c2r_core.artefacts.cells import Cell
+from c2r_core.artefacts.names import slug
 from c2r_core.artefacts.profiles import Profile, ToyProfile, training_seeds
 from c2r_core.data.toy import FeatureTree, ToySample
-from c2r_core.experiments.synthetic import EVALUATION_SEED, Arm, Sweep, trained
+from c2r_core.experiments.synthetic import EVALUATION_SEED, Arm, trained
+from c2r_core.experiments.study import Study
 from c2r_core.metrics.toy import evaluate_toy
 from c2r_core.saes import SAE
 from c2r_core.statistics import Interval, paired_interval
@@ -28,9 +30,9 @@ ARCHITECTURES = {"relu": "ReLU", "batch_topk": "BatchTopK"}
 def cells(profile: Profile, seed: int = 0, device: str = "cpu") -> list[Cell]:
     """Baseline, C²R and OrtSAE on a ReLU SAE, which splits, and on BatchTopK, which absorbs."""
     toy = profile.toy
-    sweep = Sweep("toy", profile, training_seeds(toy.seeds, seed), device)
+    study = Study("toy", profile, training_seeds(toy.seeds, seed), device)
     return [
-        toy_cell(sweep, f"{title}, {name}", toy_arm(toy, architecture, regulariser))
+        toy_cell(study, f"{title}, {name}", toy_arm(toy, architecture, regulariser))
         for architecture, title in ARCHITECTURES.items()
         for name, regulariser in standard_arms(toy, architecture).items()
     ]
@@ -78,12 +80,13 @@ def standard_arms(toy: ToyProfile, architecture: str) -> dict[str, Regulariser |
 # -- cells --------------------------------------------------------------------------------------
 
 
-def toy_cell(sweep: Sweep, name: str, arm: Arm, samples: int | None = None) -> Cell:
+def toy_cell(study: Study, name: str, arm: Arm) -> Cell:
     """The cell of an arm on a tree: a list of `ToyReport`s, one a seed."""
-    return sweep.cell(name, arm, measure, samples or sweep.profile.toy.evaluation_samples)
+    samples = study.profile.toy.evaluation_samples
+    return study.cell(name, measure, arm=arm, samples=samples)
 
 
-def measure(arm: Arm, seeds: Sequence[int], samples: int, device: str) -> list[dict[str, Any]]:
+def measure(arm: Arm, samples: int, seeds: Sequence[int], device: str) -> list[dict[str, Any]]:
     """`ToyReport` of each seed, on samples that no run has seen."""
     sample = evaluation_sample(arm.features, samples)
     return [
@@ -112,8 +115,6 @@ def arm_table(values: Mapping[str, Any], about: Mapping[str, Mapping[str, Any]])
 
 def toy_table(values: Mapping[str, Any], architecture: str, toy: ToyProfile) -> pd.DataFrame:
     """Arm, seed and the fields of `ToyReport`, from the values of the study's cells."""
-    from c2r_core.artefacts.names import slug
-
     title = ARCHITECTURES[architecture]
     arms = standard_arms(toy, architecture)
     return arm_table(values, {slug(f"{title}, {arm}"): {"arm": arm} for arm in arms})

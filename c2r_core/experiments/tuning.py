@@ -1,30 +1,53 @@
-"""How the toys' settings were chosen: python -m c2r_core.experiments.tuning
+"""Study `tuning`: how the synthetic features' settings were chosen, on seeds that no claim uses.
 
-On seeds that no claim uses, for each architecture:
+Every penalty, C²R, OrtSAE and each ablation, gets the same grid on every architecture: no penalty at all,
+and POINTS weights in steps of RATIO about a centre of its own, since units differ. Where the best weight is
+the smallest or the largest tried, the grid goes on in that direction until it is not (at most EXTENSIONS
+times; `on_edge` says if that was not enough). What is best has the highest recovery (the benchmark: F1), mean
+over seeds; among equals the smallest weight. A weight that kills every latent of a seed is not evaluable
+there and is never chosen.
 
-1. the sparsity at which the baseline's latents are the best detectors (F1). Where an architecture keeps
-   a fixed number, that is the true one, 3 features a sample;
-2. the weight of each penalty, C²R and OrtSAE, at which recovery is highest. Both get the same number of
-   weights, in geometric steps, each over its own range from no effect to breakage.
+Before that, the sparsity at which the baseline's latents are the best detectors (F1); where an architecture
+keeps a fixed number of latents, that is the true one, 3 features a sample.
 
-The ablations of C²R get a weight of their own in the same way, with the first step's sparsity.
-
-The outcome is written to results/tuning/toy.json and ablations.json and committed; profiles.yml repeats what
-was chosen, and a test holds them together. (Twenty minutes on two cores.)
+profiles.yml repeats what was chosen, and a test holds them together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
-from c2r_core.artefacts.profiles import ToyProfile, load_profile
-from c2r_core.artefacts.results import tuning_dir, write_json
-from c2r_core.experiments.synthetic import c2r_of, train_toy_arms
-from c2r_core.experiments.toy import toy_table
-from c2r_core.training import Orthogonality, Regulariser, create_regulariser
+from c2r_core.artefacts.cells import Cell
+from c2r_core.artefacts.names import slug
+from c2r_core.artefacts.profiles import Profile
+from c2r_core.errors import NotEvaluable
+from c2r_core.experiments.benchmark import benchmark_arm
+from c2r_core.experiments.benchmark import measure as measure_benchmark
+from c2r_core.experiments.study import Study
+from c2r_core.experiments.synthetic import Arm
+from c2r_core.experiments.toy import measure as measure_toy
+from c2r_core.experiments.toy import toy_arm
+from c2r_core.training import Regulariser, create_regulariser, weight_from_strength
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 SEEDS = (0, 1, 2)
+POINTS, RATIO, EXTENSIONS = 7, 2.5, 4
+CENTRES = {
+    "c2r": 0.3,
+    "orthogonality": 1.0,
+    "unweighted_sum": 0.03,
+    "group_lasso": 0.01,
+    "product": 0.3,
+    "minimum": 0.3,
+    "co_activation": 3.0,
+}
+"""Middle of each grid: C²R's as a strength (see `weight_from_strength`), the others' as weights."""
+ABLATED = ("relu", "batch_topk")
 L1_WEIGHTS = (0.0125, 0.025, 0.05, 0.1, 0.2)
 SPARSITIES: dict[str, list[dict[str, float]]] = {
     "relu": [{"l1_weight": weight} for weight in L1_WEIGHTS],
@@ -36,108 +59,162 @@ SPARSITIES: dict[str, list[dict[str, float]]] = {
     "gated": [{"l1_weight": 8 * weight} for weight in L1_WEIGHTS],
     "p_anneal": [{"l1_weight": weight} for weight in L1_WEIGHTS],
 }
-C2R_STRENGTHS = (0.075, 0.15, 0.3, 0.6, 1.2, 2.4, 4.8)
-ORTHOGONALITY_WEIGHTS = (0.1, 0.25, 0.625, 1.5625, 3.90625, 9.765625, 24.4140625)
-ABLATIONS = {
-    "unweighted_sum": (0.003, 0.01, 0.03, 0.1, 0.3, 1.0),
-    "group_lasso": (0.003, 0.01, 0.03, 0.1, 0.3, 1.0),
-    "product": (0.003, 0.01, 0.03, 0.1, 0.3, 1.0),
-    "minimum": (0.03, 0.1, 0.3, 1.0, 3.0, 10.0),
-    "co_activation": (0.03, 0.1, 0.3, 1.0, 3.0, 10.0),
+SHOWN = {
+    "toy": ["detector_f1", "recovery", "absorption", "latents_per_parent", "near_duplicates"]
+    + ["fvu", "l0"],
+    "benchmark": ["f1", "mcc", "uniqueness", "absorption", "near_duplicates", "fvu", "l0"],
 }
-ABLATED = ("relu", "batch_topk")
-SHOWN = [
-    "detector_f1",
-    "recovery",
-    "absorption",
-    "latents_per_parent",
-    "near_duplicates",
-    "fvu",
-    "l0",
-]
+MEASURES: dict[str, Callable[..., list[dict[str, Any]]]] = {
+    "toy": measure_toy,
+    "benchmark": measure_benchmark,
+}
 
 
-def tune(toy: ToyProfile, architecture: str) -> dict[str, Any]:
-    """What was tried for an architecture, means over the seeds, and what was chosen."""
-    settings = [
-        toy.model_copy(update={"architectures": {architecture: own}})
-        for own in SPARSITIES[architecture]
+def cells(profile: Profile, seed: int = 0, device: str = "cpu") -> list[Cell]:
+    """Sparsity of each architecture, then each penalty on it; the seeds are always SEEDS."""
+    del seed
+    study = Study("tuning", profile, SEEDS, device)
+    made = []
+    for architecture in profile.toy.architectures:
+        baseline = toy_arm(profile.toy, architecture, None)
+        given = {"on": "toy", "samples": profile.toy.evaluation_samples}
+        if architecture in SPARSITIES:
+            arms = [replace(baseline, arguments=own) for own in SPARSITIES[architecture]]
+            how = {"arms": _Arms(arms), "by": "detector_f1"}
+            made.append(study.cell(f"{architecture}, sparsity", tune_sparsity, **how, **given))
+        for penalty in penalties(architecture):
+            how = {"arm": baseline, "penalty": penalty, "by": "recovery"}
+            made.append(study.cell(f"{architecture}, {penalty}", tune, **how, **given))
+    forest = benchmark_arm(profile.benchmark, None)
+    for penalty in ("c2r", "orthogonality"):
+        how = {"arm": forest, "penalty": penalty, "by": "f1", "on": "benchmark"}
+        samples = profile.benchmark.evaluation_samples
+        made.append(study.cell(f"benchmark, {penalty}", tune, samples=samples, **how))
+    return made
+
+
+def penalties(architecture: str) -> list[str]:
+    """The penalties that are tuned on an architecture."""
+    everywhere = ("c2r", "orthogonality")
+    return [name for name in CENTRES if name in everywhere or architecture in ABLATED]
+
+
+class _Arms(list):
+    """Arms whose settings are a list."""
+
+    def settings(self) -> list[dict[str, Any]]:
+        return [arm.settings() for arm in self]
+
+
+def tune_sparsity(
+    arms: Sequence[Arm], on: str, by: str, samples: int, seeds: Sequence[int], device: str
+) -> dict[str, Any]:
+    """What was tried, means over the seeds, and the arguments of the best."""
+    tried = [
+        {"arguments": dict(arm.arguments)} | means(arm, on, samples, seeds, device) for arm in arms
     ]
-    sparsity = [_means(setting, architecture, None) for setting in settings]
-    best = max(range(len(settings)), key=lambda i: sparsity[i]["detector_f1"])
-    c2r = {strength: c2r_of(toy, strength) for strength in C2R_STRENGTHS}
-    orthogonality = {weight: Orthogonality(weight) for weight in ORTHOGONALITY_WEIGHTS}
-    tried = {
-        "sparsity": [
-            {"arguments": own} | result
-            for own, result in zip(SPARSITIES[architecture], sparsity, strict=True)
-        ],
-        "c2r": _sweep(settings[best], architecture, c2r),
-        "orthogonality": _sweep(settings[best], architecture, orthogonality),
-    }
+    return {"chosen": _best(tried, by)["arguments"], "tried": tried}
+
+
+def tune(
+    arm: Arm,
+    penalty: str,
+    on: str,
+    by: str,
+    samples: int,
+    seeds: Sequence[int],
+    device: str,
+) -> dict[str, Any]:
+    """What was tried, by rising weight, means over the seeds; the best weight, and if it is on an edge."""
+
+    def tried_at(weight: float) -> dict[str, Any]:
+        regulariser = regulariser_of(penalty, weight, arm) if weight else None
+        found = means(replace(arm, regulariser=regulariser), on, samples, seeds, device)
+        return {"weight": weight} | found
+
+    weights = [CENTRES[penalty] * RATIO**i for i in range(-(POINTS // 2), POINTS // 2 + 1)]
+    tried = [tried_at(weight) for weight in [0.0, *(_rounded(w) for w in weights)]]
+    for _ in range(EXTENSIONS):
+        best = _best(tried[1:], by)
+        if best is tried[1]:
+            tried.insert(1, tried_at(_rounded(best["weight"] / RATIO)))
+        elif best is tried[-1]:
+            tried.append(tried_at(_rounded(best["weight"] * RATIO)))
+        else:
+            break
+    best = _best(tried[1:], by)
     return {
-        "architectures": SPARSITIES[architecture][best],
-        "c2r_strength": _best(tried["c2r"]),
-        "orthogonality_weight": _best(tried["orthogonality"]),
+        "chosen": best["weight"],
+        "better_than_none": (best[by] or 0.0) > (tried[0][by] or 0.0),
+        "on_edge": best in (tried[1], tried[-1]),
         "tried": tried,
     }
 
 
-def tune_ablation(toy: ToyProfile, name: str, architecture: str) -> dict[str, Any]:
-    """What was tried for an ablation of C²R on an architecture, and the weight chosen."""
-    arms = {weight: create_regulariser(name, weight=weight) for weight in ABLATIONS[name]}
-    tried = _sweep(toy, architecture, arms)
-    return {"weight": _best(tried), "tried": tried}
+def regulariser_of(penalty: str, weight: float, arm: Arm) -> Regulariser:
+    """A penalty at a weight of its grid."""
+    if penalty == "c2r":
+        weight = weight_from_strength(weight, batch_size=arm.batch_size, d_sae=arm.d_sae)
+    return create_regulariser(penalty, weight=weight)
 
 
-def _sweep(
-    toy: ToyProfile, architecture: str, arms: Mapping[float, Regulariser]
-) -> list[dict[str, float]]:
-    return [
-        {"weight": weight} | _means(toy, architecture, regulariser)
-        for weight, regulariser in arms.items()
-    ]
-
-
-def _means(toy: ToyProfile, architecture: str, regulariser: Regulariser | None) -> dict[str, float]:
-    runs = train_toy_arms(toy, architecture, {"arm": regulariser}, SEEDS)
+def means(
+    arm: Arm, on: str, samples: int, seeds: Sequence[int], device: str
+) -> dict[str, float | None]:
+    """Means over the seeds of what is shown; None, and why, where a seed's SAE cannot be measured."""
     try:
-        return toy_table(toy, runs)[SHOWN].mean().round(4).to_dict()
-    except ValueError:  # the weight killed every latent of a seed: nothing to measure
-        return dict.fromkeys(SHOWN) | {"recovery": 0.0}
+        rows = MEASURES[on](arm=arm, samples=samples, seeds=seeds, device=device)
+    except NotEvaluable as error:
+        return dict.fromkeys(SHOWN[on]) | {"not_evaluable": str(error)}
+    return {name: _mean([row[name] for row in rows]) for name in SHOWN[on]}
 
 
-def _best(tried: list[dict[str, float]]) -> float:
-    return max(tried, key=lambda row: row["recovery"])["weight"]
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None and math.isfinite(value)]
+    return round(sum(known) / len(known), 4) if known else None
 
 
-def main() -> None:
-    """Tune every architecture and ablation, print and write the outcome."""
-    toy = load_profile("default").toy
-    outcome = {}
-    for architecture in SPARSITIES:
-        outcome[architecture] = tune(toy, architecture)
-        chosen = {name: value for name, value in outcome[architecture].items() if name != "tried"}
-        print(architecture, chosen, flush=True)
-    _write("toy", outcome)
-    tuned = toy.model_copy(
-        update={"architectures": {name: one["architectures"] for name, one in outcome.items()}}
+def _rounded(weight: float) -> float:
+    return float(f"{weight:.3g}")
+
+
+def _best(tried: Sequence[dict[str, Any]], by: str) -> dict[str, Any]:
+    """The first of the highest."""
+    return max(tried, key=lambda row: -math.inf if row[by] is None else row[by])
+
+
+def tuning_table(
+    values: Mapping[str, Any], architectures: Sequence[str] = ABLATED
+) -> pd.DataFrame:
+    """Penalty, architecture, weight, chosen (bool), and means over the tuning seeds; weight 0 is none."""
+    import pandas as pd
+
+    return pd.DataFrame(
+        {"penalty": penalty, "architecture": architecture, "chosen": row["weight"] == of["chosen"]}
+        | row
+        for architecture in architectures
+        for penalty in penalties(architecture)
+        for of in [values[slug(f"{architecture}, {penalty}")]]
+        for row in of["tried"]
     )
-    ablations = {
-        name: {architecture: tune_ablation(tuned, name, architecture) for architecture in ABLATED}
-        for name in ABLATIONS
+
+
+def chosen(values: Mapping[str, Any], profile: Profile) -> dict[str, Any]:
+    """What the cells chose, as the fields of the profile that repeat it."""
+
+    def by_architecture(penalty: str) -> dict[str, float]:
+        return {a: values[slug(f"{a}, {penalty}")]["chosen"] for a in profile.toy.architectures}
+
+    return {
+        "architectures": by_architecture("sparsity"),
+        "c2r_strength": by_architecture("c2r"),
+        "orthogonality_weight": by_architecture("orthogonality"),
+        "ablation_weight": {
+            name: {a: values[slug(f"{a}, {name}")]["chosen"] for a in ABLATED}
+            for name in list(CENTRES)[2:]
+        },
+        "benchmark": {
+            "c2r_strength": values["benchmark-c2r"]["chosen"],
+            "orthogonality_weight": values["benchmark-orthogonality"]["chosen"],
+        },
     }
-    print({n: {a: one["weight"] for a, one in by.items()} for n, by in ablations.items()})
-    _write("ablations", ablations)
-
-
-def _write(name: str, outcome: Mapping[str, Any]) -> None:
-    criterion = "weights: highest recovery; sparsity: highest detector F1 of the baseline (means)"
-    write_json(
-        tuning_dir() / f"{name}.json",
-        {"criterion": criterion, "seeds": SEEDS, "outcome": outcome},
-    )
-
-
-if __name__ == "__main__":
-    main()

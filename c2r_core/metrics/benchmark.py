@@ -11,6 +11,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Generator, Tensor
 
 from c2r_core.data.forest import GatedForest
+from c2r_core.errors import NotEvaluable
 from c2r_core.saes.interface import AnySAE
 
 AT_ONCE = 1024
@@ -89,7 +90,9 @@ def evaluate_benchmark(
     Raises
     ------
     ValueError
-        If fewer samples are asked for, or no latent fires: nothing can be measured.
+        If fewer samples are asked for.
+    NotEvaluable
+        If no latent fires: nothing can be measured.
     """
     if n_samples < AT_ONCE:
         raise ValueError(f"n_samples is {n_samples}; expected at least {AT_ONCE}.")
@@ -105,7 +108,7 @@ def evaluate_benchmark(
         x_hat = sae.decode(acts.to(sae.W_dec.device)).cpu()
         sums.add(x, x_hat, acts > 0, sample.features > 0, nearest_feature, best_latent)
     if not sums.fired.any():
-        raise ValueError("No latent fires on the samples; the SAE is dead and cannot be measured.")
+        raise NotEvaluable("No latent fires on the samples; the SAE is dead and cannot be measured.")
 
     absolute = cosines.abs().numpy()
     matched = absolute[linear_sum_assignment(absolute, maximize=True)]

@@ -9,6 +9,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from c2r_core.data.toy import FeatureTree, ToySample
+from c2r_core.errors import NotEvaluable
 from c2r_core.saes.interface import AnySAE
 
 
@@ -72,14 +73,14 @@ def evaluate_toy(sae: AnySAE, tree: FeatureTree, sample: ToySample) -> ToyReport
 
     Raises
     ------
-    ValueError
+    NotEvaluable
         If no latent fires on the sample: nothing can be measured.
     """
     x = sample.x * tree.norm_factor
     acts = sae.encode(x)
     live = (acts > 0).any(0)
     if not live.any():
-        raise ValueError("No latent fires on the sample; the SAE is dead and cannot be measured.")
+        raise NotEvaluable("No latent fires on the sample; the SAE is dead and cannot be measured.")
     rows = torch.nn.functional.normalize(sae.W_dec[live], dim=-1)
     cosines = rows @ tree.directions.T
     best = cosines.argmax(0)
