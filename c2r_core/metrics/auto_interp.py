@@ -1,4 +1,4 @@
-"""AutoInterp: can a language model say in a line what a latent fires on, and foretell from it where it does?
+"""AutoInterp: can a language model say in a line what a latent fires on, and predict from it where it does?
 
 Numbers as in SAEBench 0.6.0 (after arXiv 2309.08600): an explainer sees 15 excerpts, ten of the strongest
 and five drawn by strength, with the firing tokens marked, and writes one line. A judge sees that line and
@@ -17,17 +17,21 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from c2r_core.metrics.endpoint import Endpoint
-from c2r_core.metrics.firings import Firings, drawn_latents
+from c2r_core.errors import NotEvaluable
+from c2r_core.metrics import Headline, metric
+from c2r_core.metrics.endpoint import KEY_VARIABLE, Endpoint
+from c2r_core.metrics.firings import Firings, drawn_latents, firings_of
+from c2r_core.metrics.probing import none_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from c2r_core.metrics.inputs import Inputs
 
 N_TOP, N_WEIGHTED = 10, 5
 """Excerpts to explain."""
 JUDGE_TOP, JUDGE_WEIGHTED, JUDGE_RANDOM = 2, 2, 10
 """Excerpts to judge."""
-TOKENS_AROUND = 10
 
 EXPLAIN = (
     "One unit of a neural network fires on the tokens between « and » in the excerpts. Say in one short "
@@ -41,32 +45,50 @@ JUDGE = (
 
 @dataclass(frozen=True)
 class InterpretedLatent:
-    """One latent; score and explanation are None, with the reason, where it could not be evaluated."""
+    """One latent; score and explanation are null, with the reason, where it could not be evaluated."""
 
     latent: int
     explanation: str | None = None
     score: float | None = None
+    """Share of excerpts judged rightly."""
     not_evaluable: str | None = None
 
 
 @dataclass(frozen=True)
-class AutoInterpReport:
-    """Scores of some latents; means are over those that could be evaluated.
+class AutoInterp:
+    """A language model explains latents, and predicts from the explanation where they fire."""
 
-    Attributes
-    ----------
-    model : str
-        Explainer and judge.
-    latents : tuple of InterpretedLatent
-    n_evaluated : int
-    mean_score, sd_score : float or None
-    """
-
+    autointerp_score: float
+    """Mean share of excerpts judged rightly; saying "none" gets about 0.71."""
+    autointerp_std_dev: float | None
+    """Over latents; null with a single one."""
+    num_latents: int
+    """With a score."""
     model: str
+    """Explainer and judge."""
     latents: tuple[InterpretedLatent, ...]
-    n_evaluated: int
-    mean_score: float | None
-    sd_score: float | None
+
+
+@metric(
+    "autointerp",
+    group="autointerp",
+    headline={"autointerp_score": Headline("higher", 0.71)},
+    needs="endpoint",
+)
+def measure(inputs: Inputs) -> AutoInterp:
+    """Two questions a latent to the endpoint; what it has answered before is not asked again."""
+    if inputs.endpoint is None:
+        raise NotEvaluable(
+            "No endpoint is named: give --endpoint URL and --endpoint-model NAME, of any server that "
+            f"speaks OpenAI's chat completions; its key, if it wants one, in {KEY_VARIABLE}."
+        )
+    return measure_auto_interp(
+        firings_of(inputs),
+        inputs.language_model.tokenizer,
+        inputs.endpoint,
+        n_latents=inputs.sizes.autointerp_latents,
+        seed=inputs.seed,
+    )
 
 
 def measure_auto_interp(
@@ -76,7 +98,7 @@ def measure_auto_interp(
     *,
     n_latents: int = 100,
     seed: int = 0,
-) -> AutoInterpReport:
+) -> AutoInterp:
     """Explain and judge latents that fire often enough, two requests each.
 
     Parameters
@@ -91,10 +113,9 @@ def measure_auto_interp(
 
     Raises
     ------
-    EndpointError
-        If the endpoint cannot be used. What it has answered is kept.
-    ValueError
-        If no latent fires often enough.
+    NotEvaluable
+        If no latent fires often enough or none gets a score; as EndpointError, if the endpoint cannot be
+        used. What it has answered is kept.
     """
     needed = N_TOP + N_WEIGHTED + JUDGE_TOP + JUDGE_WEIGHTED
     drawn = drawn_latents(firings, n_latents, needed, seed)
@@ -107,7 +128,7 @@ def measure_auto_interp(
                 "overlapping; there are fewer"
             )
             return InterpretedLatent(latent, not_evaluable=reason)
-        return _interpret(latent, *excerpts, firings, tokenizer, endpoint)
+        return _interpret(latent, *excerpts, tokenizer, endpoint)
 
     with ThreadPoolExecutor(endpoint.parallel) as workers:
         tasks = [workers.submit(interpret, int(latent)) for latent in drawn]
@@ -117,20 +138,21 @@ def measure_auto_interp(
             workers.shutdown(cancel_futures=True)
             raise
     scores = [row.score for row in rows if row.score is not None]
-    return AutoInterpReport(
+    if not scores:
+        raise none_of("latents", rows)
+    return AutoInterp(
+        autointerp_score=fmean(scores),
+        autointerp_std_dev=stdev(scores) if len(scores) > 1 else None,
+        num_latents=len(scores),
         model=endpoint.model,
         latents=rows,
-        n_evaluated=len(scores),
-        mean_score=fmean(scores) if scores else None,
-        sd_score=stdev(scores) if len(scores) > 1 else None,
     )
 
 
 class _Excerpt(NamedTuple):
-    """Tokens `start` to `stop` of `contexts.ravel()`, and which of them fire."""
+    """Token ids, and which of them fire."""
 
-    start: int
-    stop: int
+    tokens: np.ndarray
     fires: np.ndarray
 
 
@@ -138,37 +160,24 @@ def _choose(
     firings: Firings, latent: int, generator: np.random.Generator
 ) -> tuple[list[_Excerpt], list[_Excerpt]] | None:
     """Excerpts to explain and to judge, without overlap; None if there are too few."""
-    acts = firings.of(latent)
-    size = firings.contexts.shape[1]
+    acts, tokens = firings.of(latent), firings.contexts.ravel()
     taken = np.zeros(acts.size, dtype=bool)
-
-    def excerpt(place: int) -> _Excerpt | None:
-        context = place // size * size
-        start, stop = max(context, place - TOKENS_AROUND), place + TOKENS_AROUND + 1
-        stop = min(context + size, stop)
-        if taken[start:stop].any():
-            return None
-        taken[start:stop] = True
-        return _Excerpt(start, stop, acts[start:stop] > 0)
-
-    def collect(places: np.ndarray, n: int) -> list[_Excerpt]:
-        found: list[_Excerpt] = []
-        for place in places:
-            if len(found) == n:
-                break
-            if (one := excerpt(int(place))) is not None:
-                found.append(one)
-        return found
-
     firing = np.flatnonzero(acts > 0)
-    top = collect(firing[np.argsort(-acts[firing], kind="stable")], N_TOP + JUDGE_TOP)
+    hardest = firing[np.argsort(-acts[firing], kind="stable")]
     # Drawn without replacement, each with a chance in proportion to its strength (Efraimidis & Spirakis).
     waiting = -np.log(generator.random(len(firing))) / acts[firing]
-    weighted = collect(firing[np.argsort(waiting, kind="stable")], N_WEIGHTED + JUDGE_WEIGHTED)
-    anywhere = collect(generator.permutation(firings.place), JUDGE_RANDOM)
-    wanted = (N_TOP + JUDGE_TOP, N_WEIGHTED + JUDGE_WEIGHTED, JUDGE_RANDOM)
-    if any(len(some) < n for some, n in zip((top, weighted, anywhere), wanted, strict=True)):
-        return None
+    by_chance = firing[np.argsort(waiting, kind="stable")]
+    kinds = []
+    for places, n in (
+        (hardest, N_TOP + JUDGE_TOP),
+        (by_chance, N_WEIGHTED + JUDGE_WEIGHTED),
+        (generator.permutation(firings.place), JUDGE_RANDOM),
+    ):
+        windows = [window for _, window in firings.windows(places, n, taken)]
+        if len(windows) < n:
+            return None
+        kinds.append([_Excerpt(tokens[window], acts[window] > 0) for window in windows])
+    top, weighted, anywhere = kinds
     top = [top[i] for i in generator.permutation(len(top))]
     to_judge = top[N_TOP:] + weighted[N_WEIGHTED:] + anywhere
     to_judge = [to_judge[i] for i in generator.permutation(len(to_judge))]
@@ -179,16 +188,13 @@ def _interpret(
     latent: int,
     to_explain: list[_Excerpt],
     to_judge: list[_Excerpt],
-    firings: Firings,
     tokenizer: PreTrainedTokenizerBase,
     endpoint: Endpoint,
 ) -> InterpretedLatent:
-    tokens = firings.contexts.ravel()
-
     def shown(excerpts: list[_Excerpt], marked: bool) -> str:
         lines = []
         for i, one in enumerate(excerpts, 1):
-            words = [tokenizer.decode([int(token)]) for token in tokens[one.start : one.stop]]
+            words = [tokenizer.decode([int(token)]) for token in one.tokens]
             if marked:
                 words = [f"«{w}»" if on else w for w, on in zip(words, one.fires, strict=True)]
             lines.append(f"{i}. " + "".join(words).replace("\n", " "))

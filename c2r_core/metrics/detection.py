@@ -1,4 +1,4 @@
-"""Detection score: can a judge that is no language model foretell from the text where a latent fires?
+"""Detection score: can a judge that is no language model predict from the text where a latent fires?
 
 For each latent, as many contexts in which it fires as in which it does not: the token itself and the ten
 before it (a latent has seen no more). A logistic regression on which tokens are there, the token itself
@@ -15,73 +15,69 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from c2r_core.metrics.firings import Firings, drawn_latents
+from c2r_core.metrics import Headline, metric
+from c2r_core.metrics.firings import TOKENS_AROUND, Firings, drawn_latents, firings_of
+from c2r_core.metrics.probing import none_of
 from c2r_core.statistics import mean_interval
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_array
 
-TOKENS_BEFORE = 10
+    from c2r_core.metrics.inputs import Inputs
+
 MAX_CONTEXTS = 100
 """Of each kind, for a latent."""
 MIN_FIRINGS = 30
+MIN_PER_SIDE = 5
 
 
 @dataclass(frozen=True)
 class DetectedLatent:
-    """One latent.
-
-    Attributes
-    ----------
-    latent : int
-    n_firings : int
-        Tokens on which it fires.
-    score : float in [0, 1] or None
-        Balanced accuracy on contexts that the judge had not seen.
-    shuffled : float in [0, 1] or None
-        Of a judge that was fitted to shuffled labels: chance.
-    tokens : tuple of int
-        Token ids that speak most for the latent, the strongest first; negative ones, −1 − id, stand for
-        a token before the one on which it fires.
-    not_evaluable : str or None
-        The reason, if there is no score.
-    """
+    """One latent; null stands for what could not be measured."""
 
     latent: int
     n_firings: int
+    """Tokens on which it fires."""
     score: float | None = None
+    """Balanced accuracy on contexts that the judge had not seen."""
     shuffled: float | None = None
+    """Of a judge that was fitted to shuffled labels: chance."""
     tokens: tuple[int, ...] = ()
+    """Token ids that speak most for the latent, the strongest first; negative ones, −1 − id, stand for a
+    token before the one on which it fires."""
     not_evaluable: str | None = None
+    """The reason, if there is no score."""
 
 
 @dataclass(frozen=True)
-class DetectionReport:
-    """Detection scores of some latents.
+class Detection:
+    """Detection scores of latents drawn among those that fire on 30 tokens or more; chance is 0.5."""
 
-    Attributes
-    ----------
-    latents : tuple of DetectedLatent
-    n_evaluated : int
-    n_often_enough : int
-        Latents that fire on 30 tokens or more, of which these were drawn.
-    mean_score, low, high : float or None
-        With a 95 % interval over latents.
-    share_above_09 : float or None
-    mean_shuffled : float or None
-    """
-
-    latents: tuple[DetectedLatent, ...]
+    mean_score: float
+    low: float | None
+    """Ends of a 95 % interval over latents; null with a single one."""
+    high: float | None
+    share_above_09: float
+    mean_shuffled: float
+    """Of judges fitted to shuffled labels: chance, as measured."""
     n_evaluated: int
     n_often_enough: int
-    mean_score: float | None
-    low: float | None
-    high: float | None
-    share_above_09: float | None
-    mean_shuffled: float | None
+    """Latents that fire often enough, of which these were drawn."""
+    latents: tuple[DetectedLatent, ...]
 
 
-def measure_detection(firings: Firings, *, n_latents: int = 100, seed: int = 0) -> DetectionReport:
+@metric(
+    "detection",
+    group="detection",
+    headline={"mean_score": Headline("higher", "mean_shuffled")},
+)
+def measure(inputs: Inputs) -> Detection:
+    """Can the text alone predict where latents fire? On held-out tokens, without a language model."""
+    n = inputs.sizes.detection_latents
+    return measure_detection(firings_of(inputs), n_latents=n, seed=inputs.seed)
+
+
+def measure_detection(firings: Firings, *, n_latents: int = 100, seed: int = 0) -> Detection:
     """Score latents drawn among those that fire often enough.
 
     Parameters
@@ -93,23 +89,25 @@ def measure_detection(firings: Firings, *, n_latents: int = 100, seed: int = 0) 
 
     Raises
     ------
-    ValueError
-        If no latent fires often enough.
+    NotEvaluable
+        If no latent fires often enough, or none of those drawn can be judged.
     """
     drawn = drawn_latents(firings, n_latents, MIN_FIRINGS, seed)
     rows = tuple(_judge(firings, int(latent), seed) for latent in drawn)
     known = [row for row in rows if row.score is not None]
+    if not known:
+        raise none_of("latents", rows)
     scores = [row.score for row in known]
     interval = mean_interval(scores) if len(scores) > 1 else None
-    return DetectionReport(
-        latents=rows,
-        n_evaluated=len(known),
-        n_often_enough=int((firings.n_firings() >= MIN_FIRINGS).sum()),
-        mean_score=fmean(scores) if scores else None,
+    return Detection(
+        mean_score=fmean(scores),
         low=interval.low if interval else None,
         high=interval.high if interval else None,
-        share_above_09=fmean(score > 0.9 for score in scores) if scores else None,
-        mean_shuffled=fmean(row.shuffled for row in known) if known else None,
+        share_above_09=fmean(score > 0.9 for score in scores),
+        mean_shuffled=fmean(row.shuffled for row in known),
+        n_evaluated=len(known),
+        n_often_enough=int((firings.n_firings() >= MIN_FIRINGS).sum()),
+        latents=rows,
     )
 
 
@@ -126,7 +124,8 @@ def _judge(firings: Firings, latent: int, seed: int) -> DetectedLatent:
     y = fires[rows].astype(int)
     # By context, so that no text is on both sides.
     is_test = (generator.permutation(len(firings.contexts)) % 2 == 0)[firings.context_of[rows]]
-    if min(np.bincount(y[side], minlength=2).min() for side in (is_test, ~is_test)) < 5:
+    sides = [np.bincount(y[side], minlength=2) for side in (is_test, ~is_test)]
+    if np.min(sides) < MIN_PER_SIDE:
         reason = (
             f"it fires on {n_firings} tokens, too close together or too many: five contexts with it and "
             "five without are needed on either side"
@@ -134,22 +133,19 @@ def _judge(firings: Firings, latent: int, seed: int) -> DetectedLatent:
         return DetectedLatent(latent, n_firings, not_evaluable=reason)
     words, x = _words(firings, rows)
 
-    def judged(labels: np.ndarray) -> tuple[LogisticRegression, float]:
-        judge = LogisticRegression(max_iter=500, class_weight="balanced").fit(
-            x[~is_test], labels[~is_test]
-        )
-        return judge, float(balanced_accuracy_score(y[is_test], judge.predict(x[is_test])))
+    def judged(labels: np.ndarray) -> tuple[np.ndarray, float]:
+        judge = LogisticRegression(max_iter=500, class_weight="balanced")
+        judge.fit(x[~is_test], labels)
+        return judge.coef_[0], float(balanced_accuracy_score(y[is_test], judge.predict(x[is_test])))
 
-    judge, score = judged(y)
-    mixed = y.copy()
-    mixed[~is_test] = generator.permutation(y[~is_test])
-    best = np.argsort(-judge.coef_[0], kind="stable")[:5]
+    weights, score = judged(y[~is_test])
+    best = np.argsort(-weights, kind="stable")[:5]
     return DetectedLatent(
         latent=latent,
         n_firings=n_firings,
         score=score,
-        shuffled=judged(mixed)[1],
-        tokens=tuple(int(words[i]) for i in best if judge.coef_[0][i] > 0),
+        shuffled=judged(generator.permutation(y[~is_test]))[1],
+        tokens=tuple(int(words[i]) for i in best if weights[i] > 0),
     )
 
 
@@ -164,7 +160,7 @@ def _words(firings: Firings, rows: np.ndarray) -> tuple[np.ndarray, csr_array]:
     which, found = [], []
     for i, place in enumerate(firings.place[rows]):
         context, position = divmod(int(place), size)
-        before = firings.contexts[context, max(0, position - TOKENS_BEFORE) : position]
+        before = firings.contexts[context, max(0, position - TOKENS_AROUND) : position]
         own = {int(firings.contexts[context, position])} | {-1 - int(token) for token in before}
         found += sorted(own)
         which += [i] * len(own)

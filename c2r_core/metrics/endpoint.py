@@ -13,11 +13,12 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from c2r_core.artefacts.files import whole_file
 from c2r_core.artefacts.paths import cache_dir
+from c2r_core.errors import NotEvaluable
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -25,8 +26,17 @@ if TYPE_CHECKING:
 KEY_VARIABLE = "C2R_API_KEY"
 
 
-class EndpointError(ValueError):
+class EndpointError(NotEvaluable):
     """The endpoint cannot be used: asking it again now would not help."""
+
+
+@dataclass
+class _Shared:
+    """What all threads that ask one endpoint share, under one lock."""
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    next_turn: float = -float("inf")
+    client: OpenAI | None = None
 
 
 @dataclass(frozen=True)
@@ -64,6 +74,8 @@ class Endpoint:
     folder: Path | None = None
     clock: Callable[[], float] = field(default=time.monotonic, repr=False)
     sleep: Callable[[float], None] = field(default=time.sleep, repr=False)
+    # Made with the endpoint, before there are threads that could make two of it.
+    _shared: _Shared = field(default_factory=_Shared, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not self.url.startswith(("http://", "https://")):
@@ -105,18 +117,18 @@ class Endpoint:
         answer = self._request(request)
         if not answer:
             return answer  # not kept: another time it may have something to say
-        file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(f".{os.getpid()}.{threading.get_ident()}.part")
         kept = json.dumps(request | {"answer": answer}, indent=1, ensure_ascii=False)
-        part.write_text(kept, encoding="utf-8")
-        part.replace(file)
+        with whole_file(file) as part:
+            part.write_text(kept, encoding="utf-8")
         return answer
 
     def _request(self, request: dict) -> str:
         import openai
 
         try:
-            return self._client.chat.completions.create(**request).choices[0].message.content or ""
+            return (
+                self._client().chat.completions.create(**request).choices[0].message.content or ""
+            )
         except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
             known = "was refused" if os.environ.get(KEY_VARIABLE) else "is missing"
             raise EndpointError(
@@ -142,27 +154,26 @@ class Endpoint:
                 f"{_without_key(error)}). Does the address end in /v1?"
             ) from error
 
-    @cached_property
     def _client(self) -> OpenAI:
         from openai import OpenAI
 
-        return OpenAI(
-            base_url=self.url,
-            api_key=os.environ.get(KEY_VARIABLE) or "none",
-            timeout=self.timeout,
-            max_retries=self.retries,
-        )
-
-    @cached_property
-    def _turns(self) -> dict:
-        return {"lock": threading.Lock(), "next": -float("inf")}
+        with self._shared.lock:
+            if self._shared.client is None:
+                self._shared.client = OpenAI(
+                    base_url=self.url,
+                    api_key=os.environ.get(KEY_VARIABLE) or "none",
+                    timeout=self.timeout,
+                    max_retries=self.retries,
+                )
+            return self._shared.client
 
     def _wait_for_turn(self) -> None:
-        with self._turns["lock"]:
-            wait = self._turns["next"] - self.clock()
-            if wait > 0:
-                self.sleep(wait)
-            self._turns["next"] = self.clock() + 60 / self.requests_per_minute
+        with self._shared.lock:
+            now = self.clock()
+            turn = max(now, self._shared.next_turn)
+            self._shared.next_turn = turn + 60 / self.requests_per_minute
+        if turn > now:
+            self.sleep(turn - now)
 
 
 def _without_key(error: Exception) -> str:

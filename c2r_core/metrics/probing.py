@@ -4,6 +4,10 @@ Definition and k as in SAEBench 0.6.0 (arXiv 2503.09532): activations are averag
 latents whose mean differs most between the classes, on training texts, are the inputs of a logistic
 regression; its accuracy on test texts stands beside that of all latents and of the model's own activations.
 Classes are balanced, so chance is 0.5; training and test texts come from different documents.
+
+Ours: inputs are standardised. The two probes with many inputs choose their penalty on halves of the training
+documents, so that they are a ceiling for the k latents. Topics are lexical, a passage has one if it holds one
+of a list of words: a latent for a single token can tell much of such a label.
 """
 
 from __future__ import annotations
@@ -16,58 +20,69 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
-from c2r_core.metrics.passages import UNKNOWN, PooledActs, balanced, split_by_document
+from c2r_core.errors import NotEvaluable
+from c2r_core.metrics import Headline, metric
+from c2r_core.metrics.pooling import PooledActs, pooled_passages, split_by_document, task_rows
 
 if TYPE_CHECKING:
-    from sklearn.linear_model import LogisticRegression
+    from c2r_core.metrics.inputs import Inputs
 
 KS = (1, 2, 5)
 MIN_PASSAGES = 15  # ours: of each class, on either side
+PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)
+"""Inverse strengths, C, that the probes with many inputs choose from."""
 
 
 @dataclass(frozen=True)
 class ProbedTask:
-    """One label; None stands for what could not be measured.
-
-    Attributes
-    ----------
-    task : str
-    n_train, n_test : int
-        Passages, half of them of either class.
-    top_k : dict from k to float in [0, 1]
-        Test accuracy with the k best latents.
-    latents : tuple of int
-        The latents of the largest k, best first.
-    sae, model : float in [0, 1]
-        Test accuracy with all latents, and with the model's activations.
-    not_evaluable : str
-        The reason, if there is no score; else None.
-    """
+    """One label; null stands for what could not be measured."""
 
     task: str
     n_train: int | None = None
+    """Passages, half of them of either class."""
     n_test: int | None = None
     top_k: dict[str, float] | None = None
+    """Test accuracy with the k best latents, by k."""
     latents: tuple[int, ...] | None = None
+    """Those of the largest k, best first."""
     sae: float | None = None
+    """Test accuracy with all latents."""
     model: float | None = None
+    """Test accuracy with the model's activations."""
     not_evaluable: str | None = None
+    """The reason, if there is no score."""
 
 
 @dataclass(frozen=True)
-class SparseProbingReport:
-    """Means over the tasks that could be evaluated; None if none could."""
+class SparseProbing:
+    """Test accuracy on labelled passages of held-out documents, means over tasks; chance is 0.5."""
 
+    llm_test_accuracy: float
+    sae_test_accuracy: float
+    sae_top_1_test_accuracy: float
+    sae_top_2_test_accuracy: float
+    sae_top_5_test_accuracy: float
+    num_tasks: int
+    """With a score."""
     tasks: tuple[ProbedTask, ...]
-    n_evaluated: int
-    mean_top_k: dict[str, float] | None
-    mean_sae: float | None
-    mean_model: float | None
+
+
+@metric(
+    "sparse_probing",
+    group="probing",
+    headline={
+        "sae_top_1_test_accuracy": Headline("higher", 0.5),
+        "sae_test_accuracy": Headline("higher", "llm_test_accuracy"),
+    },
+)
+def measure(inputs: Inputs) -> SparseProbing:
+    """How much of each label one, two or five latents tell."""
+    return probe_sparsely(*pooled_passages(inputs), seed=inputs.seed)
 
 
 def probe_sparsely(
     pooled: PooledActs, labels: Mapping[str, Tensor], *, seed: int = 0
-) -> SparseProbingReport:
+) -> SparseProbing:
     """Test accuracy of the best latents, of all latents and of the model, for every label.
 
     Parameters
@@ -77,66 +92,77 @@ def probe_sparsely(
         1, 0, or −1 for passages that the task leaves out.
     seed : int
         Of the split by document and of the balancing.
-    """
-    acts = pooled.feature_acts
-    rows = []
-    for task, of_task in labels.items():
-        try:
-            train, test = task_rows(pooled.documents, of_task, task, seed)
-        except ValueError as error:
-            rows.append(ProbedTask(task, not_evaluable=str(error)))
-            continue
-        y = of_task.numpy()
-        difference = np.abs(acts[train[y[train] == 1]].mean(0) - acts[train[y[train] == 0]].mean(0))
-        best = np.argsort(-difference, kind="stable")[: max(KS)]
-
-        def accuracy(inputs, y=y, train=train, test=test) -> float:
-            return float(fitted(inputs[train], y[train]).score(inputs[test], y[test]))
-
-        rows.append(
-            ProbedTask(
-                task,
-                n_train=len(train),
-                n_test=len(test),
-                top_k={str(k): accuracy(acts[:, best[:k]]) for k in KS},
-                latents=tuple(best.tolist()),
-                sae=accuracy(acts),
-                model=accuracy(pooled.x),
-            )
-        )
-    known = [row for row in rows if row.not_evaluable is None]
-    return SparseProbingReport(
-        tasks=tuple(rows),
-        n_evaluated=len(known),
-        mean_top_k={str(k): fmean(row.top_k[str(k)] for row in known) for k in KS}
-        if known
-        else None,
-        mean_sae=fmean(row.sae for row in known) if known else None,
-        mean_model=fmean(row.model for row in known) if known else None,
-    )
-
-
-def task_rows(
-    documents: Sequence[str], labels: Tensor, task: str, seed: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Row numbers of balanced training and test passages, from different documents.
 
     Raises
     ------
-    ValueError
-        If a class has fewer than MIN_PASSAGES on a side.
+    NotEvaluable
+        If no label has enough passages.
     """
-    is_test = split_by_document(documents, labels, seed)
-    sides = []
-    for side, name in ((~is_test, "training"), (is_test, "test")):
-        known = side & (labels != UNKNOWN)
-        groups = {c: known & (labels == c) for c in (0, 1)}
-        sides.append(balanced(groups, seed, MIN_PASSAGES, f"the {name} side of {task!r}").numpy())
-    return sides[0], sides[1]
+    rows = []
+    for task, of_task in labels.items():
+        try:
+            rows.append(_probe(pooled, of_task, task, seed))
+        except NotEvaluable as error:
+            rows.append(ProbedTask(task, not_evaluable=str(error)))
+    known = [row for row in rows if row.not_evaluable is None]
+    if not known:
+        raise none_of("labels", rows)
+    return SparseProbing(
+        llm_test_accuracy=fmean(row.model for row in known),
+        sae_test_accuracy=fmean(row.sae for row in known),
+        **{f"sae_top_{k}_test_accuracy": fmean(row.top_k[str(k)] for row in known) for k in KS},
+        num_tasks=len(known),
+        tasks=tuple(rows),
+    )
 
 
-def fitted(inputs: object, y: np.ndarray) -> LogisticRegression:
-    """A logistic regression on raw inputs, which may be sparse."""
+def none_of(what: str, rows: Sequence[object]) -> NotEvaluable:
+    """What to raise where each row says why it is not evaluable."""
+    example = f"; for example: {rows[0].not_evaluable}" if rows else ""
+    return NotEvaluable(f"None of the {len(rows)} {what} could be measured{example}.")
+
+
+def _probe(pooled: PooledActs, labels: Tensor, task: str, seed: int) -> ProbedTask:
+    train, test = task_rows(pooled.documents, labels, task, seed, MIN_PASSAGES)
+    acts, y = pooled.feature_acts, labels.numpy()
+    difference = np.abs(acts[train[y[train] == 1]].mean(0) - acts[train[y[train] == 0]].mean(0))
+    best = np.argsort(-difference, kind="stable")[: max(KS)]
+    documents = [pooled.documents[i] for i in train]
+    half = split_by_document(documents, labels[train], seed).numpy()
+
+    def accuracy(inputs, penalties: Sequence[float]) -> float:
+        probe = _fitted(inputs[train], y[train], half, penalties)
+        return float(probe.score(inputs[test], y[test]))
+
+    return ProbedTask(
+        task,
+        n_train=len(train),
+        n_test=len(test),
+        top_k={str(k): accuracy(acts[:, best[:k]], (1.0,)) for k in KS},
+        latents=tuple(best.tolist()),
+        sae=accuracy(acts, PENALTIES),
+        model=accuracy(pooled.x, PENALTIES),
+    )
+
+
+def _fitted(inputs, y: np.ndarray, half: np.ndarray, penalties: Sequence[float]):
+    """A logistic regression on standardised inputs, its C chosen on two halves of the documents."""
+    from scipy.sparse import issparse
     from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import GridSearchCV
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
 
-    return LogisticRegression(max_iter=1000).fit(inputs, y)
+    def probe(C: float):
+        scale = StandardScaler(with_mean=not issparse(inputs))
+        return make_pipeline(scale, LogisticRegression(C=C, max_iter=1000))
+
+    if len(penalties) == 1:
+        return probe(*penalties).fit(inputs, y)
+    sides = [np.flatnonzero(half), np.flatnonzero(~half)]
+    # A class of one document has no halves: then by passages, two classes' worth in a row.
+    if any(len(np.unique(y[side])) < 2 for side in sides):
+        sides = [np.arange(len(y))[i::2] for i in (0, 1)]
+    folds = [(sides[0], sides[1]), (sides[1], sides[0])]
+    grid = {"logisticregression__C": list(penalties)}
+    return GridSearchCV(probe(1.0), grid, cv=folds).fit(inputs, y)

@@ -17,23 +17,26 @@ so the numbers are not to be compared with published ones.
 
 from __future__ import annotations
 
-import csv
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from c2r_core.data.interventions import Prompts, activations_at, answer_log_probs, make_prompts
-from c2r_core.data.language_models import Precision
-from c2r_core.saes.interface import AnySAE, finite_feature_acts
+from c2r_core.data.entities import Entities, load_ravel, offline_cities
+from c2r_core.data.forward import Precision, Prompts, activations_at, answer_log_probs, make_prompts
+from c2r_core.errors import NotEvaluable
+from c2r_core.metrics import Headline, metric
+from c2r_core.metrics.encoding import encode
+from c2r_core.saes.interface import AnySAE
+from c2r_core.statistics import mean_interval
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
+
+    from c2r_core.metrics.inputs import Inputs
 
 N_LATENTS = (1, 4, 16, 64)
 N_PAIRS = 30
@@ -41,92 +44,59 @@ MIN_KNOWN = 20
 """Entities whose attribute the model tells, or the attribute is not evaluable."""
 
 
-# -- entities ----------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class AttributeSwap:
+    """One attribute, on entities on which nothing was chosen; shares from 0 to 1."""
+
+    attribute: str
+    n_known: int
+    """Entities of which the model tells it."""
+    n_latents: int
+    """How many were swapped; chosen on other entities."""
+    cause: float
+    isolation: float
+    disentanglement: float
+    whole_cause: float
+    """With the whole activation swapped."""
+    whole_isolation: float
 
 
 @dataclass(frozen=True)
-class Entities:
-    """What is asked, of whom, and what is true.
+class Ravel:
+    """Means over attributes. Doing nothing has a cause of 0 and an isolation of 1, so a disentanglement of ½.
 
-    Attributes
-    ----------
-    templates : mapping from an attribute to a text with {subject} in it
-        What the model completes with the attribute's value.
-    prefixes : mapping from an attribute to a text
-        Examples in front of it.
-    values : mapping from an attribute to a mapping from entity to value
+    How much the measurement can show is what swapping the whole activation does: where that causes little
+    there is nothing to find, and where its isolation is near 0, as in early blocks, the attributes are all
+    there but mixed, so that low scores say as much of the hook as of the SAE. Attributes are few and each has
+    30 pairs a question: differences below the interval's width are not resolved. Entities are not from the
+    held-out documents; no SAE was trained on these prompts.
     """
 
-    templates: Mapping[str, str]
-    prefixes: Mapping[str, str]
-    values: Mapping[str, Mapping[str, str]]
+    disentanglement_score: float
+    disentanglement_low: float
+    """Ends of a 95 % interval over the attributes."""
+    disentanglement_high: float
+    cause_score: float
+    isolation_score: float
+    whole_activation_cause_score: float
+    """With the whole activation swapped: how much there is to cause."""
+    whole_activation_isolation_score: float
+    attributes: tuple[AttributeSwap, ...]
+    attributes_not_evaluable: dict[str, str]
+    """Attributes left out, with the reason."""
 
 
-_CITY_TEMPLATES = {
-    "country": "The city of{subject} is in the country of",
-    "continent": "The city of{subject} is in the continent of",
-    "language": "In the city of{subject}, most people speak",
-}
-_CITY_EXAMPLES = {
-    " Prague": {"country": "Czechia", "continent": "Europe", "language": "Czech"},
-    " Accra": {"country": "Ghana", "continent": "Africa", "language": "English"},
-    " Jakarta": {"country": "Indonesia", "continent": "Asia", "language": "Indonesian"},
-    " Bogota": {"country": "Colombia", "continent": "America", "language": "Spanish"},
-}
-
-
-def offline_cities() -> Entities:
-    """Cities with country, continent and language, from `cities.csv` beside this file."""
-    file = Path(__file__).with_name("cities.csv")
-    with file.open(encoding="utf-8", newline="") as lines:
-        rows = list(csv.DictReader(lines))
-    prefixes = {
-        attribute: "".join(
-            template.format(subject=city) + f" {known[attribute]}.\n"
-            for city, known in _CITY_EXAMPLES.items()
-        )
-        for attribute, template in _CITY_TEMPLATES.items()
-    }
-    values = {a: {f" {row['city']}": row[a] for row in rows} for a in _CITY_TEMPLATES}
-    return Entities(_CITY_TEMPLATES, prefixes, values)
-
-
-def load_ravel(folder: str | Path, entity_type: str = "city") -> Entities:
-    """RAVEL's public data (github.com/explanare/ravel, data.tgz), from a folder that you have unpacked.
-
-    Read are `ravel_{entity_type}_entity_attributes.json` and `ravel_{entity_type}_attribute_to_prompts.json`,
-    of each attribute the first prompt with one %s behind a space, and no examples in front.
-
-    Raises
-    ------
-    FileNotFoundError
-        If one of them is missing.
-    ValueError
-        If no attribute has such a prompt.
-    """
-    folder = Path(folder).expanduser()
-    names = ("entity_attributes", "attribute_to_prompts")
-    files = [folder / f"ravel_{entity_type}_{name}.json" for name in names]
-    for file in files:
-        if not file.is_file():
-            raise FileNotFoundError(
-                f"{file} is missing; expected the unpacked folder of RAVEL's data with {files[0].name} "
-                f"and {files[1].name}."
-            )
-    attributes, prompts = (json.loads(file.read_text(encoding="utf-8")) for file in files)
-    templates = {}
-    for attribute, texts in prompts.items():
-        once = [t for t in texts if t.count("%s") == 1 and " %s" in t and "{" not in t]
-        if once:
-            # The space in front goes with the entity: it is part of its token.
-            templates[attribute] = once[0].replace(" %s", "{subject}")
-    if not templates:
-        raise ValueError(f"{files[1]} has no prompt with one %s behind a space.")
-    values = {
-        a: {f" {entity}": str(known[a]) for entity, known in attributes.items() if a in known}
-        for a in templates
-    }
-    return Entities(templates, dict.fromkeys(templates, ""), values)
+@metric("ravel", group="ravel", headline={"disentanglement_score": Headline("higher", 0.5)})
+def measure(inputs: Inputs) -> Ravel:
+    """RAVEL's own data where a folder is given, cities with three attributes otherwise."""
+    try:
+        entities = offline_cities() if inputs.ravel is None else load_ravel(inputs.ravel)
+    except FileNotFoundError as error:
+        raise NotEvaluable(str(error)) from error  # concerns this metric alone
+    task = entity_task(
+        inputs.language_model, entities, inputs.lm.hook_name, precision=inputs.precision
+    )
+    return measure_ravel(inputs.sae, task, seed=inputs.seed)
 
 
 # -- what a model knows of them ----------------------------------------------------------------
@@ -184,35 +154,34 @@ def entity_task(
 
     Raises
     ------
-    ValueError
+    NotEvaluable
         If fewer than two attributes have 20 entities that the model tells.
     """
     subjects = sorted(set.intersection(*(set(known) for known in entities.values.values())))
-    prompts, kept = {}, set(range(len(subjects)))
-    for attribute, template in entities.templates.items():
-        made, own = make_prompts(model.tokenizer, entities.prefixes[attribute], subjects, template)
-        prompts[attribute] = (made, own)
-        kept &= set(own)
-    if not kept:
-        raise ValueError(
+    made = {
+        attribute: make_prompts(model.tokenizer, entities.prefixes[attribute], subjects, template)
+        for attribute, template in entities.templates.items()
+    }
+    order = sorted(set.intersection(*(set(kept) for _, kept in made.values())))
+    if not order:
+        raise NotEvaluable(
             f"None of the {len(subjects)} entities ends where a token ends in all of the prompts."
         )
-    order = sorted(kept)
     asked, reasons = {}, {}
-    for attribute, (made, own) in prompts.items():
-        aligned = made.chosen(torch.tensor([own.index(i) for i in order], dtype=torch.long))
+    for attribute, (prompts, kept) in made.items():
+        aligned = prompts.chosen(torch.tensor([kept.index(i) for i in order], dtype=torch.long))
         values = [entities.values[attribute][subjects[i]] for i in order]
         one = _ask(model, aligned, values, hook_name, precision)
         n_known = int(one.known.sum())
-        if n_known < MIN_KNOWN:
+        if n_known >= MIN_KNOWN:
+            asked[attribute] = one
+        else:
             reasons[attribute] = (
                 f"the model tells the {attribute} of {n_known} of {len(order)} entities; {MIN_KNOWN} are "
                 "needed"
             )
-        else:
-            asked[attribute] = one
     if len(asked) < 2:
-        raise ValueError(
+        raise NotEvaluable(
             f"{len(asked)} attributes can be asked, and two are needed: {'; '.join(reasons.values())}."
         )
     return EntityTask(tuple(subjects[i] for i in order), asked, reasons)
@@ -227,7 +196,6 @@ def _ask(
 ) -> Asked:
     answers = sorted(set(values))
     ids = [model.tokenizer(f" {a}", add_special_tokens=False)["input_ids"][0] for a in answers]
-    tokens = torch.tensor(ids)
     is_unique = torch.tensor([ids.count(token) == 1 for token in ids])
     value = torch.tensor([answers.index(v) for v in values])
 
@@ -235,7 +203,7 @@ def _ask(
         log_probs = answer_log_probs(
             model, prompts.chosen(rows), hook_name, replacements, precision=precision
         )
-        return log_probs[:, tokens]
+        return log_probs[:, ids]
 
     said = respond(torch.arange(len(values)), None).argmax(1)
     activations = activations_at(model, prompts, hook_name, precision=precision)
@@ -244,59 +212,12 @@ def _ask(
 
 # -- the swap ----------------------------------------------------------------------------------
 
-
-@dataclass(frozen=True)
-class AttributeSwap:
-    """One attribute, on entities on which nothing was chosen.
-
-    Attributes
-    ----------
-    attribute : str
-    n_known : int
-        Entities of which the model tells it.
-    n_latents : int
-        How many were swapped; chosen on other entities.
-    cause, isolation, disentanglement : float in [0, 1]
-    whole_cause, whole_isolation : float in [0, 1]
-        With the whole activation swapped.
-    """
-
-    attribute: str
-    n_known: int
-    n_latents: int
-    cause: float
-    isolation: float
-    disentanglement: float
-    whole_cause: float
-    whole_isolation: float
-
-
-@dataclass(frozen=True)
-class RavelReport:
-    """Means over the attributes; `not_evaluable` names the attributes left out, with reasons."""
-
-    attributes: tuple[AttributeSwap, ...]
-    not_evaluable: dict[str, str]
-    mean_cause: float
-    mean_isolation: float
-    mean_disentanglement: float
-    mean_whole_cause: float
-    mean_whole_isolation: float
-
-
-class _Scores(NamedTuple):
-    cause: float
-    isolation: float
-
-    @property
-    def disentanglement(self) -> float:
-        return (self.cause + self.isolation) / 2
+Edit = Callable[[str, Tensor, Tensor], Tensor]
+"""New activations (n, d_in) for a question, bases and sources, both numbers of entities (n,)."""
 
 
 @torch.no_grad()
-def measure_ravel(
-    sae: AnySAE, task: EntityTask, *, n_pairs: int = N_PAIRS, seed: int = 0
-) -> RavelReport:
+def measure_ravel(sae: AnySAE, task: EntityTask, *, n_pairs: int = N_PAIRS, seed: int = 0) -> Ravel:
     """Swap every attribute's latents between entities that differ in it.
 
     Parameters
@@ -311,47 +232,48 @@ def measure_ravel(
 
     Raises
     ------
-    ValueError
-        If the SAE is made for another width, or gives NaN or infinite activations.
+    NotEvaluable
+        If the SAE is made for another width, or gives NaN or infinite activations; if two attributes always
+        go together.
     """
-    d_in = next(iter(task.asked.values())).activations.shape[1]
-    if sae.W_dec.ndim != 2 or sae.W_dec.shape[1] != d_in:
-        raise ValueError(
-            f"The SAE's W_dec has shape {tuple(sae.W_dec.shape)}; expected (d_sae, {d_in}), the width of "
-            "the entities' activations."
-        )
-    acts = {name: finite_feature_acts(sae, asked.activations) for name, asked in task.asked.items()}
+    acts = {name: encode(sae, asked.activations) for name, asked in task.asked.items()}
     rows = sae.W_dec.detach().float().cpu()
     generator = torch.Generator().manual_seed(seed)
     half = torch.randperm(len(task.entities), generator=generator) < len(task.entities) // 2
-    found = []
-    for name, asked in task.asked.items():
-        order = _by_difference(acts[name] * rows.norm(dim=1), asked, half)
 
-        def partly(question: str, base: Tensor, source: Tensor, latents: Tensor) -> Tensor:
+    def only(latents: Tensor) -> Edit:
+        def edit(question: str, base: Tensor, source: Tensor) -> Tensor:
             change = acts[question][source][:, latents] - acts[question][base][:, latents]
             return task.asked[question].activations[base] + change @ rows[latents]
 
-        def whole(question: str, base: Tensor, source: Tensor, latents: None) -> Tensor:
-            return task.asked[question].activations[source]
+        return edit
 
-        chosen, _ = max(
-            ((n, _swap(task, name, half, partly, order[:n], n_pairs, seed)) for n in N_LATENTS),
-            key=lambda pair: pair[1].disentanglement,
+    def whole(question: str, base: Tensor, source: Tensor) -> Tensor:
+        return task.asked[question].activations[source]
+
+    found = []
+    for name, asked in task.asked.items():
+        order = _by_difference(acts[name] * rows.norm(dim=1), asked, half)
+        latents = max(
+            (order[:n] for n in N_LATENTS),
+            key=lambda some: sum(_swap(task, name, half, only(some), n_pairs, seed)),
         )
-        scores = _swap(task, name, ~half, partly, order[:chosen], n_pairs, seed + 1)
-        limit = _swap(task, name, ~half, whole, None, n_pairs, seed + 1)
-        n_known = int(asked.known.sum())
-        found.append(
-            AttributeSwap(
-                name, n_known, len(order[:chosen]), *scores, scores.disentanglement, *limit
-            )
-        )
-    means = {
-        f"mean_{score}": fmean(getattr(row, score) for row in found)
-        for score in ("cause", "isolation", "disentanglement", "whole_cause", "whole_isolation")
-    }
-    return RavelReport(tuple(found), dict(task.not_evaluable), **means)
+        cause, isolation = _swap(task, name, ~half, only(latents), n_pairs, seed + 1)
+        limit = _swap(task, name, ~half, whole, n_pairs, seed + 1)
+        scores = (cause, isolation, (cause + isolation) / 2, *limit)
+        found.append(AttributeSwap(name, int(asked.known.sum()), len(latents), *scores))
+    interval = mean_interval([row.disentanglement for row in found])
+    return Ravel(
+        disentanglement_score=interval.mean,
+        disentanglement_low=interval.low,
+        disentanglement_high=interval.high,
+        cause_score=fmean(row.cause for row in found),
+        isolation_score=fmean(row.isolation for row in found),
+        whole_activation_cause_score=fmean(row.whole_cause for row in found),
+        whole_activation_isolation_score=fmean(row.whole_isolation for row in found),
+        attributes=tuple(found),
+        attributes_not_evaluable=dict(task.not_evaluable),
+    )
 
 
 def _by_difference(acts: Tensor, asked: Asked, among: Tensor) -> Tensor:
@@ -366,46 +288,30 @@ def _by_difference(acts: Tensor, asked: Asked, among: Tensor) -> Tensor:
 
 
 def _swap(
-    task: EntityTask,
-    attribute: str,
-    among: Tensor,
-    edit: Callable[..., Tensor],
-    latents: Tensor | None,
-    n_pairs: int,
-    seed: int,
-) -> _Scores:
+    task: EntityTask, attribute: str, among: Tensor, edit: Edit, n_pairs: int, seed: int
+) -> tuple[float, float]:
     """Cause and isolation on pairs of these entities; the pairs depend on the task and the seed only."""
+    own = task.asked[attribute]
 
-    def pairs(question: str) -> tuple[Tensor, Tensor]:
-        """Pairs that differ in the attribute and in what is asked, and whose base is known."""
-        own, other = task.asked[attribute], task.asked[question]
-        sources = (among & own.known).nonzero()[:, 0]
-        bases = (among & other.known).nonzero()[:, 0]
-        grid = torch.cartesian_prod(bases, sources)
-        base, source = grid.T
+    def share(question: str, wants_source: bool) -> float:
+        """How often the answer is the source's, or the base's."""
+        other = task.asked[question]
+        bases, sources = ((among & asked.known).nonzero()[:, 0] for asked in (other, own))
+        pairs = torch.cartesian_prod(bases, sources)
+        base, source = pairs.T
         differs = (own.value[base] != own.value[source]) & (
             other.value[base] != other.value[source]
         )
-        grid = grid[differs]
-        generator = torch.Generator().manual_seed(seed)
-        drawn = grid[torch.randperm(len(grid), generator=generator)[:n_pairs]]
-        return drawn[:, 0], drawn[:, 1]
-
-    def answers(question: str) -> tuple[Tensor, Tensor, Tensor]:
-        base, source = pairs(question)
-        asked = task.asked[question]
-        if not len(base):
-            raise ValueError(
+        pairs = pairs[differs]
+        if not len(pairs):
+            raise NotEvaluable(
                 f"No two of the entities that the model knows differ in {attribute!r} and {question!r}."
             )
-        said = asked.respond(base, edit(question, base, source, latents)).argmax(1)
-        return said, asked.value[base], asked.value[source]
+        generator = torch.Generator().manual_seed(seed)
+        base, source = pairs[torch.randperm(len(pairs), generator=generator)[:n_pairs]].T
+        said = other.respond(base, edit(question, base, source)).argmax(1)
+        wanted = other.value[source if wants_source else base]
+        return float((said == wanted).double().mean())
 
-    said, _, wanted = answers(attribute)
-    cause = float((said == wanted).double().mean())
-    kept = []
-    for question in task.asked:
-        if question != attribute:
-            said, before, _ = answers(question)
-            kept.append(float((said == before).double().mean()))
-    return _Scores(cause, fmean(kept))
+    others = [question for question in task.asked if question != attribute]
+    return share(attribute, True), fmean(share(question, False) for question in others)

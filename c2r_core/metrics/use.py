@@ -13,145 +13,158 @@ concept there, and used on the other half:
 The SAE's reconstruction error stays in the activation. `measure_use_of_means` does the same with the
 difference of the two means, a direction without an SAE: what the model lets anyone move at this place.
 
+The samples are words of the first-letter task, those that assignment consistency and absorption do *not*
+score (`is_test` is false): no word is both scored there and picked on, erased or steered here. What links the
+two measures is that the probe, from which assignment has a letter's direction, was fitted on these words.
+
     task = letter_use_task(model, words)  # once per model and hook
-    report, reference = measure_use(sae, task), measure_use_of_means(task)
+    found, reference = measure_use(sae, task), measure_use_of_means(task)
+    print(*use_examples(sae, task, n=3), sep="\\n")
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
 from statistics import fmean
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from c2r_core.data.interventions import answer_log_probs, make_prompts
-from c2r_core.data.language_models import Precision
-from c2r_core.data.words import LETTERS, FirstLetterTask
-from c2r_core.saes.interface import AnySAE, finite_feature_acts
+from c2r_core.errors import NotEvaluable
+from c2r_core.metrics import Headline, metric
+from c2r_core.metrics.absorption import letters
+from c2r_core.metrics.encoding import encode_sparse
+from c2r_core.metrics.use_task import PER_LETTER, UseTask, letter_use_task
+from c2r_core.saes.interface import AnySAE
 from c2r_core.seeds import mix_seeds
 
 if TYPE_CHECKING:
-    from transformer_lens.model_bridge import TransformerBridge
+    from c2r_core.metrics.inputs import Inputs
 
 N_SAMPLES = 20
 STEERING_SCALE = 2.0
 
-Respond = Callable[[Tensor, Tensor | None], Tensor]
 
-
-@dataclass(frozen=True, eq=False)
-class UseTask:
-    """Samples of concepts, and a model that answers which concept a sample holds.
-
-    Attributes
-    ----------
-    names : tuple of str
-        The concepts.
-    activations : Tensor, shape (n, d_in)
-        Raw, where the SAE reads.
-    concepts : Tensor of int, shape (n,)
-        The one concept that each sample holds.
-    for_picking : Tensor of bool, shape (n,)
-        The half on which latents are picked; they are used on the other.
-    respond : callable
-        `respond(rows, replacements)`: the model's log-probabilities (len(rows), n_concepts + 1) of each
-        concept's answer and of all other answers together, for samples `rows`, with their
-        activations replaced by `replacements` (len(rows), d_in), or untouched where that is None.
-    """
-
-    names: tuple[str, ...]
-    activations: Tensor
-    concepts: Tensor
-    for_picking: Tensor
-    respond: Respond
-
-    @cached_property
-    def before(self) -> Tensor:
-        """Answers to the untouched samples of the using half, (n, n_concepts + 1); else NaN."""
-        using = (~self.for_picking).nonzero()[:, 0]
-        answers = self.respond(using, None)
-        before = torch.full((len(self.concepts), answers.shape[1]), torch.nan)
-        before[using] = answers
-        return before
-
-    def is_right(self) -> Tensor:
-        """Samples of the using half whose likeliest concept is the one that they hold."""
-        return (self.before[:, :-1].argmax(1) == self.concepts) & ~self.for_picking
-
-    def means(self, concept: int) -> tuple[Tensor, Tensor]:
-        """Mean activation of the picking half's samples with and without the concept."""
-        holds = self.concepts == concept
-        with_it = self.activations[self.for_picking & holds].mean(0)
-        return with_it, self.activations[self.for_picking & ~holds].mean(0)
+# -- the report --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class ConceptUse:
-    """One concept; None stands for what could not be measured.
-
-    Attributes
-    ----------
-    concept : str
-    n_picking : int
-        Samples of the picking half that hold it.
-    n_right : int
-        Samples of the using half that hold it and that the model answers rightly.
-    latent : int
-        The one that was picked; None also for the means.
-    picking_f1, using_f1 : float in [0, 1]
-        Of (latent > 0) as a detector of the concept, on either half; None also for the means.
-    erased : float in [0, 1]
-        Share of the samples whose right answer is gone without the latent.
-    steered : float in [0, 1]
-        Share of samples of other concepts whose answer becomes this one.
-    collateral : float
-        KL(answers ‖ answers without the latent) on samples of other concepts, nats.
-    not_evaluable : str
-        The reason, if there is no score; else None.
-    """
+    """One concept; null stands for what could not be measured."""
 
     concept: str
     n_picking: int
+    """Samples of the picking half that hold it."""
     n_right: int
+    """Samples of the using half that hold it and that the model answers rightly."""
     latent: int | None = None
+    """The one that was picked; null also for the means."""
     picking_f1: float | None = None
+    """Of (latent > 0) as a detector of the concept, on the picking half."""
     using_f1: float | None = None
+    """The same on the using half."""
     erased: float | None = None
+    """Share of the samples whose right answer is gone without the latent."""
     steered: float | None = None
+    """Share of samples of other concepts whose answer becomes this one."""
     collateral: float | None = None
+    """KL(answers ‖ answers without the latent) on samples of other concepts, nats."""
     not_evaluable: str | None = None
+    """The reason, if there is no score."""
 
 
 @dataclass(frozen=True)
-class UseReport:
-    """Use of one SAE's latents. Means are over the evaluated concepts, None without one.
+class DirectionUse:
+    """Use of one direction for each concept. Means are over the evaluated concepts, null without one."""
 
-    Attributes
-    ----------
-    n_samples : int
-        Samples erased, steered, and watched for what else breaks, for each concept.
-    steering_scale : float
-        How far samples are moved, in distances between the two means.
-    concepts : tuple of ConceptUse
-    n_evaluated : int
-    """
-
-    n_samples: int
-    steering_scale: float
-    concepts: tuple[ConceptUse, ...]
     n_evaluated: int
     mean_picking_f1: float | None
     mean_using_f1: float | None
     mean_erased: float | None
     mean_steered: float | None
     mean_collateral: float | None
+    concepts: tuple[ConceptUse, ...]
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Use:
+    """First letters, erased and steered with one latent each, on words of the held-out documents that no
+    other metric scores."""
+
+    sae: DirectionUse
+    """Of the latent that was picked on the other half of the words."""
+    difference_of_means: DirectionUse
+    """Of a direction without an SAE, on the same words: the reference."""
+    n_picking_words: int
+    n_using_words: int
+    most_using_words_of_a_letter: int
+    """The using half keeps so many words of a letter at most, the most frequent."""
+    n_samples: int
+    """Words erased, steered, and watched for what else breaks, for each letter."""
+    steering_scale: float
+    """How far words are moved, in distances between the two means."""
+
+
+@metric(
+    "use",
+    group="use",
+    headline={
+        "sae.mean_erased": Headline("higher", "difference_of_means.mean_erased"),
+        "sae.mean_steered": Headline("higher", "difference_of_means.mean_steered"),
+        "sae.mean_collateral": Headline("lower", "difference_of_means.mean_collateral"),
+    },
+)
+def measure(inputs: Inputs) -> Use:
+    """Pick each letter's latent on one half of the words, erase and steer with it on the other."""
+    words, _ = letters(inputs)
+    task = letter_use_task(
+        inputs.language_model, words, precision=inputs.precision, seed=inputs.seed
+    )
+    found = measure_use(inputs.sae, task, seed=inputs.seed)
+    if found.n_evaluated == 0:
+        reasons = {row.not_evaluable for row in found.concepts}
+        raise NotEvaluable(
+            f"None of the {len(found.concepts)} letters could be used; for example: {min(reasons)}."
+        )
+    return Use(
+        sae=found,
+        difference_of_means=measure_use_of_means(task, seed=inputs.seed),
+        n_picking_words=int(task.for_picking.sum()),
+        n_using_words=int((~task.for_picking).sum()),
+        most_using_words_of_a_letter=PER_LETTER,
+        n_samples=N_SAMPLES,
+        steering_scale=STEERING_SCALE,
+    )
+
+
+# -- directions, and what they are worth -------------------------------------------------------
+
+
+class Direction(NamedTuple):
+    """What a concept is moved by.
+
+    Attributes
+    ----------
+    part : Tensor, shape (n, d_in)
+        What of each sample is taken out to erase the concept.
+    along : Tensor, shape (d_in,)
+        Where samples are moved to steer.
+    found : dict
+        What to report of it: fields of `ConceptUse`.
+    """
+
+    part: Tensor
+    along: Tensor
+    found: dict[str, float | int]
+
+
+Pick = Callable[[int], Direction | None]
+"""The direction for a concept (its number); None if there is none."""
+
+
 def measure_use(
     sae: AnySAE,
     task: UseTask,
@@ -159,8 +172,7 @@ def measure_use(
     n_samples: int = N_SAMPLES,
     steering_scale: float = STEERING_SCALE,
     seed: int = 0,
-    chunk_size: int = 512,
-) -> UseReport:
+) -> DirectionUse:
     """Erase and steer every concept with the one latent that was picked for it.
 
     Which samples are used depends on the task and the seed only, so that every SAE is measured on the same.
@@ -177,71 +189,65 @@ def measure_use(
         How far samples are moved, in distances between the two means: equally far for every SAE.
     seed : int
         Draws the samples.
-    chunk_size : int
-        Samples encoded at a time.
 
     Raises
     ------
-    ValueError
+    NotEvaluable
         If widths do not fit, or the SAE gives NaN or infinite activations.
     """
-    if sae.W_dec.ndim != 2 or sae.W_dec.shape[1] != task.activations.shape[1]:
-        raise ValueError(
-            f"The SAE's W_dec has shape {tuple(sae.W_dec.shape)}; expected (d_sae, "
-            f"{task.activations.shape[1]}), the width of the task's activations."
-        )
-    firing = _Firing(sae, task.activations, chunk_size)
-
-    def pick(concept: int) -> _Handle | None:
-        holds = task.concepts == concept
-        latent, f1 = firing.best_detector(holds, task.for_picking)
-        if latent is None:
-            return None
-        using_f1 = firing.f1(latent, holds, ~task.for_picking)
-        found = {"latent": latent, "picking_f1": f1, "using_f1": using_f1}
-        return _Handle(firing.contribution(latent), firing.rows[latent], found)
-
-    return _measure(task, pick, n_samples, steering_scale, seed)
+    return _measure(task, _picked_latents(sae, task), n_samples, steering_scale, seed)
 
 
-@torch.no_grad()
 def measure_use_of_means(
     task: UseTask,
     *,
     n_samples: int = N_SAMPLES,
     steering_scale: float = STEERING_SCALE,
     seed: int = 0,
-) -> UseReport:
+) -> DirectionUse:
     """The reference without an SAE: each concept's difference of means on the picking half.
 
     Erasing takes out what a sample has along it beyond the mean of the samples without the concept.
     Parameters as in `measure_use`.
     """
 
-    def pick(concept: int) -> _Handle:
+    def pick(concept: int) -> Direction:
         mean_with, mean_without = task.means(concept)
-        direction = torch.nn.functional.normalize(mean_with - mean_without, dim=0)
-        excess = (task.activations - mean_without) @ direction
-        return _Handle(excess[:, None] * direction, direction, {})
+        along = torch.nn.functional.normalize(mean_with - mean_without, dim=0)
+        excess = (task.activations - mean_without) @ along
+        return Direction(excess[:, None] * along, along, {})
 
     return _measure(task, pick, n_samples, steering_scale, seed)
 
 
-class _Handle(NamedTuple):
-    """What a concept is moved by: its part in every sample (n, d_in), a direction, and what to report."""
+def _picked_latents(sae: AnySAE, task: UseTask) -> Pick:
+    """Each concept's latent: that of largest F1 as a detector on the picking half (ties: lowest number)."""
+    acts = encode_sparse(sae, task.activations).tocsc()
+    rows = sae.W_dec.detach().float().cpu()
+    is_picking = task.for_picking.numpy()
+    fires = (acts > 0).astype("float64").T.tocsr()
+    sides = [(side, fires[:, side]) for side in (is_picking, ~is_picking)]
 
-    part: Tensor
-    direction: Tensor
-    found: dict[str, float | int]
+    def pick(concept: int) -> Direction | None:
+        holds = (task.concepts == concept).numpy()
+        picking_f1, using_f1 = (
+            2 * (on @ holds[side]) / np.maximum(on.sum(1) + holds[side].sum(), 1)
+            for side, on in sides
+        )
+        best = int(picking_f1.argmax())
+        if picking_f1[best] == 0:
+            return None
+        f1 = {"picking_f1": float(picking_f1[best]), "using_f1": float(using_f1[best])}
+        part = torch.from_numpy(acts[:, [best]].toarray()) * rows[best]
+        return Direction(part, rows[best], {"latent": best} | f1)
+
+    return pick
 
 
+@torch.no_grad()
 def _measure(
-    task: UseTask,
-    pick: Callable[[int], _Handle | None],
-    n_samples: int,
-    steering_scale: float,
-    seed: int,
-) -> UseReport:
+    task: UseTask, pick: Pick, n_samples: int, steering_scale: float, seed: int
+) -> DirectionUse:
     is_right = task.is_right()
     rows = []
     for c, name in enumerate(task.names):
@@ -255,8 +261,8 @@ def _measure(
             )
             rows.append(replace(row, not_evaluable=reason))
             continue
-        handle = pick(c)
-        if handle is None:
+        direction = pick(c)
+        if direction is None:
             rows.append(replace(row, not_evaluable="no latent fires on any sample that holds it"))
             continue
         generator = torch.Generator().manual_seed(mix_seeds(seed, c))
@@ -265,162 +271,124 @@ def _measure(
             some[torch.randperm(len(some), generator=generator)[:n_samples]]
             for some in (right, others)
         )
+        without = _erase(task, direction, others)
+        kl = task.before[others].double().exp() * (task.before[others].double() - without.double())
         scores = {
-            "erased": _erased(task, handle, c, held),
-            "steered": _steered(task, handle, c, others, steering_scale),
-            "collateral": _collateral(task, handle, others),
+            "erased": _share(_erase(task, direction, held)[:, :-1].argmax(1) != c),
+            "steered": _share(
+                _steer(task, direction, c, others, steering_scale)[:, :-1].argmax(1) == c
+            ),
+            "collateral": float(kl.sum()) / len(others),
         }
-        rows.append(replace(row, **handle.found, **scores))
+        rows.append(replace(row, **direction.found, **scores))
     evaluated = [row for row in rows if row.not_evaluable is None]
     means = {}
     for name in ("picking_f1", "using_f1", "erased", "steered", "collateral"):
         values = [getattr(row, name) for row in evaluated if getattr(row, name) is not None]
         means[f"mean_{name}"] = fmean(values) if values else None
-    return UseReport(n_samples, steering_scale, tuple(rows), len(evaluated), **means)
+    return DirectionUse(n_evaluated=len(evaluated), **means, concepts=tuple(rows))
 
 
-def _erased(task: UseTask, handle: _Handle, concept: int, held: Tensor) -> float:
-    hit = held[_is_touched(handle, held)]
-    if not len(hit):
-        return 0.0
-    answers = task.respond(hit, task.activations[hit] - handle.part[hit])
-    return float((answers[:, :-1].argmax(1) != concept).sum()) / len(held)
+def _share(is_so: Tensor) -> float:
+    return float(is_so.double().mean())
 
 
-def _steered(task: UseTask, handle: _Handle, concept: int, others: Tensor, scale: float) -> float:
+def _erase(task: UseTask, direction: Direction, rows: Tensor) -> Tensor:
+    """Answers with the concept taken out; where nothing is taken out, those of before."""
+    answers = task.before[rows].clone()
+    touched = direction.part[rows].any(1)
+    if touched.any():
+        hit = rows[touched]
+        answers[touched] = task.respond(hit, task.activations[hit] - direction.part[hit])
+    return answers
+
+
+def _steer(task: UseTask, direction: Direction, concept: int, rows: Tensor, scale: float) -> Tensor:
+    """Answers with the activations moved along the direction, as far as the concept's mean is away."""
     mean_with, mean_without = task.means(concept)
-    direction = torch.nn.functional.normalize(handle.direction, dim=0)
-    shift = scale * (mean_with - mean_without).norm() * direction
-    answers = task.respond(others, task.activations[others] + shift)
-    return float((answers[:, :-1].argmax(1) == concept).double().mean())
+    along = torch.nn.functional.normalize(direction.along, dim=0)
+    shift = scale * (mean_with - mean_without).norm() * along
+    return task.respond(rows, task.activations[rows] + shift)
 
 
-def _collateral(task: UseTask, handle: _Handle, others: Tensor) -> float:
-    hit = others[_is_touched(handle, others)]
-    if not len(hit):
-        return 0.0
-    before = task.before[hit].double()
-    after = task.respond(hit, task.activations[hit] - handle.part[hit]).double()
-    return float((before.exp() * (before - after)).sum()) / len(others)
+# -- as text -----------------------------------------------------------------------------------
 
 
-def _is_touched(handle: _Handle, rows: Tensor) -> Tensor:
-    """Samples in which the concept's handle is there at all; the others would answer as before."""
-    return handle.part[rows].any(1)
+@dataclass(frozen=True)
+class UseExample:
+    """One sample that the model answers rightly, and what erasing and steering make of the answer."""
+
+    sample: str
+    before: str
+    latent: int
+    """The one picked for the concept that the sample holds."""
+    fires: bool
+    """Whether it does on this sample; if not, there is nothing to erase."""
+    after_erasing: str
+    steered_to: str
+    """Another concept, whose latent is added."""
+    after_steering: str
+
+    def __str__(self) -> str:
+        silent = "" if self.fires else " (silent here)"
+        return (
+            f"{self.sample} → {self.before}   without latent {self.latent}{silent}: "
+            f"{self.after_erasing}   steered to {self.steered_to}: {self.after_steering}"
+        )
 
 
-class _Firing:
-    """Which latents fire where, and what they write."""
-
-    def __init__(self, sae: AnySAE, activations: Tensor, chunk_size: int) -> None:
-        from scipy.sparse import csc_array, vstack
-
-        self.rows = sae.W_dec.detach().float().cpu()
-        chunks = []
-        for x in activations.split(chunk_size):
-            chunks.append(csc_array(finite_feature_acts(sae, x).numpy()))
-        self._acts = vstack(chunks, format="csc")
-        self._fires = (self._acts > 0).astype("float64")
-
-    def best_detector(self, holds: Tensor, among: Tensor) -> tuple[int | None, float]:
-        """The latent of largest F1 as a detector (ties: the lowest number), and that F1."""
-        among = among.numpy()
-        fires, holds = self._fires.T[:, among], holds.numpy()[among].astype("float64")
-        both = fires @ holds
-        f1 = 2 * both / (fires.sum(1) + holds.sum())
-        best = int(f1.argmax())
-        return (best, float(f1[best])) if f1[best] > 0 else (None, 0.0)
-
-    def f1(self, latent: int, holds: Tensor, among: Tensor) -> float:
-        fires = torch.from_numpy(self._fires[:, [latent]].toarray()[:, 0] > 0)
-        both = int((fires & holds & among).sum())
-        total = int((fires & among).sum() + (holds & among).sum())
-        return 2 * both / total if total else 0.0
-
-    def contribution(self, latent: int) -> Tensor:
-        """f w on every sample, (n, d_in)."""
-        acts = torch.from_numpy(self._acts[:, [latent]].toarray())
-        return acts * self.rows[latent]
-
-
-# -- a task that is at hand --------------------------------------------------------------------
-
-
-def letter_use_task(
-    model: TransformerBridge,
-    task: FirstLetterTask,
+@torch.no_grad()
+def use_examples(
+    sae: AnySAE,
+    task: UseTask,
+    n: int = 3,
     *,
-    precision: Precision = "float32",
-    per_letter: int = 60,
-    for_picking: Tensor | None = None,
+    steering_scale: float = STEERING_SCALE,
     seed: int = 0,
-) -> UseTask:
-    """First letters: the model is asked to complete "{word} has the first letter:".
-
-    The answer is a letter's token with a leading space, as in the examples of the prompt. No word is both
-    picked on and used.
+) -> list[UseExample]:
+    """Prompts, and the model's answers before, after erasing, and after steering.
 
     Parameters
     ----------
-    model : TransformerBridge
-    task : FirstLetterTask
-        Words, their activations, and the examples in front of them.
-    precision : "float32" or "bfloat16"
-        Of the model's matrix products.
-    per_letter : int
-        Words of a letter that the using half keeps at most, the most frequent; the model answers them all.
-    for_picking : Tensor of bool, shape (n_words,), optional
-        Which of the task's words latents are picked on; by default a random half.
+    sae, task, steering_scale
+        As for `measure_use`.
+    n : int
+        Samples at most, each of another concept, drawn among those that the model answers rightly.
     seed : int
-        Of that half.
+        Of the draw.
 
     Raises
     ------
-    ValueError
-        If the tokenizer has no single token for a letter, or the words do not keep their tokens.
+    NotEvaluable
+        If widths do not fit, or the SAE gives NaN or infinite activations.
     """
-    tokenizer = model.tokenizer
-    ids = [tokenizer(f" {letter}", add_special_tokens=False)["input_ids"] for letter in LETTERS]
-    long = [letter for letter, tokens in zip(LETTERS, ids, strict=True) if len(tokens) != 1]
-    if long:
-        raise ValueError(
-            f"The letters {', '.join(long)} behind a space are several tokens each in this tokenizer, "
-            "so there is no one answer to look for."
+    pick, is_right = _picked_latents(sae, task), task.is_right()
+    generator = torch.Generator().manual_seed(seed)
+    directions, rows = {}, {}
+    for c in torch.randperm(len(task.names), generator=generator).tolist():
+        right = (is_right & (task.concepts == c)).nonzero()[:, 0]
+        direction = pick(c) if len(right) and len(rows) <= n else None
+        if direction is not None:
+            directions[c] = direction
+            rows[c] = right[torch.randperm(len(right), generator=generator)[:1]]
+
+    def said(answers: Tensor) -> str:
+        best = int(answers[0].argmax())
+        return task.names[best] if best < len(task.names) else "something else"
+
+    concepts = list(rows)
+    examples = []
+    for c, target in zip(concepts[:n], concepts[1:] + concepts[:1], strict=False):
+        row, own = rows[c], directions[c]
+        examples.append(
+            UseExample(
+                sample=task.samples[int(row)],
+                before=said(task.before[row]),
+                latent=own.found["latent"],
+                fires=bool(own.part[row].any()),
+                after_erasing=said(_erase(task, own, row)),
+                steered_to=task.names[target],
+                after_steering=said(_steer(task, directions[target], target, row, steering_scale)),
+            )
         )
-    answers = torch.tensor(ids)[:, 0]
-    prompts, kept = make_prompts(
-        tokenizer, task.prefix, task.words, "{subject} has the first letter:"
-    )
-    if for_picking is None:
-        for_picking = random_half(len(task.words), seed)
-    kept = torch.tensor(kept)
-    letters, for_picking = task.letters[kept], for_picking[kept]
-    rank = torch.zeros(len(kept), dtype=torch.long)
-    for letter in range(len(LETTERS)):
-        rows = ((letters == letter) & ~for_picking).nonzero()[:, 0]
-        rank[rows] = torch.arange(len(rows))
-    wanted = (for_picking | (rank < per_letter)).nonzero()[:, 0]
-    prompts = prompts.chosen(wanted)
-
-    def respond(rows: Tensor, replacements: Tensor | None) -> Tensor:
-        log_probs = answer_log_probs(
-            model, prompts.chosen(rows), task.hook_name, replacements, precision=precision
-        )
-        letters = log_probs[:, answers]
-        rest = torch.log1p(-letters.double().exp().sum(1).clamp(max=1 - 1e-9)).float()
-        return torch.cat([letters, rest[:, None]], dim=1)
-
-    return UseTask(
-        names=tuple(LETTERS),
-        activations=task.activations[kept[wanted]],
-        concepts=letters[wanted],
-        for_picking=for_picking[wanted],
-        respond=respond,
-    )
-
-
-def random_half(n: int, seed: int) -> Tensor:
-    """A mask (n,) that is true for n // 2 entries, drawn with this seed."""
-    half = torch.zeros(n, dtype=torch.bool)
-    half[torch.randperm(n, generator=torch.Generator().manual_seed(seed))[: n // 2]] = True
-    return half
+    return examples

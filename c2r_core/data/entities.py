@@ -1,0 +1,96 @@
+"""Entities with attributes that a language model may know: what is asked, of whom, and what is true."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from c2r_core.errors import NotEvaluable
+
+
+@dataclass(frozen=True)
+class Entities:
+    """What is asked, of whom, and what is true.
+
+    Attributes
+    ----------
+    templates : mapping from an attribute to a text with {subject} in it
+        What the model completes with the attribute's value.
+    prefixes : mapping from an attribute to a text
+        Examples in front of it.
+    values : mapping from an attribute to a mapping from entity to value
+    """
+
+    templates: Mapping[str, str]
+    prefixes: Mapping[str, str]
+    values: Mapping[str, Mapping[str, str]]
+
+
+_CITY_TEMPLATES = {
+    "country": "The city of{subject} is in the country of",
+    "continent": "The city of{subject} is in the continent of",
+    "language": "In the city of{subject}, most people speak",
+}
+_CITY_EXAMPLES = {
+    " Prague": {"country": "Czechia", "continent": "Europe", "language": "Czech"},
+    " Accra": {"country": "Ghana", "continent": "Africa", "language": "English"},
+    " Jakarta": {"country": "Indonesia", "continent": "Asia", "language": "Indonesian"},
+    " Bogota": {"country": "Colombia", "continent": "America", "language": "Spanish"},
+}
+
+
+def offline_cities() -> Entities:
+    """Cities with country, continent and language, from `cities.csv` beside this file."""
+    file = Path(__file__).with_name("cities.csv")
+    with file.open(encoding="utf-8", newline="") as lines:
+        rows = list(csv.DictReader(lines))
+    prefixes = {
+        attribute: "".join(
+            template.format(subject=city) + f" {known[attribute]}.\n"
+            for city, known in _CITY_EXAMPLES.items()
+        )
+        for attribute, template in _CITY_TEMPLATES.items()
+    }
+    values = {a: {f" {row['city']}": row[a] for row in rows} for a in _CITY_TEMPLATES}
+    return Entities(_CITY_TEMPLATES, prefixes, values)
+
+
+def load_ravel(folder: str | Path, entity_type: str = "city") -> Entities:
+    """RAVEL's public data (github.com/explanare/ravel, data.tgz), from a folder that you have unpacked.
+
+    Read are `ravel_{entity_type}_entity_attributes.json` and `ravel_{entity_type}_attribute_to_prompts.json`,
+    of each attribute the first prompt with one %s behind a space, and no examples in front.
+
+    Raises
+    ------
+    FileNotFoundError
+        If one of them is missing.
+    NotEvaluable
+        If no attribute has such a prompt.
+    """
+    folder = Path(folder).expanduser()
+    names = ("entity_attributes", "attribute_to_prompts")
+    files = [folder / f"ravel_{entity_type}_{name}.json" for name in names]
+    for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"{file} is missing; expected the unpacked folder of RAVEL's data with {files[0].name} "
+                f"and {files[1].name}."
+            )
+    attributes, prompts = (json.loads(file.read_text(encoding="utf-8")) for file in files)
+    templates = {}
+    for attribute, texts in prompts.items():
+        once = [t for t in texts if t.count("%s") == 1 and " %s" in t and "{" not in t]
+        if once:
+            # The space in front goes with the entity: it is part of its token.
+            templates[attribute] = once[0].replace(" %s", "{subject}")
+    if not templates:
+        raise NotEvaluable(f"{files[1]} has no prompt with one %s behind a space.")
+    values = {
+        a: {f" {entity}": str(known[a]) for entity, known in attributes.items() if a in known}
+        for a in templates
+    }
+    return Entities(templates, dict.fromkeys(templates, ""), values)
