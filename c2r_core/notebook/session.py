@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -143,7 +143,9 @@ class Session:
         self._verdicts.append(verdict)
         print(verdict.line)
 
-    def cells(self, study: str, *, live: bool = False) -> dict[str, Any]:
+    def cells(
+        self, study: str, *, live: bool = False, only: Callable[[str], bool] | None = None
+    ) -> dict[str, Any]:
         """Every cell of a study at this notebook's profile, seed and device: {name: values}.
 
         Current cells are read, the others computed, as the variable C2R_CELLS says ("kept",
@@ -155,6 +157,8 @@ class Session:
             A name in `experiments.STUDIES`.
         live : bool
             Compute every cell here and now, and neither read nor write a file.
+        only : callable, optional
+            Which cells, by name; all without it.
 
         Raises
         ------
@@ -166,7 +170,7 @@ class Session:
 
         of = compute if live else read_or_compute
         made = cells(study, self.profile, self.seed, self.device)
-        return {cell.name: of(cell) for cell in made}
+        return {cell.name: of(cell) for cell in made if only is None or only(cell.name)}
 
     def finish(self) -> None:
         """Write claims, measured values and their provenance to the results file; print nothing."""
