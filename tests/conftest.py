@@ -52,6 +52,7 @@ def _own_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Tests and their kernels share one fresh cache and leave the project's folders alone."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("C2R_RESULTS", str(tmp_path_factory.mktemp("results")))
+        patch.setenv("C2R_RUNS", str(tmp_path_factory.mktemp("runs")))
         patch.setenv("C2R_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.delenv("MPLBACKEND", raising=False)
         yield

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from c2r_core.artefacts.results import plain, results_dir
+from c2r_core.artefacts.results import plain
 from c2r_core.notebook import start
 from c2r_core.notebook.claims import MEASURED, claim_lines, counted, judge, judge_interval
 from c2r_core.statistics import Interval
@@ -23,7 +23,7 @@ from c2r_core.statistics import Interval
 @pytest.fixture
 def session(monkeypatch, tmp_path):
     """Opens a session that writes below tmp_path."""
-    monkeypatch.setenv("C2R_RESULTS", str(tmp_path))
+    monkeypatch.setenv("C2R_RUNS", str(tmp_path))
 
     def open_session(profile="default", **arguments):
         return start(notebook="00_tiny", profile=profile, device="cpu", **arguments)
@@ -246,21 +246,16 @@ def test_a_session_gives_every_cell_of_a_study_by_name(session, monkeypatch):
 
     made = SimpleNamespace(
         cells=lambda profile, seed, device: [
-            SimpleNamespace(name=f"arm-seed{seed}", values={"profile": profile.name})
+            SimpleNamespace(name=f"arm-seed{seed}", kept=profile.name, compute=lambda: "live")
         ]
     )
     monkeypatch.setitem(sys.modules, "a_study", made)
     monkeypatch.setitem(STUDIES, "mine", "a_study")
-    monkeypatch.setattr(cells, "read_or_compute", lambda cell: cell.values)
-    assert session(seed=3).cells("mine") == {"arm-seed3": {"profile": "default"}}
+    monkeypatch.setattr(cells, "read_or_compute", lambda cell: cell.kept)
+    assert session(seed=3).cells("mine") == {"arm-seed3": "default"}
+    assert session(seed=3).cells("mine", live=True) == {"arm-seed3": "live"}
     with pytest.raises(ValueError, match="unknown study 'mien'; did you mean 'mine'"):
         session().cells("mien")
-
-
-def test_evidence_and_runs_lie_apart(monkeypatch):
-    monkeypatch.delenv("C2R_RESULTS", raising=False)
-    assert results_dir("full").parts[-2:] == ("results", "full")
-    assert results_dir("default").parts[-2:] == ("runs", "default")
 
 
 def test_start_seeds_every_generator(session):

@@ -33,7 +33,7 @@ def test_run_passes_parameters_and_writes_only_the_executed_notebook(tiny, tmp_p
         "[lead] it may rise elsewhere; n = 1 seed",
     ]
     results = json.loads(
-        (Path(os.environ["C2R_RESULTS"]) / "smoke" / "00_tiny-seed5.json").read_text()
+        (Path(os.environ["C2R_RUNS"]) / "smoke" / "00_tiny-seed5.json").read_text()
     )
     assert results["provenance"]["seed"] == 5
     assert list(out.parent.iterdir()) == [out]

@@ -15,7 +15,7 @@ from c2r_core.experiments import synthetic as toy_runs
 from c2r_core.experiments import tables as lm_tables
 from c2r_core.experiments import toy as toy_tables
 from c2r_core.experiments import tuning as tune_toys
-from c2r_core.notebook import session
+from c2r_core.artefacts.profiles import FIRST_SEED
 from c2r_core.saes import ARCHITECTURES, ReLUSAE, fold_norm_factor
 from conftest import PROJECT
 
@@ -149,7 +149,7 @@ def test_precision_auto_is_resolved():
 
 def test_settings_of_the_profile_are_the_ones_that_were_chosen():
     outcome = json.loads((PROJECT / "results" / "tuning" / "toy.json").read_text())
-    assert max(outcome["seeds"]) < session.FIRST_SEED, "tuned and confirmed on the same seeds"
+    assert max(outcome["seeds"]) < FIRST_SEED, "tuned and confirmed on the same seeds"
     default = load_profile("default").toy
     assert sorted(outcome["outcome"]) == sorted(ARCHITECTURES)
     for architecture, chosen in outcome["outcome"].items():
@@ -162,7 +162,7 @@ def test_settings_of_the_profile_are_the_ones_that_were_chosen():
 
 def test_ablations_of_the_profile_are_the_ones_that_were_chosen():
     outcome = json.loads((PROJECT / "results" / "tuning" / "ablations.json").read_text())
-    assert max(outcome["seeds"]) < session.FIRST_SEED
+    assert max(outcome["seeds"]) < FIRST_SEED
     assert load_profile("default").toy.ablation_weight == {
         name: {architecture: one["weight"] for architecture, one in by.items()}
         for name, by in outcome["outcome"].items()

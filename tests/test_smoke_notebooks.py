@@ -20,5 +20,5 @@ def test_smoke(notebook, tmp_path):
     lines = notebook_files.verdicts(notebook_files.read(out))
     assert [line for line in lines if line.kind != "lead"]
     assert [line.printed for line in lines if line.verdict == "FAILS"] == []
-    results = Path(os.environ["C2R_RESULTS"]) / "smoke" / f"{notebook.stem}.json"
+    results = Path(os.environ["C2R_RUNS"]) / "smoke" / f"{notebook.stem}.json"
     assert len(json.loads(results.read_text())["claims"]) == len(lines)

@@ -5,21 +5,15 @@ from __future__ import annotations
 import os
 import random
 import time
-from collections.abc import Sequence
-from importlib import import_module
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 from c2r_core.artefacts.names import unknown_name
-from c2r_core.artefacts.profiles import Profile, load_profile
-from c2r_core.artefacts.results import (
-    plain,
-    provenance,
-    runs_dir,
-    write_json,
-)
+from c2r_core.artefacts.profiles import Profile, load_profile, training_seeds
+from c2r_core.artefacts.results import plain, provenance, runs_dir, write_json
 from c2r_core.notebook.claims import (
     ABOUT,
     NOT_JUDGED,
@@ -33,7 +27,6 @@ from c2r_core.notebook.claims import (
 )
 
 RESULTS_SCHEMA = 1
-FIRST_SEED = 10
 
 
 class Session:
@@ -49,11 +42,8 @@ class Session:
         self._records: dict[str, Any] = {}
 
     def seeds(self, n: int) -> list[int]:
-        """n seeds for training runs that a claim rests on.
-
-        They begin at FIRST_SEED: weights are chosen on smaller ones, effects confirmed on these.
-        """
-        return [FIRST_SEED + self.seed + i for i in range(n)]
+        """n seeds for training runs, none of which weights were chosen on; see `training_seeds`."""
+        return training_seeds(n, self.seed)
 
     def record(self, **values: Any) -> None:
         """Keep measured values for the results file: numbers, arrays, dataclasses, nested or not.
@@ -153,7 +143,9 @@ class Session:
         self._verdicts.append(verdict)
         print(verdict.line)
 
-    def cells(self, study: str) -> dict[str, Any]:
+    def cells(
+        self, study: str, *, live: bool = False, only: Callable[[str], bool] | None = None
+    ) -> dict[str, Any]:
         """Every cell of a study at this notebook's profile, seed and device: {name: values}.
 
         Current cells are read, the others computed, as the variable C2R_CELLS says ("kept",
@@ -163,19 +155,22 @@ class Session:
         ----------
         study : str
             A name in `experiments.STUDIES`.
+        live : bool
+            Compute every cell here and now, and neither read nor write a file.
+        only : callable, optional
+            Which cells, by name; all without it.
 
         Raises
         ------
         ValueError
             If there is no such study.
         """
-        from c2r_core.artefacts.cells import read_or_compute
-        from c2r_core.experiments import STUDIES
+        from c2r_core.artefacts.cells import compute, read_or_compute
+        from c2r_core.experiments import cells
 
-        if study not in STUDIES:
-            raise ValueError(unknown_name("study", study, STUDIES))
-        made = import_module(STUDIES[study]).cells(self.profile, self.seed, self.device)
-        return {cell.name: read_or_compute(cell) for cell in made}
+        of = compute if live else read_or_compute
+        made = cells(study, self.profile, self.seed, self.device)
+        return {cell.name: of(cell) for cell in made if only is None or only(cell.name)}
 
     def finish(self) -> None:
         """Write claims, measured values and their provenance to the results file; print nothing."""
