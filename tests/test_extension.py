@@ -114,10 +114,10 @@ for weight in (0.0, 1.0):
     write_report(report, f"report{weight}.json")
     reports.append(read_report(f"report{weight}.json"))
 headline = [row for row in reports[0].headline() if row.metric == "busiest"]
-assert [(row.field, row.direction) for row in headline] == [("busiest_share", "lower")], headline
+assert [(row.field, row.better) for row in headline] == [("busiest_share", "lower")], headline
 compared = [row for row in compare(*reports) if row.metric == "busiest"]
 assert len(compared) == 1
-print(reports[0]["busiest"]["busiest_share"])
+print(reports[0]["busiest"].busiest_share)
 """
 
 
