@@ -1,0 +1,1 @@
+"""From text or toy features to activations; knows nothing of SAEs."""

@@ -9,6 +9,7 @@ from c2r_core.errors import needs_extra
 needs_extra("evaluate", "pandas", "pydantic", "scipy", "sklearn")
 
 from c2r_core.evaluate.compare import compare
+from c2r_core.evaluate.contexts import strongest_contexts
 from c2r_core.evaluate.evaluation import evaluate
 from c2r_core.evaluate.report import Report, json_schema, read_report, write_report
 from c2r_core.metrics import METRICS
@@ -22,5 +23,6 @@ __all__ = [
     "evaluate",
     "json_schema",
     "read_report",
+    "strongest_contexts",
     "write_report",
 ]

@@ -9,12 +9,13 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-from c2r_core.artefacts.cells import Cell, read_or_compute
-from c2r_core.artefacts.names import unknown_name
-from c2r_core.artefacts.profiles import Profile
 from c2r_core.errors import needs_extra
 
 needs_extra("evaluate", "pandas", "pydantic", "scipy", "sklearn")
+
+from c2r_core.artefacts.cells import Cell, read_or_compute
+from c2r_core.artefacts.names import unknown_name
+from c2r_core.artefacts.profiles import Profile
 
 STUDIES = {
     "toy": "c2r_core.experiments.toy",

@@ -93,7 +93,7 @@ def _folder(cell: Cell):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one of the commands; the exit code says whether all is well."""
-    parser = argparse.ArgumentParser(prog="c2r_core.experiments", description=__doc__)
+    parser = argparse.ArgumentParser(prog="c2r", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, about in (("status", status), ("run", run), ("verify", verify)):
         command = commands.add_parser(name, help=about.__doc__)
