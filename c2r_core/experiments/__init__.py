@@ -24,7 +24,13 @@ STUDIES = {
     "knobs": "c2r_core.experiments.knobs",
     "correlated": "c2r_core.experiments.correlated",
     "benchmark": "c2r_core.experiments.benchmark",
+    "strength": "c2r_core.experiments.strength",
     "language_model": "c2r_core.experiments.language_model",
+    "agreement": "c2r_core.experiments.agreement",
+    "validation": "c2r_core.experiments.validation",
+    "blocks": "c2r_core.experiments.blocks",
+    "parity": "c2r_core.experiments.parity",
+    "tuning": "c2r_core.experiments.tuning",
 }
 """By name, the module that makes the study's cells."""
 

@@ -1,91 +1,78 @@
-"""Where can first-letter absorption be measured? `make blocks`: blocks of the embedded model, and k.
+"""Study `blocks`, of notebook 16: where can first-letter absorption be measured? Blocks of the model, and k.
 
-Two things are needed: the model must tell letters there (SAEBench wants 20 letters whose probe has a
-test F1 above 0.6), and a baseline must absorb, or there is nothing to mend. One JSON a block in
-results/blocks/; a rerun fills only what is missing. The SAEs are baselines of half the default profile's
-tokens and steps: their absorption is for comparing blocks and k, not for quoting.
+Two things are needed: the model must tell letters there (SAEBench wants 20 letters whose probe has a test F1
+above 0.6), and a baseline must absorb, or there is nothing to mend. The SAEs are baselines of half the
+profile's tokens and steps: their absorption is for comparing blocks and k, not for quoting.
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
-import time
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
-from c2r_core import fold_norm_factor
-from c2r_core.artefacts.profiles import LanguageModelProfile, load_profile
-from c2r_core.artefacts.results import provenance, write_json
-from c2r_core.data.language_models import load_language_model
-from c2r_core.experiments.language_model import (
-    LanguageModelArm,
-    first_letter_task,
-    harvest_activations,
-    train_arm,
-)
-from c2r_core.metrics.absorption import evaluate_first_letter
-from c2r_core.metrics.reconstruction import evaluate_reconstruction
+from c2r_core.artefacts.cells import Cell
+from c2r_core.artefacts.profiles import Profile, training_seeds
+from c2r_core.experiments.language_model import Sources, arm_of, metric_cell, records
+from c2r_core.experiments.study import Study
 
-RESULTS = Path(__file__).resolve().parents[2] / "results" / "blocks"
-BLOCKS = (2, 4, 8, 12, 16, 20, 24)
-KS = (10, 32)
-SEED = 10
+if TYPE_CHECKING:
+    import pandas as pd
+
+BLOCKS = {"smollm2-135m": (2, 4, 8, 12, 16, 20, 24), "random-2-layer": (0, 1)}
+"""By language model; another one's is the block of the profile's hook alone."""
+FACTORS = (1.0, 3.2)
+"""Of the profile's k."""
 
 
-def measure_block(lm: LanguageModelProfile, model: Any) -> dict[str, Any]:
-    """Letters that probes tell at the profile's hook, and what its baselines absorb, by k."""
-    task, probes = first_letter_task(lm, model)
-    good = [letter for letter, reason in enumerate(probes.not_evaluable) if reason is None]
-    values = {
-        "n_good_letters": len(good),
-        "mean_probe_f1": sum(probes.f1[letter] for letter in good) / max(1, len(good)),
-        "baselines": {},
-    }
-    stores = harvest_activations(lm, model)
-    for k in KS:
-        with_k = lm.model_copy(update={"k": k})
-        arm = LanguageModelArm(lm.d_sae)
-        sae = fold_norm_factor(train_arm(with_k, arm, stores.train, SEED))
-        reconstruction = evaluate_reconstruction(sae, stores.held_out.chunks(8192))
-        letters = evaluate_first_letter(sae, task, probes)
-        values["baselines"][k] = {
-            "fvu": reconstruction.fvu,
-            "l0": reconstruction.l0,
-            "absorption": letters.mean_absorption_fraction,
-            "full_absorption": letters.mean_full_absorption,
-            "split_size": letters.mean_split_size,
-            "n_letters": letters.n_evaluated,
-        }
-    return values
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Measure the blocks that are missing; print one line each."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--blocks", type=int, nargs="+", default=BLOCKS)
-    given = parser.parse_args(arguments)
-    standard = load_profile("default").language_model
-    model = load_language_model(standard.model)
-    for block in given.blocks:
-        file = RESULTS / f"block{block:02d}.json"
-        if file.is_file():
-            continue
-        started = time.monotonic()
-        lm = standard.model_copy(
-            update={
-                "hook_name": f"blocks.{block}.hook_resid_post",
-                "train_tokens": standard.train_tokens // 2,
-                "steps": standard.steps // 2,
-            }
+def cells(profile: Profile, seed: int = 0, device: str = "cpu") -> list[Cell]:
+    """A baseline for each block and k: reconstruction and absorption."""
+    lm, study = profile.language_model, Study("blocks", profile, training_seeds(1, seed), device)
+    made = []
+    for block, k in _points(profile):
+        sources = Sources(profile).with_lm(
+            hook_name=_hook(lm.hook_name, block), train_tokens=lm.train_tokens // 2
         )
-        values = measure_block(lm, model)
-        seconds = time.monotonic() - started
-        made = provenance(profile="default", seed=SEED, device="cpu", seconds=seconds)
-        write_json(file, {"block": block, "values": values, "provenance": made})
-        print(f"block {block}: {values['n_good_letters']} letters, {seconds:.0f} s", flush=True)
-    return 0
+        arm = arm_of(lm, device, steps=lm.steps // 2, k=k)
+        metrics = ["reconstruction", "absorption"]
+        made.append(metric_cell(study, arm, _title(block, k), metrics, sources))
+    return made
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def _points(profile: Profile) -> list[tuple[int, int]]:
+    lm = profile.language_model
+    own = int(lm.hook_name.split(".")[1])
+    return [
+        (block, round(factor * lm.k))
+        for block in BLOCKS.get(lm.model, (own,))
+        for factor in FACTORS
+    ]
+
+
+def _hook(hook_name: str, block: int) -> str:
+    _, _, rest = hook_name.split(".", 2)
+    return f"blocks.{block}.{rest}"
+
+
+def _title(block: int, k: int) -> str:
+    return f"block {block:02d}, k = {k}"
+
+
+def blocks_table(values: Mapping[str, Any], profile: Profile) -> pd.DataFrame:
+    """One row per block and k; NaN where no letter can be measured."""
+    import pandas as pd
+
+    rows = []
+    for block, k in _points(profile):
+        found = {}
+        for metric, fields in {
+            "reconstruction": {"fvu": "fvu", "l0": "l0"},
+            "absorption": {
+                "letters": "num_good_probes",
+                "absorption": "mean_absorption_fraction_score",
+                "full_absorption": "mean_full_absorption_score",
+            },
+        }.items():
+            of = next(iter(records(values, metric, [_title(block, k)]).values()), {})
+            found |= {column: of.get(field) for column, field in fields.items()}
+        rows.append({"block": block, "k": k} | found)
+    return pd.DataFrame(rows).astype({"letters": float, "absorption": float})

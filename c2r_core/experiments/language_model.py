@@ -6,7 +6,8 @@ Here is also the one way to train an SAE on a language model, which the other st
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,8 +28,8 @@ from c2r_core.data.text import Corpus, load_corpus, split_documents
 from c2r_core.evaluate.evaluation import evaluate
 from c2r_core.experiments.study import Study
 from c2r_core.metrics import METRICS, standard_metrics
-from c2r_core.metrics.inputs import Options
-from c2r_core.saes import SAE, create_sae, load_sae, save_sae
+from c2r_core.metrics.inputs import Inputs, Options
+from c2r_core.saes import SAE, create_sae, fold_norm_factor, load_sae, save_sae
 from c2r_core.training import C2R, Orthogonality, TrainConfig, train, weight_from_strength
 
 if TYPE_CHECKING:
@@ -237,77 +238,95 @@ def trained(
     return load_sae(cached("sae", key, build, code=code, resumable=True) / "sae", device)
 
 
+def inputs_of(sae: SAE, sources: Sources, device: str = "cpu") -> Inputs:
+    """What metrics read of a trained SAE: held-out documents."""
+    return Inputs(
+        fold_norm_factor(sae),
+        sources.lm,
+        sources.profile.evaluation,
+        Options(profile=sources.profile, device=device),
+        language_model=language_model(sources.lm.model, device),
+        corpus=_corpus(sources.lm.corpus),
+    )
+
+
 # -- cells --------------------------------------------------------------------------------------
 
 
 def cells(profile: Profile, seed: int = 0, device: str = "cpu") -> list[Cell]:
-    """A cell for each seed, arm and metric."""
-    sources = Sources(profile)
-    return [
-        metric_cell(Study("language_model", profile, [one], device), arm, title, name, sources)
-        for one in training_seeds(profile.language_model.seeds, seed)
-        for title, arm in standard_arms(profile.language_model, device).items()
-        for name in standard_metrics()
-    ]
+    """A cell for each seed, arm and metric, and one of examples for each arm of the first seed."""
+    sources, arms = Sources(profile), standard_arms(profile.language_model, device)
+    made = []
+    for one in training_seeds(profile.language_model.seeds, seed):
+        study = Study("language_model", profile, [one], device)
+        for title, arm in arms.items():
+            made += [metric_cell(study, arm, title, [name], sources) for name in standard_metrics()]
+    return made
 
 
 def metric_cell(
-    study: Study, arm: LanguageModelArm, title: str, metric: str, sources: Sources
+    study: Study, arm: LanguageModelArm, title: str, metrics: Sequence[str], sources: Sources
 ) -> Cell:
-    """The record of one metric, of the SAE that an arm and the study's one seed give."""
+    """Records of some metrics, of the SAE that an arm and the study's one seed give."""
+    label = f", {metrics[0]}" if len(metrics) == 1 else ""
     return study.cell(
-        cell_name(title, study.seeds[0], metric),
+        f"{title}, seed {study.seeds[0]}{label}",
         measure,
-        modules=[METRICS[metric].measure.__module__],
+        modules=[METRICS[metric].measure.__module__ for metric in metrics],
         inputs=sources.inputs(),
         arm=arm,
-        metric=metric,
+        metrics=metrics,
         sources=sources,
     )
 
 
-def cell_name(title: str, seed: int, metric: str) -> str:
-    """Name of a metric's cell."""
-    return slug(f"{title}, seed {seed}, {metric}")
-
-
 def measure(
-    arm: LanguageModelArm, metric: str, sources: Sources, seeds: Sequence[int], device: str
-) -> Any:
-    """The metric's record in the report of `evaluate`."""
-    lm = sources.lm
-    store = training_store(lm, device)
+    arm: LanguageModelArm,
+    metrics: Sequence[str],
+    sources: Sources,
+    seeds: Sequence[int],
+    device: str,
+) -> dict[str, Any]:
+    """{metric: its record} from the report of `evaluate`."""
+    store = training_store(sources.lm, device)
+    sae = trained(arm, store, seeds[0], device)
+    return evaluated(sae, metrics, sources, device, train_store=store)
+
+
+def evaluated(
+    sae: SAE, metrics: Sequence[str], sources: Sources, device: str, **options: Any
+) -> dict[str, Any]:
+    """{metric: its record} of an SAE in memory; options are those of `Options`."""
     report = evaluate(
-        trained(arm, store, seeds[0], device),
-        model=language_model(lm.model, device),
-        hook_name=lm.hook_name,
-        corpus=_corpus(lm.corpus),
-        metrics=[metric],
-        options=Options(profile=sources.profile, device=device, train_store=store),
+        sae,
+        model=language_model(sources.lm.model, device),
+        hook_name=sources.lm.hook_name,
+        corpus=_corpus(sources.lm.corpus),
+        metrics=metrics,
+        options=Options(profile=sources.profile, device=device, **options),
     )
-    return report.metrics[metric]
+    return dict(report.metrics)
 
 
 # -- tables -------------------------------------------------------------------------------------
 
 
 def records(
-    values: Mapping[str, Any], metric: str, titles: Sequence[str]
+    values: Mapping[str, Any], metric: str, titles: Iterable[str]
 ) -> dict[tuple[str, int], Mapping[str, Any]]:
     """A metric's values by (arm, seed), where it was evaluable."""
     found = {}
     for title in titles:
-        for name, record in values.items():
-            head, tail = slug(f"{title}, seed "), slug(f" {metric}")
-            seed = name.removeprefix(head).removesuffix(tail).strip("-")
-            if name == f"{head}-{seed}-{tail}" and seed.isdigit():
-                if record["status"] == "evaluated":
-                    found[title, int(seed)] = record["values"]
+        of_title = re.compile(rf"{re.escape(slug(title))}-seed-(\d+)(-|$)")
+        for name, of_cell in values.items():
+            match = of_title.match(name)
+            if match and metric in of_cell and of_cell[metric]["status"] == "evaluated":
+                found[title, int(match[1])] = of_cell[metric]["values"]
     return found
 
 
 def metric_table(
-    values: Mapping[str, Any], columns: Mapping[str, str], titles: Sequence[str]
+    values: Mapping[str, Any], columns: Mapping[str, str], titles: Iterable[str]
 ) -> pd.DataFrame:
     """Arm, seed, and the columns asked for; a metric that was not evaluable leaves NaN.
 
@@ -317,7 +336,7 @@ def metric_table(
         {name: values} of the study's cells.
     columns : mapping of str
         By the column's name, where its number is: "reconstruction.fvu", "model_loss.kl", …
-    titles : sequence of str
+    titles : iterable of str
         The arms.
     """
     import pandas as pd
@@ -333,7 +352,7 @@ def metric_table(
 
 
 def item_table(
-    values: Mapping[str, Any], metric: str, items: str, titles: Sequence[str]
+    values: Mapping[str, Any], metric: str, items: str, titles: Iterable[str]
 ) -> pd.DataFrame:
     """Arm, seed, and the fields of each item of a list in a metric's report, such as its letters."""
     import pandas as pd

@@ -1,8 +1,7 @@
-"""Held-out FVU against the trainer of SAELens, on the same activations of the language model.
+"""Study `parity`, of notebook 16: held-out FVU against SAELens's own trainer, on the same activations.
 
-`make parity` runs it and writes `results/saelens_parity.json`; it fails if one of our SAEs has an FVU
-more than 2 % above the one of SAELens. A baseline that loses to the field's trainer would make C²R
-look better than it is.
+A baseline that loses to the field's trainer would make C²R look better than it is: ours may have at most
+TOLERANCE times the FVU of SAELens. Computing the cells needs the extra `saelens`; reading them does not.
 
 Equal in both:
 
@@ -13,7 +12,7 @@ Equal in both:
   step by step (checked);
 - for how many steps a latent is silent before the auxiliary loss counts it as dead: SAELens's default
   of 1000 steps would never act in a run of this length;
-- the measurement: `evaluate_reconstruction` on raw activations of held-out documents, with each SAE as
+- the measurement: the metric `reconstruction` on raw activations of held-out documents, with each SAE as
   it is used at inference. The BatchTopK SAE of SAELens is saved and loaded the way its library
   does it, as a JumpReLU SAE.
 
@@ -31,162 +30,179 @@ Each library's own, as it comes:
 | auxiliary acts    | ReLU                                  | of either sign                         |
 | threshold (Batch) | mean over the last 5 % of the steps   | mean over the last 100 steps, from 0   |
 
-With several learning rates, each library is judged by its best one. What has been trained is in the cache:
-an interrupted comparison goes on. On one thread a step of SAELens takes 0.3 s, or 1 s where the
-processor has other work too; ours take a fifth to a third of it.
+On one thread a step of SAELens takes 0.3 s, or 1 s where the processor has other work too; ours take a fifth
+to a third of it.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import math
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from c2r_core import TrainConfig, create_sae, fold_norm_factor, load_sae, save_sae, train
 from c2r_core.artefacts.cache import cached
-from c2r_core.artefacts.profiles import load_profile
-from c2r_core.artefacts.results import provenance, read_json, write_json
+from c2r_core.artefacts.cells import Cell
+from c2r_core.artefacts.names import slug
+from c2r_core.artefacts.profiles import Profile, training_seeds
+from c2r_core.artefacts.results import read_json, write_json
 from c2r_core.data.harvest import ActivationStore, StoreBatches
-from c2r_core.data.language_models import load_language_model
-from c2r_core.experiments.language_model import Activations, harvest_activations
-from c2r_core.metrics.reconstruction import evaluate_reconstruction
+from c2r_core.experiments.language_model import (
+    LanguageModelArm,
+    Sources,
+    arm_of,
+    evaluated,
+    trained,
+    training_store,
+)
+from c2r_core.experiments.study import Study
 from c2r_core.saes.interface import AnySAE
+from c2r_core.training import TrainConfig
 
-try:
-    import sae_lens
+if TYPE_CHECKING:
+    import pandas as pd
     from sae_lens.config import SAETrainerConfig
-    from sae_lens.training.optim import get_lr_scheduler
-except ImportError as error:
-    sys.exit(
-        f"SAELens cannot be imported ({error}). `make parity` installs it and runs this file; so does\n"
-        "  python -m pip install -c requirements.lock -e '.[saelens]'"
-    )
 
-TOLERANCE = 1.02  # ours may have at most this many times the FVU of SAELens
-RESULT = Path(__file__).resolve().parents[2] / "results" / "saelens_parity.json"
-EVALUATED_AT_ONCE = 4096
+TOLERANCE = 1.02
+ARCHITECTURES = ("topk", "batch_topk")
+LIBRARIES = ("ours", "SAELens")
+N_SEEDS = 2
 SAELENS_NORMALISATION = "expected_average_only_in"
 """Scales to a mean norm of √d_in. With "none", its default, and E‖x‖² = 1 it does worse here."""
 NORM_BATCHES = 50
 """From so many batches SAELens estimates that scale, before its first step."""
-ARCHITECTURES = {
-    "topk": (sae_lens.TopKTrainingSAE, sae_lens.TopKTrainingSAEConfig),
-    "batch_topk": (sae_lens.BatchTopKTrainingSAE, sae_lens.BatchTopKTrainingSAEConfig),
-}
-"""By our name of the architecture: SAELens's class and the class of its configuration."""
 
 
-@dataclass(frozen=True)
-class Setting:
-    """What the libraries are told: one architecture, size, learning rate and seed.
-
-    clip_norm bounds our gradient's norm; SAELens has a fixed bound of 1 on data of another scale.
-    """
-
-    architecture: str
-    d_sae: int
-    k: int
-    steps: int
-    batch_size: int
-    lr: float
-    seed: int
-    clip_norm: float
-
-    @property
-    def recipe(self) -> TrainConfig:
-        """Our recipe, from which the learning rate's course and the dead latents' horizon are taken."""
-        return TrainConfig(steps=self.steps, lr=self.lr, seed=self.seed, clip_norm=self.clip_norm)
-
-    @property
-    def dead_steps(self) -> int:
-        """Steps of silence after which a latent is dead."""
-        return round(self.recipe.dead_after * self.d_sae / self.k / self.batch_size)
+def cells(profile: Profile, seed: int = 0, device: str = "cpu") -> list[Cell]:
+    """A cell for each architecture, seed and library, on SAEs of the small width."""
+    sources = Sources(profile)
+    made = []
+    for one in training_seeds(N_SEEDS, seed):
+        study = Study("parity", profile, [one], device)
+        for architecture, library in itertools.product(ARCHITECTURES, LIBRARIES):
+            lm = sources.lm
+            arm = arm_of(
+                lm, device, d_sae=lm.small_d_sae, architecture=architecture, steps=_steps(lm.steps)
+            )
+            made.append(
+                study.cell(
+                    f"{architecture}, seed {one}, {library}",
+                    measure,
+                    modules=["c2r_core.metrics.reconstruction"],
+                    inputs=sources.inputs(),
+                    arm=arm,
+                    library=library,
+                    sources=sources,
+                )
+            )
+    return made
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """A trained SAE on held-out activations, and what a step of its training took."""
-
-    fvu: float
-    l0: float
-    dead_share: float
-    seconds_per_step: float
+def _steps(steps: int) -> int:
+    """A number of steps that 10 divides, so that both libraries have the same learning rates."""
+    return max(10, steps // 10 * 10)
 
 
-# -- the two trainers ---------------------------------------------------------------------------
+def measure(
+    arm: LanguageModelArm, library: str, sources: Sources, seeds: Sequence[int], device: str
+) -> dict[str, Any]:
+    """FVU, L0 and the share of dead latents on held-out tokens, and what a step of training took."""
+    store = training_store(sources.lm, device)
+    started = time.perf_counter()
+    if library == "ours":
+        sae: AnySAE = trained(arm, store, seeds[0], device)
+        seconds, of_version = (time.perf_counter() - started) / arm.config.steps, None
+    else:
+        sae, seconds = trained_by_saelens(arm, store, seeds[0])
+        of_version = version("sae-lens")
+    found = evaluated(sae, ["reconstruction"], sources, device)["reconstruction"].values
+    return {
+        "fvu": found.fvu,
+        "l0": found.l0,
+        "dead_share": 1 - found.frac_alive,
+        "seconds_per_step": seconds,
+        "sae_lens_version": of_version,
+    }
 
 
-def train_ours(setting: Setting, store: ActivationStore, folder: Path) -> None:
-    """Train our SAE and save it in `folder`."""
-    sae = create_sae(
-        setting.architecture, d_in=store.d_in, d_sae=setting.d_sae, k=setting.k, seed=setting.seed
-    )
-    sae.norm_factor = store.norm_factor
-    batches = StoreBatches(store, setting.batch_size, setting.seed)
-    train(sae, batches, setting.recipe, progress=False)
-    save_sae(sae, folder)
+# -- SAELens ------------------------------------------------------------------------------------
 
 
-def load_ours(folder: Path) -> AnySAE:
-    """The SAE that `train_ours` saved, for raw activations."""
-    return fold_norm_factor(load_sae(folder))
-
-
-def train_saelens(setting: Setting, store: ActivationStore, folder: Path) -> None:
-    """Train SAELens's SAE, fold the scale of the batches in, and save its inference form in `folder`.
+def trained_by_saelens(
+    arm: LanguageModelArm, store: ActivationStore, seed: int
+) -> tuple[AnySAE, float]:
+    """SAELens's SAE for raw activations, in its inference form, and the seconds a step took.
 
     Raises
     ------
+    ImportError
+        If SAELens is not installed.
     RuntimeError
         If the learning rates of the two recipes are not the same at every step.
     """
-    torch.manual_seed(setting.seed)
-    sae_class, config_class = ARCHITECTURES[setting.architecture]
-    sae = sae_class(
-        config_class(
-            d_in=store.d_in,
-            d_sae=setting.d_sae,
-            k=setting.k,
-            normalize_activations=SAELENS_NORMALISATION,
+    try:
+        import sae_lens
+    except ImportError as error:
+        raise ImportError(
+            f"SAELens cannot be imported ({error}); pip install 'c2r-core[saelens]' brings it."
+        ) from error
+    kind = {"topk": "TopK", "batch_topk": "BatchTopK"}[arm.architecture] + "TrainingSAE"
+    sae_class, config_class = getattr(sae_lens, kind), getattr(sae_lens, f"{kind}Config")
+    recipe = saelens_recipe(arm)
+
+    def build(folder: Path) -> None:
+        check_learning_rates(arm.config, recipe)
+        torch.manual_seed(seed)
+        started = time.perf_counter()
+        sae = sae_class(
+            config_class(
+                d_in=store.d_in,
+                d_sae=arm.d_sae,
+                k=arm.k,
+                normalize_activations=SAELENS_NORMALISATION,
+            )
         )
-    )
-    batches = StoreBatches(store, setting.batch_size, setting.seed)
-    trainer = sae_lens.SAETrainer(saelens_recipe(setting), sae, in_order(batches))
-    check_learning_rates(setting)
-    sae = trainer.fit()
-    sae.fold_activation_norm_scaling_factor(store.norm_factor)
-    sae.save_inference_model(folder)
+        batches = StoreBatches(store, arm.batch_size, seed)
+        sae = sae_lens.SAETrainer(recipe, sae, in_order(batches)).fit()
+        sae.fold_activation_norm_scaling_factor(store.norm_factor)
+        sae.save_inference_model(folder / "sae")
+        seconds = time.perf_counter() - started
+        write_json(folder / "time.json", {"seconds_per_step": seconds / arm.config.steps})
+
+    key = {
+        "arm": arm.settings(),
+        "seed": seed,
+        "data": asdict(store.manifest),
+        "version": version("sae-lens"),
+        "normalisation": SAELENS_NORMALISATION,
+        "recipe": asdict(recipe),
+    }
+    code = ["c2r_core.experiments.parity:trained_by_saelens"]
+    folder = cached("saelens", key, build, code=code)
+    sae = sae_lens.SAE.load_from_disk(folder / "sae")
+    return sae, read_json(folder / "time.json")["seconds_per_step"]
 
 
-def load_saelens(folder: Path) -> AnySAE:
-    """The SAE that `train_saelens` saved, for raw activations."""
-    return sae_lens.SAE.load_from_disk(folder)
-
-
-LIBRARIES = {"ours": (train_ours, load_ours), "SAELens": (train_saelens, load_saelens)}
-
-
-def saelens_recipe(setting: Setting) -> SAETrainerConfig:
+def saelens_recipe(arm: LanguageModelArm) -> SAETrainerConfig:
     """Our recipe in the terms of SAELens."""
-    recipe = setting.recipe
+    from sae_lens.config import SAETrainerConfig
+
+    recipe = arm.config
     return SAETrainerConfig(
-        total_training_samples=setting.steps * setting.batch_size,
-        train_batch_size_samples=setting.batch_size,
+        total_training_samples=recipe.steps * arm.batch_size,
+        train_batch_size_samples=arm.batch_size,
         lr=recipe.lr,
         lr_end=recipe.lr,
-        lr_warm_up_steps=round(recipe.warmup_share * setting.steps),
-        lr_decay_steps=round(recipe.decay_share * setting.steps),
-        dead_feature_window=setting.dead_steps,
+        lr_warm_up_steps=round(recipe.warmup_share * recipe.steps),
+        lr_decay_steps=round(recipe.decay_share * recipe.steps),
+        dead_feature_window=round(recipe.dead_after * arm.d_sae / arm.k / arm.batch_size),
         n_batches_for_norm_estimate=NORM_BATCHES,
     )
 
@@ -196,9 +212,10 @@ def in_order(batches: Callable[[int], Tensor]) -> Iterator[Tensor]:
     return (batches(step) for step in itertools.chain(range(NORM_BATCHES), itertools.count()))
 
 
-def check_learning_rates(setting: Setting) -> None:
+def check_learning_rates(config: TrainConfig, recipe: SAETrainerConfig) -> None:
     """Raise a RuntimeError unless both libraries take the same learning rate at every step."""
-    recipe = saelens_recipe(setting)
+    from sae_lens.training.optim import get_lr_scheduler
+
     optimiser = torch.optim.Adam([torch.zeros(1, requires_grad=True)], lr=recipe.lr)
     scheduler = get_lr_scheduler(
         recipe.lr_scheduler_name,
@@ -210,168 +227,30 @@ def check_learning_rates(setting: Setting) -> None:
         lr_end=recipe.lr_end,
         num_cycles=recipe.n_restart_cycles,
     )
-    for step in range(setting.steps):
-        theirs, ours = scheduler.get_last_lr()[0], setting.recipe.lr_at(step)
+    for step in range(config.steps):
+        theirs, ours = scheduler.get_last_lr()[0], config.lr_at(step)
         if not math.isclose(theirs, ours, rel_tol=1e-6):
             raise RuntimeError(
-                f"At step {step} of {setting.steps} the learning rate is {ours} in our recipe and "
+                f"At step {step} of {config.steps} the learning rate is {ours} in our recipe and "
                 f"{theirs} in SAELens's; take a number of steps that 10 divides."
             )
         optimiser.step()
         scheduler.step()
 
 
-# -- the comparison -----------------------------------------------------------------------------
+# -- tables -------------------------------------------------------------------------------------
 
 
-def what_it_is_told(library: str, setting: Setting) -> dict[str, Any]:
-    """The setting as far as the library takes it."""
-    told = asdict(setting)
-    if library == "SAELens":
-        del told["clip_norm"]
-    return told
+def parity_table(values: Mapping[str, Any], seed: int = 0) -> pd.DataFrame:
+    """Architecture, seed, the FVU of each library, their ratio, and whether it is within TOLERANCE."""
+    import pandas as pd
 
-
-def measure(library: str, setting: Setting, activations: Activations) -> Outcome:
-    """Train, or take from the cache, and evaluate on the held-out tokens."""
-    train_one, load_one = LIBRARIES[library]
-    key = {
-        "library": library,
-        "setting": what_it_is_told(library, setting),
-        "data": asdict(activations.train.manifest),
-    }
-    if library == "SAELens":
-        own = {"version": version("sae-lens"), "normalisation": SAELENS_NORMALISATION}
-        key |= own | {"recipe": asdict(saelens_recipe(setting))}
-
-    def build(folder: Path) -> None:
-        start = time.perf_counter()
-        train_one(setting, activations.train, folder / "sae")
-        seconds = time.perf_counter() - start
-        write_json(folder / "time.json", {"seconds_per_step": seconds / setting.steps})
-
-    folder = cached("saelens_parity", key, build)
-    report = evaluate_reconstruction(
-        load_one(folder / "sae"), activations.held_out.chunks(EVALUATED_AT_ONCE)
-    )
-    seconds_per_step = read_json(folder / "time.json")["seconds_per_step"]
-    return Outcome(report.fvu, report.l0, 1 - report.live_share, seconds_per_step)
-
-
-def compare(
-    settings: Sequence[Setting], activations: Activations
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Run every setting in both libraries, print a line for each, and judge.
-
-    Returns
-    -------
-    runs : one entry per setting and library, as written to the result file
-    verdicts : one entry per architecture and seed: the lowest FVU of each library among the learning
-        rates, their ratio, and whether it is at most TOLERANCE
-    """
-    print(
-        f"{'architecture':12s} {'lr':>7s} {'seed':>4s} {'':8s} {'FVU':>7s} {'L0':>6s} "
-        f"{'dead':>6s} {'s/step':>7s}"
-    )
-    runs = []
-    for setting in settings:
-        for library in LIBRARIES:
-            outcome = measure(library, setting, activations)
-            told = what_it_is_told(library, setting)
-            runs.append({"library": library} | told | asdict(outcome))
-            print(
-                f"{setting.architecture:12s} {setting.lr:7g} {setting.seed:4d} {library:8s} "
-                f"{outcome.fvu:7.4f} {outcome.l0:6.2f} {outcome.dead_share:6.1%} "
-                f"{outcome.seconds_per_step:7.3f}",
-                flush=True,
-            )
-    verdicts = []
-    for architecture, seed in dict.fromkeys((s.architecture, s.seed) for s in settings):
-        best = {
-            library: min(
-                run["fvu"]
-                for run in runs
-                if (run["library"], run["architecture"], run["seed"])
-                == (library, architecture, seed)
-            )
-            for library in LIBRARIES
-        }
-        ratio = best["ours"] / best["SAELens"]
-        verdicts.append(
-            {
-                "architecture": architecture,
-                "seed": seed,
-                "fvu_ratio": ratio,
-                "within": ratio <= TOLERANCE,
-            }
-        )
-    return runs, verdicts
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Compare, print, write the result; 1 if an FVU of ours is over the tolerance, else 0."""
-    lm = load_profile("default").language_model
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument(
-        "--architectures", nargs="+", choices=ARCHITECTURES, default=[*ARCHITECTURES]
-    )
-    parser.add_argument("--steps", type=int, default=1000, help="a multiple of 10")
-    parser.add_argument("--d-sae", type=int, default=lm.small_d_sae)
-    parser.add_argument("--k", type=int, default=lm.k)
-    parser.add_argument(
-        "--lr", type=float, nargs="+", default=[lm.lr], help="each library at its best"
-    )
-    parser.add_argument(
-        "--clip-norm",
-        type=float,
-        default=lm.clip_norm,
-        help="of our recipe; the paper's 1 fails here",
-    )
-    parser.add_argument("--seeds", type=int, default=2, help="how many, from 0 on")
-    parser.add_argument("--out", type=Path, default=RESULT, help="JSON file for the result")
-    asked = parser.parse_args(arguments)
-
-    activations = harvest_activations(lm, load_language_model(lm.model))
-    settings = [
-        Setting(
-            architecture,
-            asked.d_sae,
-            asked.k,
-            asked.steps,
-            lm.batch_size,
-            lr,
-            seed,
-            asked.clip_norm,
-        )
-        for architecture in asked.architectures
-        for seed in range(asked.seeds)
-        for lr in asked.lr
-    ]
-    runs, verdicts = compare(settings, activations)
-    for verdict in verdicts:
-        print(
-            f"{verdict['architecture']}, seed {verdict['seed']}: FVU {verdict['fvu_ratio']:.3f} times "
-            f"that of SAELens; within 2 %: {'yes' if verdict['within'] else 'no'}"
-        )
-    write_json(
-        asked.out,
-        {
-            "question": "held-out FVU against SAELens's own trainer, at equal data, steps, k and seed",
-            "sae_lens_version": version("sae-lens"),
-            "tolerance": TOLERANCE,
-            "held_out_tokens": len(activations.held_out),
-            "verdicts": verdicts,
-            "runs": runs,
-            "provenance": provenance(
-                profile="default",
-                seed=0,
-                device="cpu",
-                seconds=sum(run["steps"] * run["seconds_per_step"] for run in runs),
-            ),
-        },
-    )
-    return 0 if all(verdict["within"] for verdict in verdicts) else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    rows = []
+    for one, architecture in itertools.product(training_seeds(N_SEEDS, seed), ARCHITECTURES):
+        names = {library: slug(f"{architecture}, seed {one}, {library}") for library in LIBRARIES}
+        if all(name in values for name in names.values()):
+            fvu = {library: values[name]["fvu"] for library, name in names.items()}
+            ratio = fvu["ours"] / fvu["SAELens"]
+            about = {"architecture": architecture, "seed": one}
+            rows.append(about | fvu | {"ratio": ratio, "within": ratio <= TOLERANCE})
+    return pd.DataFrame(rows)

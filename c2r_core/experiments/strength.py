@@ -1,15 +1,17 @@
-"""How far a λ, or its dimensionless strength, carries over: toy settings, batch norms, batch sizes."""
+"""Study `strength`, of notebook 11: how far a λ, or its dimensionless strength, carries to other sizes."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from c2r_core.artefacts.profiles import LanguageModelProfile, StrengthProfile, ToyProfile
-from c2r_core.data.harvest import ActivationStore, StoreBatches
+from c2r_core.artefacts.cells import Cell
+from c2r_core.artefacts.names import slug
+from c2r_core.artefacts.profiles import Profile, StrengthProfile, ToyProfile, training_seeds
+from c2r_core.data.harvest import StoreBatches
 from c2r_core.experiments.batch_norms import (
     FiringBlocks,
     firing_blocks,
@@ -18,13 +20,21 @@ from c2r_core.experiments.batch_norms import (
     neighbour_similarities,
     rate_groups,
 )
-from c2r_core.experiments.language_model import Activations, LanguageModelArm, train_arm
-from c2r_core.experiments.synthetic import c2r_of, train_toy_arms
-from c2r_core.experiments.toy import toy_table
+from c2r_core.experiments.language_model import (
+    LanguageModelArm,
+    Sources,
+    arm_of,
+    inputs_of,
+    standard_arms,
+    trained,
+    training_store,
+)
+from c2r_core.experiments.study import Study
+from c2r_core.experiments.toy import arm_table, c2r_of, toy_arm, toy_cell
 from c2r_core.losses import c2r_from_norms
-from c2r_core.metrics.fronts import price_at
-from c2r_core.metrics.reconstruction import evaluate_reconstruction
-from c2r_core.saes import SAE, fold_norm_factor
+from c2r_core.metrics.reconstruction import streamed
+from c2r_core.saes import SAE
+from c2r_core.statistics import cost_at
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -34,6 +44,47 @@ RULES = {"same λ": 0.0, "λ ∝ 1/√B": 0.5, "λ ∝ 1/B": 1.0}
 """Three ways to take a λ to another batch size, with the exponent of 1/B; the second keeps the strength."""
 
 _CHUNK = 8192
+
+
+def cells(profile: Profile, seed: int = 0, device: str = "cpu") -> list[Cell]:
+    """The toys' points; then, on the language model, norms by batch size and runs at other batch sizes."""
+    strength, sources = profile.strength, Sources(profile)
+    study = Study("strength", profile, training_seeds(strength.toy_seeds, seed), device)
+    made = [
+        toy_cell(
+            study,
+            f"{name}, {point:g}",
+            toy_arm(toy, TOY_ARCHITECTURE, c2r_of(toy, point)),
+        )
+        for name, toy in toy_settings(profile.toy, strength).items()
+        for point in strength.strengths
+    ]
+    first, *others = training_seeds(strength.seeds, seed)
+    made.append(
+        Study("strength", profile, [first], device).cell(
+            "norms",
+            measure_norms,
+            inputs=sources.inputs(),
+            arm=standard_arms(sources.lm, device)["baseline"],
+            sources=sources,
+            sizes=_NormSizes.of(strength),
+            batch_size=sources.lm.batch_size,
+        )
+    )
+    for one in (first, *others):
+        study = Study("strength", profile, [one], device)
+        for (batch_size, title), arm in batch_size_arms(profile, device).items():
+            made.append(
+                study.cell(
+                    f"B = {batch_size}, {title}, seed {one}",
+                    measure_similarities,
+                    inputs=sources.inputs(),
+                    arm=arm,
+                    sources=sources,
+                    groups=strength.groups,
+                )
+            )
+    return made
 
 
 # -- toys -----------------------------------------------------------------------------------------
@@ -52,28 +103,23 @@ def toy_settings(toy: ToyProfile, strength: StrengthProfile) -> dict[str, ToyPro
     return settings
 
 
-def strength_sweep(
-    settings: Mapping[str, ToyProfile],
-    strengths: Sequence[float],
-    seeds: Sequence[int],
-    device: str = "cpu",
-) -> pd.DataFrame:
+def strength_table(values: Mapping[str, Any], profile: Profile) -> pd.DataFrame:
     """BatchTopK with C²R at every strength in every setting.
 
     Returns
     -------
     DataFrame with `arm` (the setting), `strength`, `weight` (λ), seed and the fields of `ToyReport`
     """
-    import pandas as pd
-
-    tables = []
-    for name, toy in settings.items():
-        arms = {strength: c2r_of(toy, strength) for strength in strengths}
-        runs = train_toy_arms(toy, TOY_ARCHITECTURE, arms, seeds, device)
-        table = toy_table(toy, runs).rename(columns={"arm": "strength"})
-        table["weight"] = [arms[strength].weight for strength in table["strength"]]
-        tables.append(table.assign(arm=name))
-    return pd.concat(tables, ignore_index=True)
+    about = {
+        slug(f"{name}, {point:g}"): {
+            "arm": name,
+            "strength": point,
+            "weight": c2r_of(toy, point).weight,
+        }
+        for name, toy in toy_settings(profile.toy, profile.strength).items()
+        for point in profile.strength.strengths
+    }
+    return arm_table(values, about)
 
 
 def needed_weights(table: pd.DataFrame, failure: str, target: float) -> pd.DataFrame:
@@ -82,7 +128,7 @@ def needed_weights(table: pd.DataFrame, failure: str, target: float) -> pd.DataF
     Parameters
     ----------
     table : DataFrame
-        From `strength_sweep`.
+        From `strength_table`.
     failure : str
         Column that should be low; averaged over seeds.
     target : float
@@ -102,7 +148,7 @@ def needed_weights(table: pd.DataFrame, failure: str, target: float) -> pd.DataF
         for column, values in (("strength", means.index), ("weight", means["weight"])):
             logs = [math.log(value) for value in values]
             known = means[failure].iloc[0] > target
-            found[column] = math.exp(price_at(means[failure], logs, target)) if known else math.nan
+            found[column] = math.exp(cost_at(means[failure], logs, target)) if known else math.nan
         rows.append(found)
     return pd.DataFrame(rows)
 
@@ -116,44 +162,68 @@ def spread(values: Sequence[float]) -> float:
 # -- norms over a batch ---------------------------------------------------------------------------
 
 
-def training_blocks(
-    sae: SAE, store: ActivationStore, strength: StrengthProfile, seed: int
-) -> FiringBlocks:
-    """The SAE's activations on random training tokens, summed over blocks of the smallest batch."""
-    chunk = min(_CHUNK, max(strength.norm_batch_sizes))
-    batches = StoreBatches(store, chunk, seed)
-    n_chunks = min(strength.norm_tokens, len(store)) // chunk
-    return firing_blocks(sae, map(batches, range(n_chunks)), min(strength.norm_batch_sizes))
+class _NormSizes(NamedTuple):
+    batch_sizes: tuple[int, ...]
+    tokens: int
+    least_firings: int
+    groups: int
+
+    @classmethod
+    def of(cls, strength: StrengthProfile) -> _NormSizes:
+        return cls(
+            tuple(sorted(strength.norm_batch_sizes)),
+            strength.norm_tokens,
+            strength.least_firings,
+            strength.groups,
+        )
 
 
-def norm_table(blocks: FiringBlocks, strength: StrengthProfile) -> pd.DataFrame:
+def measure_norms(
+    arm: LanguageModelArm,
+    sources: Sources,
+    sizes: _NormSizes,
+    batch_size: int,
+    seeds: Sequence[int],
+    device: str,
+) -> dict[str, Any]:
+    """`norm_rows` of a trained SAE on random training tokens, and the exponent of its whole penalty."""
+    store = training_store(sources.lm, device)
+    sae = trained(arm, store, seeds[0], device)
+    chunk = min(_CHUNK, max(sizes.batch_sizes))
+    batches = StoreBatches(store, chunk, seeds[0])
+    n_chunks = min(sizes.tokens, len(store)) // chunk
+    blocks = firing_blocks(sae, map(batches, range(n_chunks)), min(sizes.batch_sizes))
+    exponent = penalty_exponent(sae, blocks, [batch_size // 4, batch_size])
+    return {"rows": norm_rows(blocks, sizes), "penalty_exponent": exponent}
+
+
+def norm_rows(blocks: FiringBlocks, sizes: _NormSizes) -> list[dict[str, Any]]:
     """Mean batch norms by firing rate and batch size.
 
     Returns
     -------
-    DataFrame with `arm` (the group by firing rate), `rate` (its median), `batch_size`, `firings`
+    records with `arm` (the group by firing rate), `rate` (its median), `batch_size`, `firings`
     (expected in a batch, at that rate), `norm` (the median of n_i over the root mean square of the
     latent's activations), and `slope`, `slope_low`, `slope_high` (median and quartiles of the slope
     of log n_i on log B over all batch sizes)
     """
-    import pandas as pd
-
-    sizes = sorted(strength.norm_batch_sizes)
-    norms = mean_batch_norms(blocks, sizes)
-    slopes = log_slopes(sizes, norms)
+    norms = mean_batch_norms(blocks, sizes.batch_sizes)
+    slopes = log_slopes(sizes.batch_sizes, norms)
     relative = norms / blocks.magnitudes
     n_samples = len(blocks.energies) * blocks.size
-    groups = rate_groups(blocks.rates, strength.groups, strength.least_firings / n_samples)
+    groups = rate_groups(blocks.rates, sizes.groups, sizes.least_firings / n_samples)
     rows = []
     for number, latents in enumerate(groups):
         rate = float(blocks.rates[latents].median())
         low, middle, high = torch.nanquantile(
             slopes[latents], torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
         ).tolist()
-        for size, norm in zip(sizes, relative[:, latents].median(dim=1).values, strict=True):
+        for size, norm in zip(
+            sizes.batch_sizes, relative[:, latents].median(dim=1).values, strict=True
+        ):
             rows.append(
                 {
-                    "arm": group_name(number, strength.groups),
+                    "arm": group_name(number, sizes.groups),
                     "rate": rate,
                     "batch_size": size,
                     "firings": rate * size,
@@ -163,7 +233,7 @@ def norm_table(blocks: FiringBlocks, strength: StrengthProfile) -> pd.DataFrame:
                     "slope_high": high,
                 }
             )
-    return pd.DataFrame(rows)
+    return rows
 
 
 @torch.no_grad()
@@ -213,69 +283,65 @@ def strength_by_rule(strength: float, rule: str, batch_size: int, reference: int
     return strength * (batch_size / reference) ** (0.5 - RULES[rule])
 
 
-def batch_size_table(
-    lm: LanguageModelProfile,
-    strength: StrengthProfile,
-    activations: Activations,
-    seed: int,
-    device: str = "cpu",
-) -> pd.DataFrame:
-    """SAEs of `small_d_sae` latents trained with equal steps at several batch sizes.
+def batch_size_arms(profile: Profile, device: str) -> dict[tuple[int, str], LanguageModelArm]:
+    """SAEs of `small_d_sae` latents to be trained with equal steps at several batch sizes.
 
-    At the profile's own batch size there is the baseline and C²R; at the others the baseline and,
-    by each of RULES, the λ that follows. All are measured on held-out tokens.
-
-    Returns
-    -------
-    DataFrame with `batch_size`, `arm`, `group` (number, by the SAE's own firing rates), `rate`
-    (median in the group), `similarity` (mean s_i in it), `relative` (the same over that of the
-    baseline of equal batch size), `fvu`, `l0`, `live_share`
+    At the profile's own batch size there is the baseline and C²R; at the others the baseline and, by each
+    of RULES, the λ that follows.
     """
-    import pandas as pd
-
-    reference, rows = lm.batch_size, []
+    lm, strength = profile.language_model, profile.strength
+    reference, at_reference = lm.batch_size, strength.language_model_strength
+    arms = {}
     for batch_size in (reference, *strength.batch_sizes):
-        own = lm.model_copy(update={"batch_size": batch_size, "steps": strength.steps})
-        arms = {"baseline": 0.0}
+        own = {"baseline": 0.0}
         if batch_size == reference:
-            arms["C²R"] = strength.language_model_strength
+            own["C²R"] = at_reference
         else:
-            arms |= {
-                rule: strength_by_rule(
-                    strength.language_model_strength, rule, batch_size, reference
-                )
-                for rule in RULES
-            }
-        baseline: list[float] = []
-        for name, of_arm in arms.items():
-            arm = LanguageModelArm(lm.small_d_sae, c2r_strength=of_arm)
-            sae = train_arm(own, arm, activations.train, seed, device)
-            groups = similarity_rows(sae, activations.held_out, strength)
-            baseline = baseline or [row["similarity"] for row in groups]
-            for row, base in zip(groups, baseline, strict=True):
-                relative = row["similarity"] / base if base else math.nan
-                about = {"batch_size": batch_size, "arm": name, "relative": relative}
-                rows.append(about | row)
-    return pd.DataFrame(rows)
+            own |= {r: strength_by_rule(at_reference, r, batch_size, reference) for r in RULES}
+        for title, value in own.items():
+            changes = {"d_sae": lm.small_d_sae, "batch_size": batch_size, "c2r_strength": value}
+            arms[batch_size, title] = arm_of(lm, device, steps=strength.steps, **changes)
+    return arms
 
 
-def similarity_rows(
-    sae: SAE, held_out: ActivationStore, strength: StrengthProfile
+def measure_similarities(
+    arm: LanguageModelArm, sources: Sources, groups: int, seeds: Sequence[int], device: str
 ) -> list[dict[str, float]]:
-    """Mean s_i of each group by firing rate, with the SAE's FVU, L0 and share of live latents."""
-    report = evaluate_reconstruction(fold_norm_factor(sae), held_out.chunks(_CHUNK))
-    similarities = neighbour_similarities(sae.W_dec, report.density > 0)
-    groups = rate_groups(report.density, strength.groups)
-    whole = {"fvu": report.fvu, "l0": report.l0, "live_share": report.live_share}
+    """Mean s_i of each group of latents by firing rate on held-out tokens, with FVU, L0 and live share."""
+    sae = trained(arm, training_store(sources.lm, device), seeds[0], device)
+    report, density = streamed(inputs_of(sae, sources, device))
+    similarities = neighbour_similarities(sae.W_dec, density > 0)
+    whole = {"fvu": report.fvu, "l0": report.l0, "live_share": report.frac_alive}
     return [
         {
             "group": number,
-            "rate": float(report.density[latents].median()),
+            "rate": float(density[latents].median()),
             "similarity": float(similarities[latents].mean()),
         }
         | whole
-        for number, latents in enumerate(groups)
+        for number, latents in enumerate(rate_groups(density, groups))
     ]
+
+
+def batch_size_table(values: Mapping[str, Any], profile: Profile, seed: int = 0) -> pd.DataFrame:
+    """What `measure_similarities` found, with the batch size, arm and seed.
+
+    `relative` is `similarity` over that of the baseline of equal batch size, seed and group.
+    """
+    import pandas as pd
+
+    rows = []
+    for one in training_seeds(profile.strength.seeds, seed):
+        for batch_size, title in batch_size_arms(profile, "cpu"):
+            base = values[slug(f"B = {batch_size}, baseline, seed {one}")]
+            for row, reference in zip(
+                values[slug(f"B = {batch_size}, {title}, seed {one}")], base, strict=True
+            ):
+                of_baseline = reference["similarity"]
+                relative = row["similarity"] / of_baseline if of_baseline else math.nan
+                about = {"batch_size": batch_size, "arm": title, "seed": one}
+                rows.append(about | {"relative": relative} | row)
+    return pd.DataFrame(rows)
 
 
 def distance_from_reference(table: pd.DataFrame, reference: int) -> pd.DataFrame:

@@ -1,277 +1,234 @@
-"""Does assignment consistency foretell what a latent is worth to its user? `make validate` asks many SAEs.
+"""Study `validation`, of notebook 16: does assignment consistency predict what a latent is worth to its user?
 
-Every SAE of a stated list (architectures, widths, k, penalties, trainings cut short) is measured on two
-disjoint halves of the words. On one, with probes fitted there: assignment consistency with its guards, and
-first-letter absorption; reconstruction on held-out text. On the other: how often erasing and steering fail
-with the latents that were picked on the first. One JSON an SAE in results/validation/, so that a rerun
-fills only what is missing; `summary.json` has the rank correlations over SAEs.
+Each SAE of a stated list (architectures, widths, k, penalties, trainings cut short) is measured by `evaluate`:
+reconstruction, first-letter absorption, assignment consistency, and how often erasing and steering fail, on words
+that the others do not score.
 
 The SAEs share their training data and their seed, and they differ in k more than in anything else: so the
-correlations are also given among those of k = 10 alone.
+correlations are also given among those of k = 10 alone. The link to erasing is partly built in: a latent
+that is silent on a word can erase nothing there.
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
-import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from c2r_core import (
-    C2R,
-    Orthogonality,
-    TrainConfig,
-    create_sae,
-    fold_norm_factor,
-    load_sae,
-    save_sae,
-    train,
-    weight_from_strength,
-)
-from c2r_core.artefacts.cache import cached
-from c2r_core.artefacts.profiles import LanguageModelProfile, load_profile
-from c2r_core.artefacts.results import plain, provenance, read_json, write_json
-from c2r_core.data.harvest import ActivationStore, StoreBatches
-from c2r_core.data.language_models import load_language_model
-from c2r_core.data.words import FirstLetterTask
+from c2r_core.artefacts.cells import Cell
+from c2r_core.artefacts.profiles import LanguageModelProfile, Profile, training_seeds
 from c2r_core.experiments.language_model import (
-    first_letter_task,
-    harvest_activations,
-    resolve_precision,
+    LanguageModelArm,
+    Sources,
+    arm_of,
+    metric_cell,
+    records,
 )
-from c2r_core.metrics.absorption import LetterProbes, evaluate_first_letter, train_letter_probes
-from c2r_core.metrics.assignment import letter_assignment
-from c2r_core.metrics.reconstruction import evaluate_reconstruction
-from c2r_core.metrics.use import (
-    UseTask,
-    letter_use_task,
-    measure_use,
-    measure_use_of_means,
-    random_half,
-)
-from c2r_core.saes import SAE
-from c2r_core.saes.interface import AnySAE
-from c2r_core.statistics import rank_correlation, rank_correlation_lead
+from c2r_core.experiments.study import Study
+from c2r_core.statistics import paired_interval, rank_correlation, rank_correlation_lead
 
-RESULTS = Path(__file__).resolve().parents[2] / "results" / "validation"
-SEED = 10
+if TYPE_CHECKING:
+    import pandas as pd
+
+METRICS = ("reconstruction", "absorption", "assignment", "use")
 
 
-@dataclass(frozen=True)
-class Spec:
-    """One SAE of the list."""
+class Spec(NamedTuple):
+    """One SAE of the list, in terms of the profile."""
 
     architecture: str
     d_sae: int
     k: int
     c2r_strength: float = 0.0
     orthogonality_weight: float = 0.0
-    steps: int = 1000
-    seed: int = SEED
+    steps: int | None = None
+    """None: the profile's."""
 
     @property
-    def name(self) -> str:
-        parts = [self.architecture, f"{self.d_sae}", f"k{self.k}"]
-        if self.c2r_strength:
-            parts.append(f"c2r{self.c2r_strength:g}")
-        if self.orthogonality_weight:
-            parts.append(f"ort{self.orthogonality_weight:g}")
-        if self.steps != Spec.steps:
-            parts.append(f"{self.steps}steps")
-        return "-".join([*parts, f"seed{self.seed}"])
+    def title(self) -> str:
+        """What it is, in words."""
+        parts = [self.architecture, f"{self.d_sae} latents", f"k = {self.k}"]
+        parts += [f"C²R {self.c2r_strength:g}"] * bool(self.c2r_strength)
+        parts += [f"OrtSAE {self.orthogonality_weight:g}"] * bool(self.orthogonality_weight)
+        parts += [f"{self.steps} steps"] * (self.steps is not None)
+        return ", ".join(parts)
+
+    def arm(self, lm: LanguageModelProfile, device: str = "cpu") -> LanguageModelArm:
+        """How it is trained."""
+        return arm_of(lm, device, **self._asdict())
 
 
 def specs(lm: LanguageModelProfile) -> Iterator[Spec]:
     """The list."""
-    c2r, ort = lm.c2r_strength, lm.orthogonality_weight
-    penalties = [{}, {"c2r_strength": c2r}, {"orthogonality_weight": ort}]
-    for d_sae in (1024, 2048):
-        for k in (5, 10, 32):
-            for penalty in penalties:
+    small, large = lm.small_d_sae, lm.d_sae
+    middle = 2 * small if large > 2 * small else (small + large) // 2
+    c2r, ort = {"c2r_strength": lm.c2r_strength}, {"orthogonality_weight": lm.orthogonality_weight}
+    half, more = max(1, lm.k // 2), round(3.2 * lm.k)
+    for d_sae in (small, middle):
+        for k in (half, lm.k, more):
+            for penalty in ({}, c2r, ort):
                 yield Spec("batch_topk", d_sae, k, **penalty)
-        yield Spec("batch_topk", d_sae, 10, c2r_strength=0.3)
+        yield Spec("batch_topk", d_sae, lm.k, c2r_strength=0.3)
         for architecture in ("topk", "matryoshka_batch_topk"):
-            for penalty in penalties[:2]:
-                yield Spec(architecture, d_sae, 10, **penalty)
-        yield Spec("batch_topk", d_sae, 10, steps=200)
-    for penalty in penalties:
-        yield Spec("batch_topk", 4096, 10, **penalty)
+            for penalty in ({}, c2r, ort):
+                yield Spec(architecture, d_sae, lm.k, **penalty)
+        yield Spec("batch_topk", d_sae, lm.k, steps=lm.steps // 5)
+    for penalty in ({}, c2r, ort):
+        yield Spec("batch_topk", large, lm.k, **penalty)
 
 
-def trained(spec: Spec, lm: LanguageModelProfile, store: ActivationStore) -> SAE:
-    """The SAE, from the cache where it is there."""
-    config = TrainConfig(
-        steps=spec.steps,
-        lr=lm.lr,
-        clip_norm=lm.clip_norm,
-        aux_k_coefficient=lm.aux_k_coefficient,
-        precision=resolve_precision(lm.precision, "cpu"),
-        seed=spec.seed,
-    )
-    regularisers = []
-    if spec.c2r_strength:
-        weight = weight_from_strength(spec.c2r_strength, batch_size=lm.batch_size, d_sae=spec.d_sae)
-        regularisers.append(C2R(weight, every=lm.penalty_every))
-    if spec.orthogonality_weight:
-        regularisers.append(Orthogonality(spec.orthogonality_weight, every=lm.penalty_every))
-    key = {
-        "spec": asdict(spec),
-        "batch_size": lm.batch_size,
-        "config": asdict(config),
-        "every": lm.penalty_every,
-        "data": asdict(store.manifest),
-    }
+def cells(profile: Profile, seed: int = 0, device: str = "cpu") -> list[Cell]:
+    """One cell an SAE."""
+    sources = Sources(profile)
+    study = Study("validation", profile, training_seeds(1, seed), device)
+    return [
+        metric_cell(study, spec.arm(sources.lm, device), spec.title, METRICS, sources)
+        for spec in specs(sources.lm)
+    ]
 
-    def build(folder: Path) -> None:
-        sae = create_sae(
-            spec.architecture, d_in=store.d_in, d_sae=spec.d_sae, k=spec.k, seed=spec.seed
+
+# -- tables -------------------------------------------------------------------------------------
+
+
+def validation_table(values: Mapping[str, Any], lm: LanguageModelProfile) -> pd.DataFrame:
+    """One row an SAE: what it is, its measurements, and how use fails; NaN where not evaluable."""
+    import pandas as pd
+
+    rows = []
+    for spec in specs(lm):
+        found = {name: records(values, name, [spec.title]) for name in METRICS}
+        of = {name: next(iter(of_one.values()), {}) for name, of_one in found.items()}
+        assigned, used = of["assignment"], of["use"].get("sae", {})
+        rows.append(
+            spec._asdict()
+            | {
+                "consistency": assigned.get("mean_consistency"),
+                "exception rate": assigned.get("mean_exception_rate"),
+                "no carrier": assigned.get("mean_no_carrier_share"),
+                "recall": assigned.get("mean_recall"),
+                "f1": assigned.get("mean_f1"),
+                "fvu": of["reconstruction"].get("fvu"),
+                "l0": of["reconstruction"].get("l0"),
+                "live latents": of["reconstruction"].get("num_alive"),
+                "absorption": of["absorption"].get("mean_absorption_fraction_score"),
+                "full absorption": of["absorption"].get("mean_full_absorption_score"),
+                "erasing fails": _not(used.get("mean_erased")),
+                "steering fails": _not(used.get("mean_steered")),
+            }
         )
-        sae.norm_factor = store.norm_factor
-        batches = StoreBatches(store, lm.batch_size, spec.seed)
-        checkpoint = folder / "checkpoint.safetensors"
-        train(sae, batches, config, regularisers, checkpoint=checkpoint)
-        save_sae(sae, folder / "sae")
-        checkpoint.unlink(missing_ok=True)
-
-    return load_sae(cached("validation", key, build, resumable=True) / "sae")
+    table = pd.DataFrame(rows)
+    table["steps"] = table["steps"].fillna(lm.steps)
+    numbers = [name for name in table.columns if name != "architecture"]
+    return table.astype(dict.fromkeys(numbers, float)).astype({"d_sae": int, "k": int})
 
 
-@dataclass(frozen=True)
-class Halves:
-    """One half of the words to judge an SAE on, the other to use it on."""
-
-    words: FirstLetterTask
-    probes: LetterProbes
-    use: UseTask
-
-    @classmethod
-    def of(cls, task: FirstLetterTask, model: Any, precision: str) -> Halves:
-        first = random_half(len(task.words), SEED)
-        chosen = first.nonzero()[:, 0].tolist()
-        words = replace(
-            task,
-            words=tuple(task.words[i] for i in chosen),
-            activations=task.activations[first],
-            letters=task.letters[first],
-            # As many to fit probes on as to test on: 20 samples of a letter are needed.
-            is_test=random_half(len(chosen), SEED + 1),
-        )
-        use = letter_use_task(model, task, precision=precision, for_picking=first)
-        return cls(words, train_letter_probes(words), use)
+def _not(share: float | None) -> float | None:
+    return None if share is None else 1 - share
 
 
-def measure(sae: AnySAE, halves: Halves, held_out: ActivationStore) -> dict[str, Any]:
-    """All that the analysis needs of one SAE, JSON-ready."""
-    reconstruction = evaluate_reconstruction(sae, held_out.chunks(8192))
-    letters = evaluate_first_letter(sae, halves.words, halves.probes)
-    assignment = letter_assignment(sae, halves.words, halves.probes)
-    use = measure_use(sae, halves.use)
-    by_letter = {
-        row.concept: {
-            "consistency": row.consistency,
-            "f1": row.f1,
-            "latent": row.modal_latent,
-            "absorption": letter.absorption_fraction,
-            "used_latent": used.latent,
-            "erased": used.erased,
-            "steered": used.steered,
-        }
-        for row, letter, used in zip(
-            assignment.concepts, letters.letters, use.concepts, strict=True
-        )
-    }
-    return {
-        "fvu": reconstruction.fvu,
-        "l0": reconstruction.l0,
-        "live_latents": round(reconstruction.live_share * len(sae.W_dec)),
-        "absorption": letters.mean_absorption_fraction,
-        "full_absorption": letters.mean_full_absorption,
-        "split_size": letters.mean_split_size,
-        "n_letters": letters.n_evaluated,
-        "assignment": {k: v for k, v in asdict(assignment).items() if k != "concepts"},
-        "use": {k: v for k, v in asdict(use).items() if k != "concepts"},
-        "by_letter": by_letter,
-    }
-
-
-CANDIDATE = "assignment consistency"
+CANDIDATE = "consistency"
 PREDICTORS = {
-    CANDIDATE: lambda cell: cell["assignment"]["mean_consistency"],
-    "modal latent F1": lambda cell: cell["assignment"]["mean_f1"],
-    "FVU": lambda cell: cell["fvu"],
-    "L0": lambda cell: cell["l0"],
-    "absorption": lambda cell: cell["absorption"],
-    "live latents": lambda cell: cell["live_latents"],
+    CANDIDATE: "assignment consistency",
+    "exception rate": "exception rate",
+    "no carrier": "no-carrier share",
+    "recall": "modal latent recall",
+    "f1": "modal latent F1",
+    "fvu": "FVU",
+    "l0": "L0",
+    "absorption": "absorption, mean fraction",
+    "full absorption": "absorption, full",
+    "live latents": "live latents",
 }
-FAILURES = {
-    "erasing": lambda cell: 1 - cell["use"]["mean_erased"],
-    "steering": lambda cell: 1 - cell["use"]["mean_steered"],
+"""Columns of `validation_table` and their titles; the first is on trial, the others are its rivals."""
+FAILURES = {"erasing": "erasing fails", "steering": "steering fails"}
+
+
+def correlation_table(saes: pd.DataFrame, k: int) -> pd.DataFrame:
+    """Rank correlations with failure over SAEs, and by how much consistency leads each rival.
+
+    Parameters
+    ----------
+    saes : DataFrame
+        From `validation_table`.
+    k : int
+        The SAEs of this k are also judged among themselves.
+
+    Returns
+    -------
+    DataFrame with `saes`, `failure`, `predictor`, `mean`, `low`, `high` and `lead`, `lead_low`,
+    `lead_high` (of |rank correlation|, consistency's minus the rival's), all with 95 % intervals
+    """
+    import pandas as pd
+
+    saes, rows = saes.dropna(subset=[*PREDICTORS, *FAILURES.values()]), []
+    for group, members in (("all", saes), (f"k = {k}", saes[saes["k"] == k])):
+        if len(members) < 5:
+            continue
+        own = members[CANDIDATE]
+        for failure, column in FAILURES.items():
+            failed = members[column]
+            for name, title in PREDICTORS.items():
+                row = {"saes": group, "n": len(members), "failure": failure, "predictor": title}
+                row |= rank_correlation(members[name], failed)._asdict()
+                if name != CANDIDATE:
+                    lead = rank_correlation_lead(own, members[name], failed)
+                    row |= {"lead": lead.mean, "lead_low": lead.low, "lead_high": lead.high}
+                rows.append(row)
+    return pd.DataFrame(rows)
+
+
+EFFECTS = {
+    "consistency": "assignment consistency",
+    "exception rate": "exception rate",
+    "no carrier": "no-carrier share",
+    "erasing fails": "erasing fails (share)",
+    "steering fails": "steering fails (share)",
+    "absorption": "absorption, mean fraction",
+    "fvu": "FVU",
 }
+ALIKE = ["architecture", "d_sae", "k", "steps"]
 
 
-def summarise(cells: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Rank correlations with 95 % intervals over SAEs, and by how much consistency leads each rival."""
-    found = {}
-    groups = {
-        "all": list(cells.values()),
-        "k = 10": [cell for cell in cells.values() if cell["spec"]["k"] == 10],
+def pairs(saes: pd.DataFrame) -> pd.DataFrame:
+    """What each penalty changes, SAE by SAE: one row per penalty and SAE that has a twin without.
+
+    C²R at the highest strength of the list. The columns are ALIKE, `penalty`, `common` (whether the other
+    penalty has this SAE too), and the differences of EFFECTS.
+    """
+    import pandas as pd
+
+    c2r, ort = saes["c2r_strength"], saes["orthogonality_weight"]
+    plain = saes[(c2r == 0) & (ort == 0)].set_index(ALIKE)
+    treated = {
+        "C²R": saes[(c2r > 0) & (c2r == c2r.max())].set_index(ALIKE),
+        "OrtSAE": saes[ort > 0].set_index(ALIKE),
     }
-    for group, members in groups.items():
-        found[group] = {"n_saes": len(members)}
-        for failure, failed in FAILURES.items():
-            y = [failed(cell["values"]) for cell in members]
-            values = {
-                name: [predictor(cell["values"]) for cell in members]
-                for name, predictor in PREDICTORS.items()
-            }
-            own = values[CANDIDATE]
-            found[group][failure] = {
-                name: {
-                    "rank_correlation": rank_correlation(x, y),
-                    "lead_of_consistency": None
-                    if name == CANDIDATE
-                    else rank_correlation_lead(own, x, y),
-                }
-                for name, x in values.items()
-            }
-    return found
+    common = treated["C²R"].index.intersection(treated["OrtSAE"].index)
+    columns, pieces = list(EFFECTS), []
+    for penalty, rows in treated.items():
+        change = rows[columns] - plain.loc[rows.index, columns]
+        pieces.append(change.assign(penalty=penalty, common=rows.index.isin(common)).reset_index())
+    return pd.concat(pieces, ignore_index=True)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Train, measure and summarise what is missing; print one line an SAE."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--limit", type=int, help="only the first so many SAEs, no summary")
-    given = parser.parse_args(arguments)
-    lm = load_profile("default").language_model
-    model = load_language_model(lm.model)
-    stores = harvest_activations(lm, model)
-    task, _ = first_letter_task(lm, model)
-    halves = Halves.of(task, model, resolve_precision(lm.precision, "cpu"))
-    cells = {}
-    for spec in list(specs(lm))[: given.limit]:
-        file = RESULTS / f"{spec.name}.json"
-        if not file.is_file():
-            started = time.monotonic()
-            sae = fold_norm_factor(trained(spec, lm, stores.train))
-            values = measure(sae, halves, stores.held_out)
-            seconds = time.monotonic() - started
-            made = provenance(profile="default", seed=spec.seed, device="cpu", seconds=seconds)
-            write_json(file, {"spec": asdict(spec), "values": values, "provenance": made})
-            print(f"{spec.name}: {seconds:.0f} s", flush=True)
-        cells[spec.name] = read_json(file)
-    if given.limit:
-        return 0
-    reference = measure_use_of_means(halves.use)
-    summary = {
-        "correlations": summarise(cells),
-        "difference_of_means": {k: v for k, v in asdict(reference).items() if k != "concepts"},
-    }
-    write_json(RESULTS / "summary.json", plain(summary))
-    return 0
+def paired_effects(changes: pd.DataFrame) -> pd.DataFrame:
+    """Means over the pairs that both penalties have, of each penalty and of C²R − OrtSAE.
 
+    One row per comparison and measurement: penalty, name, n_pairs, mean, low, high (95 %, Student's t over
+    architectures, widths and k). `changes` is of `pairs`, or some of its rows, such as one width's.
+    """
+    import pandas as pd
 
-if __name__ == "__main__":
-    sys.exit(main())
+    common, rows = changes[changes["common"]], []
+    by = {penalty: of.set_index(ALIKE).sort_index() for penalty, of in common.groupby("penalty")}
+    for column, name in EFFECTS.items():
+        wide = pd.DataFrame({penalty: of[column] for penalty, of in by.items()}).dropna()
+        if len(wide) < 2:
+            continue
+        for title, first, second in (
+            ("C²R − none", wide["C²R"], wide["C²R"] * 0),
+            ("OrtSAE − none", wide["OrtSAE"], wide["OrtSAE"] * 0),
+            ("C²R − OrtSAE", wide["C²R"], wide["OrtSAE"]),
+        ):
+            found = {"penalty": title, "name": name, "n_pairs": len(wide)}
+            rows.append(found | paired_interval(first, second)._asdict())
+    return pd.DataFrame(rows)
