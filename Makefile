@@ -108,7 +108,7 @@ refresh: $(DATA) ## execute the committed notebooks in place; bring results/ up 
 
 nbval: $(DATA) ## run the committed notebooks again and compare their outputs
 	@$(if $(CI)$(FRESH),rm -rf runs/nbval)
-	C2R_RESULTS="$(CURDIR)/runs/nbval" $(if $(CI)$(FRESH),C2R_CACHE="$(CURDIR)/runs/nbval/cache") \
+	C2R_RUNS="$(CURDIR)/runs/nbval" $(if $(CI)$(FRESH),C2R_CACHE="$(CURDIR)/runs/nbval/cache") \
 	  $(PYTHON) -m pytest notebooks --nbval --nbval-current-env -p tests.nbval_plugin \
 	    --nbval-sanitize-with tests/nbval_sanitize.cfg
 	@$(if $(CI)$(FRESH),rm -rf runs/nbval)

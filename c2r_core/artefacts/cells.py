@@ -85,6 +85,27 @@ def state(cell: Cell, folder: Path | None = None) -> State:
     return _examine(cell, cell.file(results_dir(cell.profile) if folder is None else folder))[0]
 
 
+def look(cell: Cell) -> tuple[State, Any]:
+    """State and values of the committed cell, current or stale, without computing; else of that in `runs/`.
+
+    Under C2R_CELLS=anew, of that in `runs/` alone.
+
+    Raises
+    ------
+    EditedCellError
+        If the committed file was edited by hand.
+    """
+    folders = [runs_dir(cell.profile)]
+    if os.environ.get("C2R_CELLS") != "anew":
+        folders.insert(0, results_dir(cell.profile))
+    looked_at = [_examine(cell, cell.file(folder)) for folder in folders]
+    for found, _ in looked_at:
+        if found.kind == "edited":
+            raise EditedCellError(found.why)
+    by_kind = {found.kind: (found, values) for found, values in reversed(looked_at)}
+    return by_kind.get("current") or by_kind.get("stale") or looked_at[0]
+
+
 def read_or_compute(cell: Cell, mode: str | None = None) -> Any:
     """The cell's values, as read from JSON whether kept or computed.
 

@@ -26,6 +26,7 @@ STUDIES = {
     "benchmark": "c2r_core.experiments.benchmark",
     "strength": "c2r_core.experiments.strength",
     "language_model": "c2r_core.experiments.language_model",
+    "examples": "c2r_core.experiments.examples",
     "agreement": "c2r_core.experiments.agreement",
     "validation": "c2r_core.experiments.validation",
     "blocks": "c2r_core.experiments.blocks",

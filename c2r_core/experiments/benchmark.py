@@ -16,7 +16,7 @@ from c2r_core.data.forest import GatedForest
 from c2r_core.experiments.study import Study
 from c2r_core.experiments.synthetic import EVALUATION_SEED, Arm, trained
 from c2r_core.experiments.toy import arm_table
-from c2r_core.metrics.benchmark import evaluate_benchmark
+from c2r_core.metrics.forest import evaluate_forest
 from c2r_core.training import C2R, Orthogonality, Regulariser, TrainConfig, weight_from_strength
 
 if TYPE_CHECKING:
@@ -76,11 +76,11 @@ def orthogonality_of(benchmark: BenchmarkProfile, weight: float) -> Orthogonalit
 
 
 def measure(arm: Arm, samples: int, seeds: Sequence[int], device: str) -> list[dict[str, Any]]:
-    """`BenchmarkReport` of each seed, all on the same samples, which no run has seen."""
+    """`ForestReport` of each seed, all on the same samples, which no run has seen."""
     return [
         {"seed": seed}
         | asdict(
-            evaluate_benchmark(
+            evaluate_forest(
                 sae,
                 arm.features,
                 n_samples=samples,
@@ -92,7 +92,7 @@ def measure(arm: Arm, samples: int, seeds: Sequence[int], device: str) -> list[d
 
 
 def benchmark_table(values: Mapping[str, Any]) -> pd.DataFrame:
-    """One row per run: arm, seed and the fields of `BenchmarkReport`, without the bands."""
+    """One row per run: arm, seed and the fields of `ForestReport`, without the bands."""
     about = {slug(title): {"arm": title} for title in TITLES}
     return arm_table(values, about).drop(columns="bands")
 

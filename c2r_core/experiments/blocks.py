@@ -34,7 +34,7 @@ def cells(profile: Profile, seed: int = 0, device: str = "cpu") -> list[Cell]:
         )
         arm = arm_of(lm, device, steps=lm.steps // 2, k=k)
         metrics = ["reconstruction", "absorption"]
-        made.append(metric_cell(study, arm, _title(block, k), metrics, sources))
+        made.append(metric_cell(study, arm, title(block, k), metrics, sources))
     return made
 
 
@@ -53,7 +53,8 @@ def _hook(hook_name: str, block: int) -> str:
     return f"blocks.{block}.{rest}"
 
 
-def _title(block: int, k: int) -> str:
+def title(block: int, k: int) -> str:
+    """Name of a row: a block and k."""
     return f"block {block:02d}, k = {k}"
 
 
@@ -72,7 +73,7 @@ def blocks_table(values: Mapping[str, Any], profile: Profile) -> pd.DataFrame:
                 "full_absorption": "mean_full_absorption_score",
             },
         }.items():
-            of = next(iter(records(values, metric, [_title(block, k)]).values()), {})
+            of = next(iter(records(values, metric, [title(block, k)]).values()), {})
             found |= {column: of.get(field) for column, field in fields.items()}
         rows.append({"block": block, "k": k} | found)
     return pd.DataFrame(rows).astype({"letters": float, "absorption": float})

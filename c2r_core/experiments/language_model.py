@@ -335,7 +335,7 @@ def metric_table(
     values : mapping
         {name: values} of the study's cells.
     columns : mapping of str
-        By the column's name, where its number is: "reconstruction.fvu", "model_loss.kl", …
+        By the column's name, where its number is: "reconstruction.fvu", "use.sae.mean_erased", …
     titles : iterable of str
         The arms.
     """

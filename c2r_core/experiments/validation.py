@@ -1,8 +1,8 @@
 """Study `validation`, of notebook 16: does assignment consistency predict what a latent is worth to its user?
 
-Each SAE of a stated list (architectures, widths, k, penalties, trainings cut short) is measured by `evaluate`:
-reconstruction, first-letter absorption, assignment consistency, and how often erasing and steering fail, on words
-that the others do not score.
+Each SAE of a stated list (architectures, widths, k, penalties, trainings cut short) is measured by
+`evaluate`: reconstruction, first-letter absorption, assignment consistency, and how often erasing and
+steering fail, on words that the others do not score.
 
 The SAEs share their training data and their seed, and they differ in k more than in anything else: so the
 correlations are also given among those of k = 10 alone. The link to erasing is partly built in: a latent

@@ -1,0 +1,155 @@
+"""Study `examples`, of notebooks 05, 12, 14 and 15: what latents of the first seed's SAEs look like, as text.
+
+One cell for each arm and kind of example; short texts and curves, nothing that a claim rests on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from c2r_core.artefacts.cells import Cell
+from c2r_core.artefacts.names import slug
+from c2r_core.artefacts.profiles import Profile, training_seeds
+from c2r_core.errors import NotEvaluable
+from c2r_core.experiments.language_model import (
+    LanguageModelArm,
+    Sources,
+    inputs_of,
+    standard_arms,
+    trained,
+    training_store,
+)
+from c2r_core.experiments.study import Study
+from c2r_core.losses import nearest_neighbours
+from c2r_core.metrics.absorption import evaluate_first_letter
+from c2r_core.metrics.detection import measure_detection
+from c2r_core.metrics.firings import Firings, firings_of
+from c2r_core.metrics.inputs import Inputs
+from c2r_core.metrics.letter_latents import absorption_by_word
+from c2r_core.metrics.letter_probes import letter_splits
+from c2r_core.metrics.reconstruction import streamed
+from c2r_core.metrics.use import use_examples
+from c2r_core.metrics.use_task import letter_use_task
+
+TYPICAL_DENSITY = 0.003
+N_LATENTS, N_DETECTED, N_CONTEXTS, N_WORDS = 3, 5, 3, 30
+QUANTILES = 101
+
+
+def cells(profile: Profile, seed: int = 0, device: str = "cpu") -> list[Cell]:
+    """One cell for each arm and kind."""
+    sources = Sources(profile)
+    study = Study("examples", profile, training_seeds(1, seed), device)
+    return [
+        study.cell(f"{title}, {kind}", measure, inputs=sources.inputs(), arm=arm, sources=sources)
+        for title, arm in standard_arms(sources.lm, device).items()
+        for kind, measure in KINDS.items()
+    ]
+
+
+def examples(values: Mapping[str, Any], kind: str, titles: Sequence[str]) -> dict[str, Any]:
+    """{arm: its example} of one kind."""
+    return {title: values[slug(f"{title}, {kind}")] for title in titles}
+
+
+def _inputs(arm: LanguageModelArm, sources: Sources, seeds: Sequence[int], device: str) -> Inputs:
+    sae = trained(arm, training_store(sources.lm, device), seeds[0], device)
+    return inputs_of(sae, sources, device)
+
+
+def decoder_curves(
+    arm: LanguageModelArm, sources: Sources, seeds: Sequence[int], device: str
+) -> dict[str, list[float]]:
+    """Quantiles, from 0 to 1 in hundredths: cosine with the nearest live neighbour, and density."""
+    inputs = _inputs(arm, sources, seeds, device)
+    _, density = streamed(inputs)
+    live = density > 0
+    cosine = nearest_neighbours(inputs.sae.W_dec[live.to(inputs.sae.W_dec.device)]).cosine.cpu()
+    at = np.linspace(0, 1, QUANTILES)
+    return {
+        "nearest_cosine": np.quantile(cosine.numpy(), at).round(4).tolist(),
+        "density": np.quantile(density[live].numpy(), at).round(6).tolist(),
+    }
+
+
+def contexts(
+    arm: LanguageModelArm, sources: Sources, seeds: Sequence[int], device: str
+) -> list[dict[str, Any]]:
+    """Latents of typical density: where they fire, and where they are silent though one may expect it."""
+    inputs = _inputs(arm, sources, seeds, device)
+    _, density = streamed(inputs)
+    typical = (density - TYPICAL_DENSITY).abs().argsort()[:N_LATENTS].tolist()
+    return [_latent(firings_of(inputs), latent, inputs) for latent in typical]
+
+
+def _latent(firings: Firings, latent: int, inputs: Inputs) -> dict[str, Any]:
+    found = firings.examples(latent, inputs.language_model.tokenizer, n=N_CONTEXTS)
+    kinds = {kind: getattr(found, kind) for kind in ("top", "middle", "near_misses")}
+    about = {"latent": latent, "n_firings": found.n_firings, "density": found.density}
+    return about | {kind: [str(context) for context in of] for kind, of in kinds.items()}
+
+
+def detected(
+    arm: LanguageModelArm, sources: Sources, seeds: Sequence[int], device: str
+) -> list[dict[str, Any]]:
+    """Latents from the most to the least predictable: score, the judge's words, contexts."""
+    inputs = _inputs(arm, sources, seeds, device)
+    firings, decode = firings_of(inputs), inputs.language_model.tokenizer.decode
+    try:
+        report = measure_detection(firings, n_latents=inputs.sizes.detection_latents)
+    except NotEvaluable:
+        return []
+    ranked = sorted((r for r in report.latents if r.score is not None), key=lambda r: -r.score)
+    rows = ranked[:: max(1, (len(ranked) - 1) // (N_DETECTED - 1))][:N_DETECTED]
+    return [
+        {"score": row.score}
+        | {"words": [decode([i]) if i >= 0 else "…" + decode([-1 - i]) for i in row.tokens]}
+        | _latent(firings, row.latent, inputs)
+        for row in rows
+    ]
+
+
+def absorbed_words(
+    arm: LanguageModelArm, sources: Sources, seeds: Sequence[int], device: str
+) -> dict[str, Any]:
+    """Words of the letter that is absorbed about half: which latent carries the letter, and how much."""
+    inputs = _inputs(arm, sources, seeds, device)
+    split = letter_splits(inputs)[0]
+    try:
+        letters = evaluate_first_letter(inputs.sae, [split]).letters
+    except NotEvaluable as error:
+        return {"not_evaluable": str(error), "words": []}
+    scored = [row for row in letters if row.mean_absorption_fraction is not None]
+    row = min(scored, key=lambda row: abs(row.mean_absorption_fraction - 0.5))
+    words, scores = absorption_by_word(inputs.sae, *split, row.first_letter, row.split_features)
+    columns = zip(words, scores.strongest_latent.tolist(), scores.fraction.tolist(), strict=True)
+    every = [{"word": w, "latent": i, "absorbed": a} for w, i, a in columns]
+    return {
+        "letter": row.first_letter,
+        "own_latents": list(row.split_features),
+        "words": every[:: max(1, len(every) // N_WORDS)][:N_WORDS],
+    }
+
+
+@torch.no_grad()
+def used(
+    arm: LanguageModelArm, sources: Sources, seeds: Sequence[int], device: str
+) -> list[dict[str, Any]]:
+    """Answers of the model before, after erasing a letter's latent, and after steering to another."""
+    inputs = _inputs(arm, sources, seeds, device)
+    words, model = letter_splits(inputs)[0].task, inputs.language_model
+    task = letter_use_task(model, words, precision=inputs.precision)
+    return [vars(one) | {"line": str(one)} for one in use_examples(inputs.sae, task, N_LATENTS)]
+
+
+KINDS = {
+    "decoder": decoder_curves,
+    "contexts": contexts,
+    "detected": detected,
+    "absorbed": absorbed_words,
+    "used": used,
+}
