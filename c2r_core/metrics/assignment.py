@@ -18,8 +18,6 @@ gives its guards with it: how well the modal latent (the most frequent carrier) 
 shuffled labels, and AC of a baseline dictionary. AC is not to be quoted without them.
 
     report = measure_assignment(sae, activations, labels, directions, n_samples=20)
-    report = letter_assignment(sae, task, probes)  # first letters, in a language model
-    report = toy_assignment(sae, tree, sample)  # true features
 """
 
 from __future__ import annotations
