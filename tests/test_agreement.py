@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
-from c2r_core.metrics.agreement import compare_runs, match_latents, random_baseline
+from c2r_core.metrics.agreement import compare_saes, random_baseline
+from c2r_core.metrics.matching import match_latents
 from c2r_core.saes import TopKSAE
 
 D_IN, D_SAE = 16, 40
@@ -85,7 +86,7 @@ def test_rounds_are_the_greedy_matching():
 def test_blocks_of_the_wide_search_change_nothing(monkeypatch):
     a, b = normal(60, 8), normal(50, 8, seed=1)
     whole = match_latents(a, b, exact_limit=10)
-    monkeypatch.setattr("c2r_core.metrics.agreement._BLOCK_ENTRIES", 7 * 50)
+    monkeypatch.setattr("c2r_core.metrics.matching._BLOCK_ENTRIES", 7 * 50)
     blocks = match_latents(a, b, exact_limit=10)
     assert torch.equal(whole.latents_b, blocks.latents_b)
     assert blocks.mean_at_most == pytest.approx(whole.mean_at_most)
@@ -121,7 +122,7 @@ def test_a_permuted_and_rescaled_copy_agrees_in_everything():
     sae = TopKSAE(D_IN, D_SAE, k=5, seed=1)
     copy, order = permuted_and_rescaled(sae)
     assert torch.equal(order[match_latents(sae.W_dec, copy.W_dec).latents_b], torch.arange(D_SAE))
-    report = compare_runs(sae, copy, [normal(3000, D_IN)])
+    report = compare_saes(sae, copy, [normal(3000, D_IN)])
     for agreement in (report.all_latents, report.live_latents):
         assert agreement.pw_mcc == pytest.approx(1) == agreement.pw_mcc_at_most
         assert agreement.shared_share == agreement.encoder_shared_share == 1
@@ -148,7 +149,7 @@ def test_rows_in_a_common_subspace_agree_by_covariance_alone():
     # Both dictionaries crowd into the same 3 of 16 directions, and share nothing else.
     crowd = torch.cat([torch.ones(3), torch.full((D_IN - 3,), 0.05)])
     a, b = normal(D_SAE, D_IN) * crowd, normal(D_SAE, D_IN, seed=1) * crowd
-    report = compare_runs(Linear(a), Linear(b), [normal(100, D_IN)], n_draws=5)
+    report = compare_saes(Linear(a), Linear(b), [normal(100, D_IN)], n_draws=5)
     agreement = report.all_latents
     assert agreement.pw_mcc > agreement.random.high + 0.2
     chance = agreement.random_of_same_covariance
@@ -164,10 +165,10 @@ def test_shares_count_decoder_and_encoder_apart():
             sae.W_enc.copy_(rows.T)
         second.W_dec[0, 8] = 2.0  # decoder cosine 0.45, below 0.7
         second.W_enc[8, 0] = second.W_enc[8, 1] = 2.0
-    agreement = compare_runs(first, second, [normal(50, D_IN)]).all_latents
+    agreement = compare_saes(first, second, [normal(50, D_IN)]).all_latents
     assert agreement.shared_share == 0.75
     assert agreement.encoder_shared_share == agreement.both_shared_share == 0.5
-    agreement = compare_runs(first, Linear(rows), [normal(50, D_IN)]).all_latents
+    agreement = compare_saes(first, Linear(rows), [normal(50, D_IN)]).all_latents
     assert agreement.encoder_shared_share is agreement.both_shared_share is None
 
 
@@ -176,12 +177,12 @@ def test_dead_latents_count_among_all_only():
     encoder[:, 10:] = 0  # six dead latents, equal in both: they stayed where they began
     rows, other = torch.eye(D_IN), torch.eye(D_IN)
     other[:10] = normal(10, D_IN)
-    report = compare_runs(Linear(rows, encoder), Linear(other, encoder), [normal(200, D_IN)])
+    report = compare_saes(Linear(rows, encoder), Linear(other, encoder), [normal(200, D_IN)])
     assert (report.live_latents.n_latents_a, report.live_latents.n_latents_b) == (10, 10)
     assert report.all_latents.pw_mcc > report.live_latents.pw_mcc + 0.1
     assert report.functional.n_not_evaluable >= 6
 
-    dead = compare_runs(Linear(rows, 0 * encoder), Linear(other, encoder), [normal(9, D_IN)])
+    dead = compare_saes(Linear(rows, 0 * encoder), Linear(other, encoder), [normal(9, D_IN)])
     assert dead.live_latents is None and "0 and 10 latents fire" in dead.live_not_evaluable
     assert dead.functional.mean_correlation is None and dead.functional.n_evaluable == 0
     json.dumps(asdict(dead), allow_nan=False)
@@ -192,7 +193,7 @@ def test_functional_agreement_is_pearson_whatever_the_chunks():
     # An offset of a thousand would cost plain float32 sums all their digits.
     x = normal(2500, D_IN, seed=2) + 1000 * a[0] / a[0].norm()
     first, second = Linear(a), Linear(b)
-    whole, parts = (compare_runs(first, second, chunks) for chunks in ([x], x.split(7)))
+    whole, parts = (compare_saes(first, second, chunks) for chunks in ([x], x.split(7)))
     mean = whole.functional.mean_correlation
     assert parts.functional.mean_correlation == pytest.approx(mean, abs=1e-6)
     matching = match_latents(a, b)
@@ -209,16 +210,16 @@ def test_a_constant_latent_has_no_correlation():
             return torch.cat([torch.full((len(x), 1), 0.1), x[:, 1:]], dim=1)
 
     sae = Constant(torch.eye(4))
-    functional = compare_runs(sae, sae, normal(3000, 4).split(1000)).functional
+    functional = compare_saes(sae, sae, normal(3000, 4).split(1000)).functional
     assert (functional.n_evaluable, functional.n_not_evaluable) == (3, 1)
 
 
 def test_same_seed_same_report_and_it_is_json():
     first, second = TopKSAE(D_IN, D_SAE, k=3, seed=0), TopKSAE(D_IN, 30, k=3, seed=1)
     x = normal(500, D_IN)
-    report = compare_runs(first, second, [x], seed=4)
-    assert compare_runs(first, second, [x], seed=4) == report
-    assert compare_runs(first, second, [x], seed=5).all_latents.random != report.all_latents.random
+    report = compare_saes(first, second, [x], seed=4)
+    assert compare_saes(first, second, [x], seed=4) == report
+    assert compare_saes(first, second, [x], seed=5).all_latents.random != report.all_latents.random
     assert (report.all_latents.n_latents_a, report.all_latents.n_latents_b) == (D_SAE, 30)
     assert json.loads(json.dumps(asdict(report), allow_nan=False))["n_tokens"] == 500
 
@@ -226,8 +227,8 @@ def test_same_seed_same_report_and_it_is_json():
 def test_nothing_to_compare_on_is_an_error():
     sae = TopKSAE(D_IN, D_SAE, k=3)
     with pytest.raises(ValueError, match="no tokens"):
-        compare_runs(sae, sae, [])
+        compare_saes(sae, sae, [])
     with pytest.raises(ValueError, match="NaN or infinite"):
-        compare_runs(sae, sae, [torch.full((3, D_IN), torch.nan)])
+        compare_saes(sae, sae, [torch.full((3, D_IN), torch.nan)])
     with pytest.raises(ValueError, match="n_draws is 1"):
-        compare_runs(sae, sae, [normal(9, D_IN)], n_draws=1)
+        compare_saes(sae, sae, [normal(9, D_IN)], n_draws=1)

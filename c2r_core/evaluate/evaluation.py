@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from c2r_core.artefacts.fingerprints import all_modules, fingerprint
+from c2r_core.artefacts.fingerprints import fingerprint
 from c2r_core.artefacts.profiles import SPLIT_SEED, load_profile
 from c2r_core.artefacts.results import provenance
 from c2r_core.data.language_models import check_hook_name
@@ -109,7 +109,11 @@ class Evaluation:
                     kept.add(name, record)
             records[name] = record
         made = provenance(profile="", seed=0, device=options.device, seconds=0.0)
-        unwanted = ("seconds", "profile", "seed")
+        unwanted = (
+            "seconds",
+            "profile",
+            "seed",
+        )  # would differ between equal runs, or are settings
         return checked_report(
             Report(
                 sae=self._sae(),
@@ -118,7 +122,7 @@ class Evaluation:
                 settings=self._settings(),
                 metrics=records,
                 provenance={key: value for key, value in made.items() if key not in unwanted}
-                | {"code": fingerprint(all_modules())},
+                | {"code": self._code()},
             )
         )
 
@@ -147,6 +151,12 @@ class Evaluation:
             first_letter_words=lm.first_letter_words,
         )
 
+    def _code(self) -> str:
+        """A hash of the code that the metrics asked for rest on."""
+        modules = {METRICS[name].measure.__module__ for name in self.names}
+        own = {name for name in modules if name.startswith("c2r_core.")}
+        return fingerprint(sorted({"c2r_core.evaluate.evaluation", *own}))
+
     def _identity(self) -> str:
         """A hash of all that decides the records."""
         options, lm = self.inputs.options, self.inputs.lm
@@ -163,7 +173,7 @@ class Evaluation:
             "sizes": self.inputs.sizes.model_dump(mode="json"),
             "seed": options.seed,
             "device": options.device,
-            "code": fingerprint(all_modules()),
+            "code": self._code(),
         }
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from operator import attrgetter
 from pathlib import Path
 from typing import Any, Generic, Literal, NamedTuple, NotRequired, TypeVar
 
@@ -182,11 +181,9 @@ class Report(Generic[Records]):
             HeadlineRow(
                 name,
                 field,
-                attrgetter(field)(record.values),
+                _at(record.values, field),
                 how.better,
-                attrgetter(how.baseline)(record.values)
-                if isinstance(how.baseline, str)
-                else how.baseline,
+                _at(record.values, how.baseline) if isinstance(how.baseline, str) else how.baseline,
             )
             for name, record in self._measured()
             for field, how in METRICS[name].headline.items()
@@ -228,6 +225,14 @@ def checked_report(content: Any) -> Report:
 def checked_record(name: str, record: Any) -> Evaluated | NotEvaluated:
     """One metric's record, or its JSON, likewise."""
     return TypeAdapter(_record(METRICS[name])).validate_json(_json(record))
+
+
+def _at(values: Any, path: str) -> Any:
+    """The field at a path such as "live_latents.pw_mcc"; None where a part of it is None."""
+    for name in path.split("."):
+        if values is not None:
+            values = values[name] if isinstance(values, Mapping) else getattr(values, name)
+    return values
 
 
 def _json(value: Any) -> bytes:

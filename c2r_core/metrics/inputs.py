@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -124,10 +125,17 @@ class Inputs:
             raise self._made[name]
         return self._made[name]
 
-    def kept(self, kind: str, settings: Mapping[str, Any], build: Callable[[Path], object]) -> Path:
+    def kept(
+        self,
+        kind: str,
+        settings: Mapping[str, Any],
+        build: Callable[[Path], object],
+        *,
+        code: Sequence[str] = (),
+    ) -> Path:
         """A cached folder that `build` filled from the language model and the held-out documents.
 
-        Its key is their content, the hook, the precision, and the `settings` given.
+        Its key is their content, the hook, the precision, and the `settings` given; `code` is as in `cached`.
         """
         key = {
             "model": self.model_content,
@@ -135,7 +143,7 @@ class Inputs:
             "precision": self.precision,
             "text": self.documents.corpus.fingerprint,
         }
-        return cached(kind, {**settings, **key}, build)
+        return cached(kind, {**settings, **key}, build, code=code)
 
     @cached_property
     def language_model(self) -> TransformerBridge:
@@ -231,8 +239,17 @@ def held_out_documents(corpus: Corpus, share: float) -> HeldOut:
     return HeldOut(Corpus(held_out.name, fresh), training.fingerprint, len(held_out) - len(fresh))
 
 
+_fingerprints: weakref.WeakKeyDictionary[object, str] = weakref.WeakKeyDictionary()
+
+
 def loaded_fingerprint(model: TransformerBridge) -> str:
-    """SHA-256 of a loaded model's weights and of its tokenizer."""
+    """SHA-256 of a loaded model's weights and of its tokenizer, as they were when first asked for."""
+    if model not in _fingerprints:
+        _fingerprints[model] = _fingerprint(model)
+    return _fingerprints[model]
+
+
+def _fingerprint(model: TransformerBridge) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(model.original_model.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)}".encode())

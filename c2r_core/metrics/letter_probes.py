@@ -115,7 +115,8 @@ def letter_splits(inputs: Inputs) -> list[LetterSplit]:
         def build(folder: Path) -> None:
             train_letter_probes(task, seed=inputs.seed).save(folder)
 
-        return LetterSplit(task, LetterProbes.load(inputs.kept("letter_probes", settings, build)))
+        folder = inputs.kept("letter_probes", settings, build, code=[__name__])
+        return LetterSplit(task, LetterProbes.load(folder))
 
     return inputs.once("letter splits", lambda: [split(i) for i in range(inputs.sizes.word_splits)])
 
