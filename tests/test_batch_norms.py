@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 import torch
 
+from c2r_core.artefacts.names import slug
 from c2r_core.artefacts.profiles import load_profile
-from c2r_core.experiments import strength as strength_tables
 from c2r_core.experiments.batch_norms import (
     FiringBlocks,
     firing_blocks,
@@ -19,20 +19,21 @@ from c2r_core.experiments.batch_norms import (
     neighbour_similarities,
     rate_groups,
 )
-from c2r_core.experiments.language_model import Activations
 from c2r_core.experiments.strength import (
     RULES,
+    _NormSizes,
+    batch_size_arms,
     batch_size_table,
+    cells,
     distance_from_reference,
     needed_weights,
-    norm_table,
+    norm_rows,
     penalty_exponent,
     spread,
     strength_by_rule,
-    strength_sweep,
+    strength_table,
     toy_settings,
 )
-from c2r_core.saes import BatchTopKSAE
 from c2r_core.training import weight_from_strength
 
 SMOKE = load_profile("smoke")
@@ -139,8 +140,8 @@ def test_needed_weights_are_interpolated_on_a_logarithmic_scale():
 def test_toy_settings_change_one_size_each_and_keep_the_strength():
     settings = toy_settings(SMOKE.toy, SMOKE.strength)
     assert list(settings) == ["reference", "B = 64", "240 latents", "k = 4"]
-    tiny = {name: toy.model_copy(update={"steps": 2}) for name, toy in settings.items()}
-    table = strength_sweep(tiny, [0.1, 0.3], seeds=[0])
+    names = [cell.name for cell in cells(SMOKE)][: 2 * len(settings)]
+    table = strength_table({name: [{"seed": 10}] for name in names}, SMOKE)
     assert len(table) == 8 and set(table["strength"]) == {0.1, 0.3}
     weights = table.groupby("arm")["weight"].max()
     reference = 0.3 * (SMOKE.toy.d_sae / SMOKE.toy.batch_size) ** 0.5
@@ -153,7 +154,7 @@ def test_toy_settings_change_one_size_each_and_keep_the_strength():
 def test_norm_table_orders_groups_from_rare_to_frequent():
     rates = [0.5, 0.4, 0.02, 0.01, 0.0002, 0.0003]
     own = SMOKE.strength.model_copy(update={"norm_batch_sizes": [64, 256], "groups": 3})
-    table = norm_table(planted(rates), own)
+    table = pd.DataFrame(norm_rows(planted(rates), _NormSizes.of(own)))
     assert table["arm"].drop_duplicates().tolist() == ["1, rarest", "2", "3, most frequent"]
     assert table["rate"].is_monotonic_increasing
     slopes = table.drop_duplicates("arm")["slope"].tolist()
@@ -182,28 +183,32 @@ def test_rules_take_lambda_to_another_batch_size(reference, batch_size):
     assert weight("λ ∝ 1/B") == pytest.approx(kept * reference / batch_size)
 
 
-def test_batch_size_table_compares_with_the_baseline_of_equal_batch_size(monkeypatch):
-    lm = SMOKE.language_model
+def test_arms_at_other_batch_sizes_are_small_and_short():
+    lm, own = SMOKE.language_model, SMOKE.strength
+    arms = batch_size_arms(SMOKE, "cpu")
+    assert list(arms) == [(128, "baseline"), (128, "C²R"), *((64, t) for t in ["baseline", *RULES])]
+    for (batch_size, _), arm in arms.items():
+        assert (arm.batch_size, arm.d_sae, arm.config.steps) == (
+            batch_size,
+            lm.small_d_sae,
+            own.steps,
+        )
+    assert arms[64, "λ ∝ 1/√B"].c2r_strength == arms[128, "C²R"].c2r_strength
 
-    def train_arm(own, arm, store, seed, device):
-        assert own.steps == SMOKE.strength.steps and arm.d_sae == lm.small_d_sae
-        sae = BatchTopKSAE(8, arm.d_sae, k=4, seed=round(1000 * arm.c2r_strength))
-        sae.threshold.fill_(0.0)
-        return sae
 
-    monkeypatch.setattr(strength_tables, "train_arm", train_arm)
-    x = torch.randn(500, 8, generator=torch.Generator().manual_seed(0))
-    activations = Activations(None, SimpleNamespace(chunks=lambda size: [x]))
-    table = batch_size_table(lm, SMOKE.strength, activations, seed=0)
-    arms = table.groupby("batch_size", sort=False)["arm"].unique().map(list).to_dict()
-    assert arms == {128: ["baseline", "C²R"], 64: ["baseline", *RULES]}
+def test_batch_size_table_compares_with_the_baseline_of_equal_batch_size():
+    arms = batch_size_arms(SMOKE, "cpu")
+    values = {
+        slug(f"B = {batch_size}, {title}, seed 10"): [
+            {"group": group, "rate": 0.1, "similarity": (number + 1) * (group + 1)}
+            for group in range(SMOKE.strength.groups)
+        ]
+        for number, (batch_size, title) in enumerate(arms)
+    }
+    table = batch_size_table(values, SMOKE)
     assert (table[table["arm"] == "baseline"]["relative"] == 1).all()
-    c2r = table[(table["batch_size"] == 128) & (table["arm"] == "C²R")]
-    base = table[(table["batch_size"] == 128) & (table["arm"] == "baseline")]
-    ratio = c2r["similarity"].to_numpy() / base["similarity"].to_numpy()
-    assert c2r["relative"].to_numpy() == pytest.approx(ratio)
+    at = table.groupby(["batch_size", "arm"])["relative"].unique().str[0]
+    assert at[128, "C²R"] == 2 and at[64, "same λ"] == pytest.approx(4 / 3)
     factors = distance_from_reference(table, 128)
     assert len(factors) == 9 and set(factors["arm"]) == set(RULES)
-    assert factors["factor"].iloc[0] == pytest.approx(
-        table[table["arm"] == "same λ"]["relative"].iloc[0] / c2r["relative"].iloc[0]
-    )
+    assert factors["factor"].iloc[0] == pytest.approx(4 / 3 / 2)

@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 
 import pytest
 import torch
 
 from c2r_core import ReLUSAE
-from c2r_core.artefacts.profiles import load_profile
 from c2r_core.data.forest import GatedForest
 from c2r_core.data.toy import ToyBatches
-from c2r_core.experiments import benchmark as benchmark_tables
-from c2r_core.experiments import benchmark_runs
-from c2r_core.metrics.benchmark import evaluate_benchmark
-from c2r_core.notebook.session import FIRST_SEED
-from conftest import PROJECT
+from c2r_core.metrics.forest import evaluate_forest
 
 SMALL = GatedForest(
     n_features=40,
@@ -141,7 +135,7 @@ def dictionary(forest: GatedForest, rows: torch.Tensor) -> ReLUSAE:
 
 
 def test_the_true_dictionary_is_perfect():
-    report = evaluate_benchmark(
+    report = evaluate_forest(
         dictionary(SMALL, torch.eye(40)), SMALL, n_samples=20_480, generator=generator()
     )
     assert report.mcc == pytest.approx(1) and report.uniqueness == 1 and report.f1 > 0.999
@@ -167,14 +161,14 @@ def test_a_planted_absorption_is_found_exactly():
         return acts.where(~taken, 0.0)
 
     sae.encode = absorbing
-    report = evaluate_benchmark(sae, SMALL, n_samples=20_480, generator=generator())
+    report = evaluate_forest(sae, SMALL, n_samples=20_480, generator=generator())
     n_roots, n_middle = 3, report.n_parents_evaluated - 3
     assert n_middle >= 0
     assert report.absorption == pytest.approx(n_roots / report.n_parents_evaluated, abs=0.02)
 
 
 def test_a_random_dictionary_is_poor():
-    report = evaluate_benchmark(
+    report = evaluate_forest(
         ReLUSAE(64, 20, l1_weight=0.0), SMALL, n_samples=2048, generator=generator()
     )
     assert report.mcc < 0.5 and all(band.recovery == 0 for band in report.bands)
@@ -184,11 +178,11 @@ def test_a_random_dictionary_is_poor():
 def test_what_cannot_be_measured_is_an_error():
     sae = ReLUSAE(64, 20, l1_weight=0.0)
     with pytest.raises(ValueError, match="n_samples is 10; expected at least 1024"):
-        evaluate_benchmark(sae, SMALL, n_samples=10, generator=generator())
+        evaluate_forest(sae, SMALL, n_samples=10, generator=generator())
     with torch.no_grad():
         sae.b_enc.fill_(-100)
     with pytest.raises(ValueError, match="No latent fires"):
-        evaluate_benchmark(sae, SMALL, n_samples=1024, generator=generator())
+        evaluate_forest(sae, SMALL, n_samples=1024, generator=generator())
 
 
 @pytest.mark.parametrize(
@@ -205,46 +199,3 @@ def test_what_cannot_be_measured_is_an_error():
 def test_an_impossible_forest_is_an_error(values, message):
     with pytest.raises(ValueError, match=message):
         changed(**values)
-
-
-# -- the experiment ---------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def benchmark():
-    return load_profile("smoke").benchmark
-
-
-def test_arms_share_start_and_data_and_are_trained_once(benchmark, monkeypatch):
-    arms = benchmark_runs.benchmark_arms(benchmark)
-    runs = benchmark_runs.train_benchmark_arms(benchmark, arms, [0, 1])
-    assert list(runs) == [(arm, seed) for arm in ("baseline", "C²R", "OrtSAE") for seed in (0, 1)]
-    assert not torch.equal(runs["baseline", 0].W_dec, runs["C²R", 0].W_dec)
-
-    def train(*args, **kwargs):
-        raise AssertionError("trained again instead of reading the cache")
-
-    monkeypatch.setattr(benchmark_runs, "train", train)
-    again = benchmark_runs.train_benchmark_arms(benchmark, {"other name": None}, [0, 1])
-    assert torch.equal(again["other name", 1].W_dec, runs["baseline", 1].W_dec)
-
-
-def test_tables_have_a_row_for_each_run_and_band(benchmark):
-    runs = benchmark_runs.train_benchmark_arms(benchmark, {"baseline": None}, [0, 1])
-    reports = benchmark_tables.benchmark_reports(benchmark, runs)
-    table = benchmark_tables.benchmark_table(reports)
-    assert table[["arm", "seed"]].to_records(index=False).tolist() == [
-        ("baseline", 0),
-        ("baseline", 1),
-    ]
-    bands = benchmark_tables.band_table(reports)
-    assert len(bands) == sum(len(report.bands) for report in reports.values())
-    assert bands.groupby("seed")["n_features"].sum().tolist() == [benchmark.n_features] * 2
-
-
-def test_weights_of_the_profile_are_the_ones_that_were_chosen():
-    outcome = json.loads((PROJECT / "results" / "tuning" / "benchmark.json").read_text())
-    assert max(outcome["seeds"]) < FIRST_SEED, "tuned and confirmed on the same seeds"
-    default = load_profile("default").benchmark
-    for name in ("c2r_strength", "orthogonality_weight"):
-        assert outcome["outcome"][name]["chosen"] == getattr(default, name)

@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-from c2r_core.artefacts import cache
-from c2r_core.artefacts.cache import cached, code_fingerprint
+from c2r_core.artefacts.cache import cached, prune
+from c2r_core.artefacts.fingerprints import all_modules
 
 
 @pytest.fixture(autouse=True)
@@ -124,19 +124,35 @@ def test_two_processes_build_once(cache_folder):
     assert (cache_folder / "builds").read_text() == "x"
 
 
-def test_code_counts_and_comments_do_not(monkeypatch, tmp_path):
-    source = tmp_path / "losses" / "loss.py"
-    source.parent.mkdir()
-    monkeypatch.setattr(cache, "_PACKAGE", tmp_path)
+def test_only_the_code_of_its_kind_counts(cache_folder):
+    described = {}
+    for kind in ("activations", "sae", "else"):
+        folder = cached(kind, {"k": 3}, write_artefact)
+        described[kind] = json.loads((folder / "key.json").read_text())["entries"]
+    assert "c2r_core.training" not in described["activations"]
+    assert "c2r_core.training" in described["sae"]
+    assert described["else"] == all_modules(), "an unknown kind depends on everything"
+    with_more = cached("sae", {"k": 3}, write_artefact, code=["c2r_core.metrics"])
+    assert with_more != cached("sae", {"k": 3}, write_artefact)
 
-    def fingerprint(text):
-        source.write_text(text)
-        code_fingerprint.cache_clear()
-        return code_fingerprint()
 
-    try:
-        plain = fingerprint("def loss(x):\n    return x * 2\n")
-        assert fingerprint('def loss(x):\n    """Twice."""\n    return x * 2  # twice\n') == plain
-        assert fingerprint("def loss(x):\n    return x * 3\n") != plain
-    finally:
-        code_fingerprint.cache_clear()
+def test_prune_removes_what_no_code_would_find(cache_folder):
+    current, old, odd = (cached("sae", {"k": k}, write_artefact) for k in (1, 2, 3))
+    text = json.loads((old / "key.json").read_text())
+    (old / "key.json").write_text(json.dumps(text | {"code": "of last year"}))
+    (odd / "key.json").write_text(json.dumps(text | {"entries": ["c2r_core.gone"]}))
+    (cache_folder / "sae" / "dead.part").mkdir()
+    assert prune(dry_run=True)[0] == 3 and old.is_dir()
+    removed, freed = prune()
+    assert removed == 3 and freed > 0
+    assert [path.name for path in (cache_folder / "sae").glob("*") if path.is_dir()] == [
+        current.name
+    ]
+
+
+def test_prune_leaves_what_is_being_built(cache_folder):
+    def build(folder):
+        assert prune()[0] == 0
+        write_artefact(folder)
+
+    assert (cached("sae", {"k": 3}, build) / "weights").is_file()

@@ -1,0 +1,400 @@
+"""The studies at smoke size: cells are complete and distinct, arms paired, trained once, and measured."""
+
+from __future__ import annotations
+
+import json
+
+import pandas as pd
+import pytest
+import torch
+
+from c2r_core.artefacts.cells import compute, look, read_or_compute, state
+from c2r_core.artefacts.fingerprints import fingerprints
+from c2r_core.artefacts.names import slug
+from c2r_core.artefacts.profiles import FIRST_SEED, load_profile, profile_names
+from c2r_core.artefacts.results import results_dir, runs_dir
+from c2r_core.errors import NotEvaluable
+from c2r_core.experiments import (
+    STUDIES,
+    __main__,
+    ablations,
+    agreement,
+    architectures,
+    benchmark,
+    blocks,
+    cells,
+    examples,
+    language_model,
+    parity,
+    synthetic,
+    toy,
+    tuning,
+    validation,
+)
+from c2r_core.saes import ReLUSAE
+
+SMOKE = load_profile("smoke")
+SHORT = SMOKE.model_copy(
+    update={"toy": SMOKE.toy.model_copy(update={"steps": 4, "evaluation_samples": 500})}
+)
+LM = SMOKE.language_model
+
+
+def forbid_training(monkeypatch, module):
+    def train(*args, **kwargs):
+        raise AssertionError("trained again instead of reading the cache")
+
+    monkeypatch.setattr(module, "train", train)
+
+
+def cell_of(study: str, name: str):
+    return {cell.name: cell for cell in cells(study, SMOKE)}[name]
+
+
+# -- every study --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("profile", profile_names())
+@pytest.mark.parametrize("study", STUDIES)
+def test_cells_are_distinct_and_say_what_they_rest_on(study, profile):
+    if profile == "paper":
+        pytest.skip("its model and corpus are not here")
+    made = cells(study, load_profile(profile))
+    assert made and len({cell.name for cell in made}) == len(made)
+    for cell in made[:: max(1, len(made) // 5)]:
+        json.dumps(cell.about(), allow_nan=False)
+        assert cell.study == study and cell.profile == profile
+        assert any(name.startswith(STUDIES[study]) for name in fingerprints(cell.modules)) or study
+
+
+def test_an_unknown_study_is_named():
+    with pytest.raises(ValueError, match="'toyy'; did you mean 'toy'"):
+        cells("toyy", SMOKE)
+
+
+def test_what_decides_a_trained_sae_is_not_its_metrics_or_tables():
+    for entry in ("synthetic:trained", "language_model:trained"):
+        reached = fingerprints([f"c2r_core.experiments.{entry}"])
+        assert not [name for name in reached if ".metrics" in name or ".evaluate" in name]
+        assert "c2r_core.training.trainer" in reached
+    measured = fingerprints(cell_of("language_model", "baseline-seed-10-decoder").modules)
+    assert "c2r_core.metrics.decoder" in measured and "c2r_core.metrics.use" not in measured
+
+
+def test_a_seed_moves_every_study_but_tuning():
+    for study in STUDIES:
+        seeds = [cell.settings["seeds"] for cell in cells(study, SMOKE, seed=5)[:1]]
+        assert seeds[0][0] == (0 if study == "tuning" else FIRST_SEED + 5)
+
+
+# -- synthetic features -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def runs():
+    arms = toy.standard_arms(SHORT.toy, "relu")
+    return {
+        name: synthetic.trained(toy.toy_arm(SHORT.toy, "relu", penalty), [0, 1])
+        for name, penalty in arms.items()
+    }
+
+
+def test_arms_are_trained_once_and_differ_only_by_their_penalty(runs, monkeypatch):
+    forbid_training(monkeypatch, synthetic)
+    arm = toy.toy_arm(SHORT.toy, "relu", None)
+    again = synthetic.trained(arm, [0, 1])
+    assert list(again) == [0, 1]
+    assert torch.equal(again[1].W_dec, runs["baseline"][1].W_dec)
+    assert not torch.equal(runs["baseline"][0].W_dec, runs["C²R"][0].W_dec)
+    with pytest.raises(AssertionError, match="trained again"):
+        changed = SHORT.toy.model_copy(update={"lr": 0.001})
+        synthetic.trained(toy.toy_arm(changed, "relu", None), [0, 1])
+
+
+def test_a_stack_of_seeds_is_its_seeds(runs):
+    alone = synthetic.trained(toy.toy_arm(SHORT.toy, "relu", None), [1])
+    torch.testing.assert_close(alone[1].W_dec, runs["baseline"][1].W_dec)
+
+
+def test_toy_cells_give_a_table_and_paired_differences():
+    values = {cell.name: read_or_compute(cell) for cell in cells("toy", SHORT)}
+    table = toy.toy_table(values, "relu", SHORT.toy)
+    assert list(table["arm"]) == ["baseline"] * 2 + ["C²R"] * 2 + ["OrtSAE"] * 2
+    numbers = table["fvu"].tolist()
+    assert toy.values_by_seed(table.iloc[::-1], "C²R", "fvu") == numbers[2:4]
+    difference = toy.paired_difference(table, "fvu")
+    assert difference.mean == pytest.approx((sum(numbers[2:4]) - sum(numbers[:2])) / 2)
+
+
+def test_family_cosines_order_latents_by_what_they_carry():
+    tree = toy.feature_tree(SMOKE.toy)
+    sae = ReLUSAE(tree.d_in, tree.n_features, l1_weight=0.0)
+    with torch.no_grad():
+        sae.W_dec.copy_(tree.directions.flip(0))
+    names, cosines = toy.family_cosines(sae, tree, parent=1, n=5)
+    torch.testing.assert_close(cosines, torch.eye(5), atol=1e-5, rtol=0)
+    assert names[0] == f"latent {tree.n_features - 2}"
+
+
+def test_every_architecture_trains_on_the_toy_with_every_penalty():
+    values = {cell.name: read_or_compute(cell) for cell in cells("architectures", SHORT)}
+    table = architectures.architecture_table(values, SHORT.toy)
+    assert list(table["architecture"].unique()) == list(architectures.TITLES.values())
+    assert len(table) == 2 * 3 * len(architectures.TITLES) and table["fvu"].notna().all()
+    values = {cell.name: read_or_compute(cell) for cell in cells("ablations", SHORT)}
+    table = ablations.ablation_table(values, SHORT.toy)
+    assert len(table) == 2 * 2 * (3 + len(ablations.TITLES))
+
+
+def test_an_architecture_without_toy_settings_is_left_out():
+    settings = {name: dict(SMOKE.toy.architectures) for name in ("architectures",)}
+    del settings["architectures"]["gated"]
+    fewer = SMOKE.model_copy(update={"toy": SMOKE.toy.model_copy(update=settings)})
+    assert len(architectures.cells(fewer)) == 3 * (len(architectures.TITLES) - 1)
+    assert not [cell for cell in tuning.cells(fewer) if cell.name.startswith("gated")]
+
+
+def test_benchmark_cells_give_tables_of_runs_and_bands():
+    values = {cell.name: read_or_compute(cell) for cell in cells("benchmark", SMOKE)}
+    table, bands = benchmark.benchmark_table(values), benchmark.band_table(values)
+    assert table[["arm", "seed"]].drop_duplicates().shape == (6, 2)
+    assert set(bands.groupby(["arm", "seed"])["n_features"].sum()) == {SMOKE.benchmark.n_features}
+
+
+# -- tuning -------------------------------------------------------------------------------------
+
+
+def tuned(monkeypatch, recovery):
+    """`tune` with a made-up recovery for each weight."""
+
+    def means(arm, on, samples, seeds, device):
+        return {"recovery": recovery(arm.regulariser.weight if arm.regulariser else 0.0)}
+
+    monkeypatch.setattr(tuning, "means", means)
+    arm = toy.toy_arm(SMOKE.toy, "relu", None)
+    return tuning.tune(arm, "orthogonality", "toy", "recovery", 10, [0], "cpu")
+
+
+def test_every_penalty_has_the_same_grid_with_none_in_it(monkeypatch):
+    found = tuned(monkeypatch, lambda weight: 1 - abs(weight - 1))
+    weights = [row["weight"] for row in found["tried"]]
+    assert len(weights) == 1 + tuning.POINTS and weights[0] == 0 and weights[4] == 1
+    ratios = [b / a for a, b in zip(weights[1:], weights[2:], strict=False)]
+    assert ratios == pytest.approx([tuning.RATIO] * len(ratios), rel=0.01)
+    assert (found["chosen"], found["on_edge"], found["better_than_none"]) == (1, False, True)
+
+
+def test_a_grid_goes_on_until_its_best_is_not_on_an_edge(monkeypatch):
+    up = tuned(monkeypatch, lambda weight: 1 - abs(weight - 40) / 100)
+    assert len(up["tried"]) == 1 + tuning.POINTS + 2 and not up["on_edge"]
+    assert up["chosen"] == pytest.approx(tuning.RATIO**4, rel=0.01)
+    down = tuned(monkeypatch, lambda weight: -abs(weight - 0.02))
+    weights = [row["weight"] for row in down["tried"]]
+    assert weights == sorted(weights) and not down["on_edge"] and weights[1] < down["chosen"]
+    endless = tuned(monkeypatch, lambda weight: weight)
+    assert endless["on_edge"]
+    assert len(endless["tried"]) == 1 + tuning.POINTS + tuning.EXTENSIONS
+
+
+def test_what_cannot_be_measured_is_never_chosen_and_a_bug_surfaces(monkeypatch):
+    def measure(error):
+        def raise_it(**_):
+            raise error
+
+        return raise_it
+
+    arm = toy.toy_arm(SMOKE.toy, "relu", None)
+    monkeypatch.setitem(tuning.MEASURES, "toy", measure(NotEvaluable("dead")))
+    assert tuning.means(arm, "toy", 10, [0], "cpu")["recovery"] is None
+    monkeypatch.setitem(tuning.MEASURES, "toy", measure(ValueError("a bug")))
+    with pytest.raises(ValueError, match="a bug"):
+        tuning.means(arm, "toy", 10, [0], "cpu")
+
+
+def test_tuning_cells_run_and_give_a_table(monkeypatch):
+    monkeypatch.setattr(tuning, "POINTS", 1)
+    monkeypatch.setattr(tuning, "EXTENSIONS", 0)
+    names = [slug(f"relu, {penalty}") for penalty in tuning.CENTRES] + ["relu-sparsity"]
+    made = {cell.name: cell for cell in cells("tuning", SHORT)}
+    values = {name: compute(made[name]) for name in names}
+    table = tuning.tuning_table(values, ["relu"])
+    assert table.groupby("penalty")["chosen"].sum().eq(1).all()
+    assert set(table["penalty"]) == set(tuning.CENTRES)
+    assert len(values["relu-sparsity"]["tried"]) == len(tuning.SPARSITIES["relu"])
+
+
+def test_settings_of_the_profile_are_the_ones_that_were_chosen(monkeypatch):
+    """Where the committed cells of `tuning` are current; else `c2r status` says so."""
+    monkeypatch.delenv("C2R_RESULTS")
+    default = load_profile("default")
+    found = {cell.name: (state(cell), cell) for cell in cells("tuning", default)}
+    if any(one.kind != "current" for one, _ in found.values()):
+        pytest.skip("tuning is not current: run `c2r run tuning`")
+    chosen = tuning.chosen({name: look(cell)[1] for name, (_, cell) in found.items()}, default)
+    for name, value in chosen.pop("benchmark").items():
+        assert value == getattr(default.benchmark, name)
+    for name, value in chosen.items():
+        assert value == getattr(default.toy, name), name
+
+
+# -- the language model -------------------------------------------------------------------------
+
+
+def test_a_language_model_arm_is_trained_once(monkeypatch):
+    arm, store = (
+        language_model.standard_arms(LM)["C²R"],
+        language_model.training_store(LM),
+    )
+    assert store.manifest.corpus_name == "sotu/train"
+    sae = language_model.trained(arm, store, seed=10)
+    assert sae.norm_factor == store.norm_factor
+    forbid_training(monkeypatch, language_model)
+    assert torch.equal(language_model.trained(arm, store, seed=10).W_dec, sae.W_dec)
+    for changed in (11, 10):
+        with pytest.raises(AssertionError, match="trained again"):
+            other = arm if changed == 11 else language_model.standard_arms(LM)["baseline"]
+            language_model.trained(other, store, seed=changed)
+
+
+def test_a_corpus_with_too_few_tokens_is_an_error():
+    greedy = LM.model_copy(update={"train_tokens": 10**9, "held_out_share": 0.99})
+    with pytest.raises(ValueError, match="the profile asks for 1,000,000,000"):
+        language_model.training_store(greedy)
+
+
+def test_metric_cells_are_records_of_evaluate_and_give_tables():
+    values = {
+        name: read_or_compute(cell_of("language_model", name))
+        for name in ("baseline-seed-10-reconstruction", "baseline-seed-10-assignment")
+    }
+    record = values["baseline-seed-10-reconstruction"]["reconstruction"]
+    assert record["status"] == "evaluated" and 0 < record["values"]["fvu"] < 2
+    assert record["values"]["fvu_on_training_documents"] is not None
+    columns = {"fvu": "reconstruction.fvu", "l0": "reconstruction.l0"}
+    table = language_model.metric_table(values, columns, ["baseline", "small baseline"])
+    assert table.to_dict("records") == [
+        {"arm": "baseline", "seed": 10} | {name: record["values"][name] for name in ("fvu", "l0")}
+    ]
+    planted = {"baseline-seed-11-x": {"x": {"status": "evaluated", "values": {"rows": [{"a": 1}]}}}}
+    rows = language_model.item_table(planted, "x", "rows", ["baseline"])
+    assert rows.to_dict("records") == [{"arm": "baseline", "seed": 11, "a": 1}]
+    not_evaluable = {"baseline-seed-11-x": {"x": {"status": "not evaluable", "reason": "few"}}}
+    assert language_model.records(not_evaluable, "x", ["baseline"]) == {}
+
+
+@pytest.mark.parametrize("kind", examples.KINDS)
+def test_examples_are_small_and_run(kind):
+    value = read_or_compute(cell_of("examples", f"c2r-{kind}"))
+    assert len(json.dumps(value)) < 20_000
+    if kind == "contexts":
+        assert len(value) == examples.N_LATENTS and value[0]["top"]
+
+
+def test_pairs_of_runs_agree_as_far_as_they_do():
+    values = {
+        cell.name: read_or_compute(cell)
+        for cell in cells("agreement", SHORT)
+        if "seed" not in cell.name or "seed-10" in cell.name
+    }
+    toys = agreement.toy_table(values, "agreement")
+    assert toys["pw_mcc"].between(0, 1).all() and len(toys) == 2 * 3
+    assert len(agreement.toy_table(values, "consistency")) == 2 * 3 * 2
+    pairs = agreement.pair_table(values, SHORT)
+    assert list(pairs["pair"].unique()) == list(agreement.PAIRS)
+    assert agreement.paired_gain(pairs[pairs["pair"] == "seeds"], "pw_mcc").low != 0
+
+
+def test_validation_measures_an_sae_on_all_counts():
+    spec = next(validation.specs(LM))
+    values = {
+        name: read_or_compute(cell_of("validation", name))
+        for name in [slug(f"{spec.title}, seed 10")]
+    }
+    table = validation.validation_table(values, LM)
+    assert len(table) == len(list(validation.specs(LM)))
+    assert table["fvu"].notna().sum() == 1
+
+
+def test_the_list_of_validation_pairs_both_penalties():
+    specs = list(validation.specs(load_profile("default").language_model))
+    assert len(specs) >= 33 and len(set(specs)) == len(specs)
+    saes = pd.DataFrame([spec._asdict() for spec in specs])
+    saes = saes.assign(**dict.fromkeys(validation.EFFECTS, 0.0))
+    c2r = 0.2 * (saes["c2r_strength"] > 0) + 0.1 * (saes["orthogonality_weight"] > 0)
+    saes["steps"] = saes["steps"].fillna(1000)
+    saes["consistency"] += c2r * saes["d_sae"] / 1024
+    changes = validation.pairs(saes)
+    assert changes["common"].all() and len(changes) == 2 * 11
+    effects = validation.paired_effects(changes).set_index(["penalty", "name"])
+    assert set(effects["n_pairs"]) == {11}
+    own = effects.loc[("C²R − OrtSAE", "assignment consistency")]
+    assert own["low"] < own["mean"] < own["high"] and own["mean"] > 0
+    narrow = validation.paired_effects(changes[changes["d_sae"] == 1024])
+    assert narrow.set_index(["penalty", "name"]).loc[
+        ("C²R − none", "assignment consistency"), "mean"
+    ] == pytest.approx(0.2)
+
+
+def test_correlations_name_the_rivals():
+    n = 12
+    saes = pd.DataFrame(
+        {name: [float(i) for i in range(n)] for name in [*validation.PREDICTORS]}
+        | {
+            "erasing fails": [float(-i) for i in range(n)],
+            "steering fails": [float(i % 5) for i in range(n)],
+        }
+        | {"k": [10] * 6 + [32] * 6}
+    )
+    table = validation.correlation_table(saes, 10).set_index(["saes", "failure", "predictor"])
+    own = table.loc[("all", "erasing", "assignment consistency")]
+    assert own["mean"] == pytest.approx(-1) and own["n"] == n
+    assert table.loc[("all", "erasing", "exception rate"), "lead"] == pytest.approx(0)
+    assert ("k = 10", "steering", "no-carrier share") in table.index
+
+
+def test_blocks_measure_a_baseline_in_each_block():
+    first = cells("blocks", SMOKE)[0]
+    table = blocks.blocks_table({first.name: read_or_compute(first)}, SMOKE)
+    assert list(table["block"]) == [0, 0, 1, 1] and table["fvu"].notna().sum() == 1
+
+
+def test_our_half_of_parity_needs_no_saelens():
+    values = {
+        slug(f"topk, seed 10, {library}"): read_or_compute(cell_of("parity", "topk-seed-10-ours"))
+        for library in parity.LIBRARIES
+    }
+    (row,) = parity.parity_table(values).to_dict("records")
+    assert row["ratio"] == 1 and row["within"]
+
+
+def test_both_halves_of_parity_have_equal_recipes():
+    pytest.importorskip("sae_lens", reason="the extra saelens is not installed")
+    arm = language_model.arm_of(LM, architecture="topk", steps=20)
+    parity.check_learning_rates(arm.config, parity.saelens_recipe(arm))
+    value = read_or_compute(cell_of("parity", "topk-seed-10-saelens"))
+    assert 0 < value["fvu"] < 5
+
+
+# -- the commands -------------------------------------------------------------------------------
+
+
+def test_status_run_and_verify(capsys, monkeypatch):
+    assert __main__.main(["run", "toy", "--profile", "smoke", "--limit", "1"]) == 0
+    assert "toy/relu-baseline" in capsys.readouterr().out
+    assert __main__.main(["run", "toy", "--profile", "smoke"]) == 0
+    assert "toy/relu-baseline" not in capsys.readouterr().out, "what is current is left alone"
+    assert not results_dir("smoke").is_dir() and (runs_dir("smoke") / "toy").is_dir()
+    __main__.main(["status", "toy", "--profile", "smoke", "--json"])
+    found = json.loads(capsys.readouterr().out)["toy"]
+    assert {one["kind"] for one in found.values()} == {"current"}
+    assert __main__.main(["verify", "toy", "--profile", "smoke", "--sample", "1"]) == 0
+    monkeypatch.setattr(toy, "evaluate_toy", lambda *_: toy.EVALUATION_SEED)
+    file = runs_dir("smoke") / "toy" / "relu-c2r.json"
+    content = json.loads(file.read_text())
+    content["values"][0]["fvu"] = 0.9
+    file.write_text(json.dumps(content))
+    assert __main__.main(["verify", "toy", "--profile", "smoke"]) == 1
+    assert "toy/relu-c2r: " in (out := capsys.readouterr().out) and "is not what was" in out
+    file.unlink()
+    __main__.main(["status", "toy", "--profile", "smoke"])
+    assert capsys.readouterr().out.splitlines()[1].split() == ["toy", "5", "0", "1", "0"]
