@@ -10,8 +10,8 @@ import torch
 
 from c2r_core import ReLUSAE
 from c2r_core.artefacts.profiles import load_profile
+from c2r_core.data.batches import ToyBatches
 from c2r_core.data.forest import GatedForest
-from c2r_core.data.toy import ToyBatches
 from c2r_core.experiments import benchmark as benchmark_tables
 from c2r_core.experiments import benchmark_runs
 from c2r_core.metrics.benchmark import evaluate_benchmark

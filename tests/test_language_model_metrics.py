@@ -5,7 +5,8 @@ from dataclasses import astuple, replace
 import pytest
 import torch
 
-from c2r_core.data.language_models import load_language_model, run_to_hook
+from c2r_core.data.forward import activations
+from c2r_core.data.language_models import load_language_model
 from c2r_core.metrics.model_loss import compare_cross_entropy, cross_entropy_recovered
 
 HOOK = "blocks.0.hook_resid_post"
@@ -35,7 +36,7 @@ def tokens():
 
 
 def test_perfect_and_ablating_saes_mark_the_ends(model, tokens):
-    mean = run_to_hook(model, tokens, HOOK)[:, 1:].flatten(0, 1).mean(0)
+    mean = activations(model, tokens, HOOK)[:, 1:].flatten(0, 1).mean(0)
     saes = {"perfect": Copier(), "zero": Copier(0.0), "mean": Copier(0.0, mean)}
     reports = compare_cross_entropy(model, saes, tokens, HOOK, mean_activation=mean)
     perfect = reports["perfect"]
@@ -72,7 +73,7 @@ def test_kl_and_loss_of_a_reconstruction_by_hand(model, tokens):
 
 
 def test_tokens_dropped_in_training_keep_their_activation_in_every_arm(model, tokens):
-    norms = run_to_hook(model, tokens, HOOK)[:, 1:].norm(dim=-1)
+    norms = activations(model, tokens, HOOK)[:, 1:].norm(dim=-1)
     report = cross_entropy_recovered(model, Copier(), tokens, HOOK)
     assert report.n_unchanged == 5  # the first of each context
     halfway = cross_entropy_recovered(
@@ -94,7 +95,7 @@ def test_tokens_dropped_in_training_keep_their_activation_in_every_arm(model, to
 
 
 def test_measured_median_and_mean_equal_given_ones(model, tokens):
-    x = run_to_hook(model, tokens, HOOK)[:, 1:].flatten(0, 1)
+    x = activations(model, tokens, HOOK)[:, 1:].flatten(0, 1)
     given = cross_entropy_recovered(
         model,
         Copier(0.8),

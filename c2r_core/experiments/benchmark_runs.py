@@ -9,8 +9,8 @@ from pathlib import Path
 
 from c2r_core.artefacts.cache import cached
 from c2r_core.artefacts.profiles import BenchmarkProfile
+from c2r_core.data.batches import ToyBatches
 from c2r_core.data.forest import GatedForest
-from c2r_core.data.toy import ToyBatches
 from c2r_core.saes import SAE, BatchTopKSAE, load_sae, save_sae
 from c2r_core.training import (
     C2R,

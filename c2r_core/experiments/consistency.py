@@ -8,11 +8,10 @@ from dataclasses import asdict
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from c2r_core.artefacts.cache import cached
 from c2r_core.artefacts.profiles import LanguageModelProfile, ToyProfile
-from c2r_core.data.harvest import ActivationStore, harvest
-from c2r_core.data.text import load_corpus, split_documents
-from c2r_core.experiments.language_model import SPLIT_SEED, resolve_precision
+from c2r_core.data.store import ActivationStore
+from c2r_core.data.text import SPLIT_SEED, load_corpus, split_documents
+from c2r_core.experiments.language_model import stored
 from c2r_core.experiments.synthetic import ToyRuns, feature_tree
 from c2r_core.experiments.toy import evaluation_sample
 from c2r_core.metrics.agreement import BetweenRunsReport, compare_runs
@@ -120,22 +119,10 @@ def harvest_halves(
 ) -> tuple[ActivationStore, ActivationStore]:
     """Activations of two disjoint halves of the training documents, so many tokens of each."""
     training, _ = split_documents(load_corpus(lm.corpus), lm.held_out_share, seed=SPLIT_SEED)
-    stores = []
-    for half in split_documents(training, 0.5, seed=SPLIT_SEED):
-        settings = {
-            "context_size": lm.context_size,
-            "max_tokens": max_tokens,
-            "drop_norm_ratio": lm.drop_norm_ratio,
-            "precision": resolve_precision(lm.precision, device),
-        }
-        key = settings | {"model": lm.model, "hook": lm.hook_name, "text": half.fingerprint}
-        folder = cached(
-            "activations",
-            key,
-            lambda part, c=half, s=settings: harvest(model, c, lm.hook_name, part, **s),
-        )
-        stores.append(ActivationStore.open(folder))
-    return stores[0], stores[1]
+    first, second = split_documents(training, 0.5, seed=SPLIT_SEED)
+    return stored(lm, model, first, max_tokens, device), stored(
+        lm, model, second, max_tokens, device
+    )
 
 
 def _mean(values) -> float | None:

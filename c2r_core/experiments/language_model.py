@@ -7,9 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from c2r_core.artefacts.cache import cached
-from c2r_core.artefacts.profiles import SPLIT_SEED, LanguageModelProfile, resolve_precision
-from c2r_core.data.harvest import ActivationStore, StoreBatches, harvest
-from c2r_core.data.text import load_corpus, split_documents
+from c2r_core.artefacts.profiles import LanguageModelProfile
+from c2r_core.data.batches import StoreBatches
+from c2r_core.data.forward import resolve_precision
+from c2r_core.data.harvest import harvest
+from c2r_core.data.language_models import model_fingerprint
+from c2r_core.data.store import ActivationStore, HarvestConfig
+from c2r_core.data.text import SPLIT_SEED, Corpus, load_corpus, split_documents
 from c2r_core.data.words import FirstLetterTask, harvest_words, letter_words
 from c2r_core.metrics.absorption import (
     LetterProbes,
@@ -49,27 +53,35 @@ def standard_arms(lm: LanguageModelProfile) -> dict[str, LanguageModelArm]:
     }
 
 
+def stored(
+    lm: LanguageModelProfile,
+    model: TransformerBridge,
+    corpus: Corpus,
+    max_tokens: int,
+    device: str = "cpu",
+) -> ActivationStore:
+    """Activations of a corpus at the profile's hook, at most so many; from the cache where they are there."""
+    config = HarvestConfig(
+        hook_name=lm.hook_name,
+        context_size=lm.context_size,
+        max_tokens=max_tokens,
+        drop_norm_ratio=lm.drop_norm_ratio,
+        precision=resolve_precision(lm.precision, device),
+    )
+    key = asdict(config) | {"model": model_fingerprint(lm.model), "text": corpus.fingerprint}
+    return ActivationStore.open(
+        cached("activations", key, lambda part: harvest(model, corpus, config, part))
+    )
+
+
 def harvest_activations(
     lm: LanguageModelProfile, model: TransformerBridge, device: str = "cpu"
 ) -> Activations:
     """Activations of the profile's corpus, split by document; from the cache where they are there."""
-    precision = resolve_precision(lm.precision, device)
     corpora = split_documents(load_corpus(lm.corpus), lm.held_out_share, seed=SPLIT_SEED)
     stores = []
     for corpus, max_tokens in zip(corpora, (lm.train_tokens, lm.held_out_tokens), strict=True):
-        settings = {
-            "context_size": lm.context_size,
-            "max_tokens": max_tokens,
-            "drop_norm_ratio": lm.drop_norm_ratio,
-            "precision": precision,
-        }
-        key = settings | {"model": lm.model, "hook": lm.hook_name, "text": corpus.fingerprint}
-        folder = cached(
-            "activations",
-            key,
-            lambda part, c=corpus, s=settings: harvest(model, c, lm.hook_name, part, **s),
-        )
-        store = ActivationStore.open(folder)
+        store = stored(lm, model, corpus, max_tokens, device)
         if store.manifest.n_tokens <= max_tokens - lm.context_size:
             raise ValueError(
                 f"The corpus {corpus.name!r} gives {store.manifest.n_tokens:,} tokens in contexts of "
@@ -138,7 +150,7 @@ def first_letter_task(
     precision = resolve_precision(lm.precision, device)
     corpus = load_corpus(lm.corpus)
     key = {
-        "model": lm.model,
+        "model": model_fingerprint(lm.model),
         "hook": lm.hook_name,
         "text": corpus.fingerprint,
         "words": lm.first_letter_words,

@@ -56,8 +56,9 @@ from c2r_core import TrainConfig, create_sae, fold_norm_factor, load_sae, save_s
 from c2r_core.artefacts.cache import cached
 from c2r_core.artefacts.profiles import load_profile
 from c2r_core.artefacts.results import provenance, read_json, write_json
-from c2r_core.data.harvest import ActivationStore, StoreBatches
+from c2r_core.data.batches import StoreBatches
 from c2r_core.data.language_models import load_language_model
+from c2r_core.data.store import ActivationStore
 from c2r_core.experiments.language_model import Activations, harvest_activations
 from c2r_core.metrics.reconstruction import evaluate_reconstruction
 from c2r_core.saes.interface import AnySAE

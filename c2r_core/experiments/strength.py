@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from c2r_core.artefacts.profiles import LanguageModelProfile, StrengthProfile, ToyProfile
-from c2r_core.data.harvest import ActivationStore, StoreBatches
+from c2r_core.data.batches import StoreBatches
+from c2r_core.data.store import ActivationStore
 from c2r_core.experiments.batch_norms import (
     FiringBlocks,
     firing_blocks,

@@ -10,9 +10,10 @@ import numpy as np
 import torch
 
 from c2r_core.artefacts.profiles import LanguageModelProfile
-from c2r_core.data.harvest import ActivationStore
+from c2r_core.data.forward import resolve_precision
+from c2r_core.data.store import ActivationStore
 from c2r_core.data.words import FirstLetterTask
-from c2r_core.experiments.language_model import Activations, resolve_precision
+from c2r_core.experiments.language_model import Activations
 from c2r_core.metrics.absorption import LetterProbes, evaluate_first_letter
 from c2r_core.metrics.decoder import neighbour_cosines
 from c2r_core.metrics.model_loss import cross_entropy_recovered

@@ -34,13 +34,14 @@ from c2r_core import (
 from c2r_core.artefacts.cache import cached
 from c2r_core.artefacts.profiles import LanguageModelProfile, load_profile
 from c2r_core.artefacts.results import plain, provenance, read_json, write_json
-from c2r_core.data.harvest import ActivationStore, StoreBatches
+from c2r_core.data.batches import StoreBatches
+from c2r_core.data.forward import resolve_precision
 from c2r_core.data.language_models import load_language_model
+from c2r_core.data.store import ActivationStore
 from c2r_core.data.words import FirstLetterTask
 from c2r_core.experiments.language_model import (
     first_letter_task,
     harvest_activations,
-    resolve_precision,
 )
 from c2r_core.metrics.absorption import LetterProbes, evaluate_first_letter, train_letter_probes
 from c2r_core.metrics.assignment import letter_assignment

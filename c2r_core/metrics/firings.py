@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from c2r_core.data.harvest import ActivationStore
+from c2r_core.data.store import ActivationStore
 from c2r_core.saes.interface import AnySAE, finite_feature_acts
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ How tokens are treated, in every arm alike:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from c2r_core.data.language_models import Precision, run_to_hook
+from c2r_core.data.forward import Precision, activations, log_probs
 from c2r_core.saes.interface import AnySAE
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ def compare_cross_entropy(
         Contexts per forward pass. Memory is about 5 · batch_size · context_size · vocabulary
         floats.
     precision : "float32" or "bfloat16"
-        Of the model's matrix products, as in `run_to_hook`.
+        Of the model's matrix products, as in `activations`.
 
     Returns
     -------
@@ -140,7 +140,7 @@ def compare_cross_entropy(
     ------
     ValueError
         If `tokens` has no two-dimensional shape with contexts of two tokens or more, if
-        `run_to_hook` refuses the hook or the precision, if no token is replaced, or if an SAE
+        `activations` refuses the hook or the precision, if no token is replaced, or if an SAE
         returns another shape, NaN or infinite values.
     """
     if tokens.ndim != 2 or tokens.shape[0] < 1 or tokens.shape[1] < 2:
@@ -150,7 +150,7 @@ def compare_cross_entropy(
         )
     tokens = tokens.to(next(model.parameters()).device, torch.long)
     # One context through the model finds a wrong hook or precision before the work begins.
-    run_to_hook(model, tokens[:1], hook_name, precision)
+    activations(model, tokens[:1], hook_name, precision=precision)
     batches = tokens.split(batch_size)
     if median_norm is None:
         median_norm = _median_norm(model, batches, hook_name, precision)
@@ -165,7 +165,7 @@ def compare_cross_entropy(
     n_unchanged = 0
     for batch in batches:
         seen: list[Tensor] = []
-        log_p_model = _log_probs(model, batch, hook_name, seen.append, precision)
+        log_p_model = log_probs(model, batch, hook_name, seen.append, precision=precision)
         activation = seen[0]
         is_replaced = _is_replaced(activation, max_norm)
         n_unchanged += int((~is_replaced).sum())
@@ -209,7 +209,10 @@ def _median_norm(
     model: TransformerBridge, batches: Sequence[Tensor], hook_name: str, precision: Precision
 ) -> float:
     norms = [
-        run_to_hook(model, batch, hook_name, precision)[:, 1:].norm(dim=-1).flatten().cpu()
+        activations(model, batch, hook_name, precision=precision)[:, 1:]
+        .norm(dim=-1)
+        .flatten()
+        .cpu()
         for batch in batches
     ]
     return float(np.median(torch.cat(norms).numpy()))
@@ -224,7 +227,7 @@ def _mean_activation(
 ) -> Tensor:
     total, count = 0.0, 0
     for batch in batches:
-        activation = run_to_hook(model, batch, hook_name, precision)
+        activation = activations(model, batch, hook_name, precision=precision)
         x = activation[_is_replaced(activation, max_norm)]
         total, count = total + x.double().sum(0), count + len(x)
     if count == 0:
@@ -268,31 +271,12 @@ def _replaced_log_probs(
 ) -> Tensor:
     edited = activation.clone()
     edited[is_replaced] = replacement.to(edited)
-    return _log_probs(model, tokens, hook_name, lambda _: edited, precision)
+    return log_probs(model, tokens, hook_name, lambda _: edited, precision=precision)
 
 
-def _log_probs(
-    model: TransformerBridge,
-    tokens: Tensor,
-    hook_name: str,
-    edit: Callable[[Tensor], Tensor | None],
-    precision: Precision,
-) -> Tensor:
-    """Log-probabilities of every next token but the last, (batch, context - 1, vocabulary).
-
-    `edit` sees the activation at the hook; what it returns, unless None, replaces it.
-    """
-    enabled = precision == "bfloat16"
-    with torch.no_grad(), torch.autocast(tokens.device.type, torch.bfloat16, enabled=enabled):
-        logits = model.run_with_hooks(
-            tokens, fwd_hooks=[(hook_name, lambda activation, hook: edit(activation))]
-        )
-    return logits[:, :-1].float().log_softmax(-1)
-
-
-def _cross_entropy(log_probs: Tensor, tokens: Tensor) -> float:
+def _cross_entropy(log_p: Tensor, tokens: Tensor) -> float:
     """Sum over the predicted tokens."""
-    return -float(log_probs.gather(-1, tokens[:, 1:, None]).double().sum())
+    return -float(log_p.gather(-1, tokens[:, 1:, None]).double().sum())
 
 
 def _kl_divergence(log_p: Tensor, log_q: Tensor) -> float:

@@ -28,8 +28,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from c2r_core.data.interventions import Prompts, activations_at, answer_log_probs, make_prompts
-from c2r_core.data.language_models import Precision
+from c2r_core.data.forward import (
+    Precision,
+    Prompts,
+    activations_at,
+    answer_log_probs,
+    make_prompts,
+)
 from c2r_core.saes.interface import AnySAE, finite_feature_acts
 
 if TYPE_CHECKING:

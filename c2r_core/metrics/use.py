@@ -28,8 +28,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from c2r_core.data.interventions import answer_log_probs, make_prompts
-from c2r_core.data.language_models import Precision
+from c2r_core.data.forward import Precision, answer_log_probs, make_prompts
 from c2r_core.data.words import LETTERS, FirstLetterTask
 from c2r_core.saes.interface import AnySAE, finite_feature_acts
 from c2r_core.seeds import mix_seeds
