@@ -78,7 +78,7 @@ endif
 data: $(DATA) ## the embedded language model: fetched, checked, converted once
 
 $(DATA): | $(ENV)
-	$(PYTHON) -m c2r_core.data.language_models
+	$(PYTHON) -m c2r_core.data.smollm2
 	@touch $@
 
 lab: $(DATA) ## open the notebooks in JupyterLab

@@ -13,19 +13,26 @@ import pytest
 import torch
 
 from c2r_core.artefacts.profiles import load_profile
-from c2r_core.data.language_models import RANDOM, load_language_model, run_to_hook
-from c2r_core.data.text import Corpus, Document, load_corpus, split_documents
+from c2r_core.data.forward import activations
+from c2r_core.data.language_models import RANDOM, load_language_model
+from c2r_core.data.text import (
+    SPLIT_SEED,
+    Corpus,
+    Document,
+    held_out_documents,
+    load_corpus,
+    split_documents,
+)
 from c2r_core.data.words import LETTERS, FirstLetterTask
 from c2r_core.evaluate import METRICS, Report, evaluate, json_schema, write_report
 from c2r_core.evaluate import __main__ as command
 from c2r_core.evaluate.evaluation import SCHEMA_FILE
 from c2r_core.evaluate.metrics import chosen_metrics, standard_metrics
 from c2r_core.evaluate.report import NotEvaluable, Section
-from c2r_core.experiments.language_model import SPLIT_SEED
 from c2r_core.formats.inference import InferenceSAE, ReLU
 from c2r_core.metrics.absorption import LetterProbes, evaluate_first_letter
 from c2r_core.metrics.endpoint import Endpoint
-from c2r_core.metrics.inputs import Bench, held_out_documents
+from c2r_core.metrics.inputs import Bench
 from c2r_core.saes import BatchTopKSAE, save_sae
 from conftest import PROJECT
 from foreign_saes import write_dictionary_learning, write_sae_lens
@@ -190,7 +197,7 @@ def test_values_by_hand(sae, model, corpus):
     with Bench(sae, SMOKE, SIZES, language_model=model, corpus=corpus) as bench:
         x = bench.activations.batch(range(len(bench.activations))).double()
         contexts = torch.from_numpy(bench.activations.contexts)
-    stored = run_to_hook(model, contexts, SMOKE.hook_name)[:, 1:].flatten(0, 1)
+    stored = activations(model, contexts, SMOKE.hook_name)[:, 1:].flatten(0, 1)
     torch.testing.assert_close(x, stored.double(), rtol=1e-3, atol=1e-3)
     with torch.no_grad():
         feature_acts = sae.encode(0.1 * x.float()).double() / 0.1

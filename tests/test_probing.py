@@ -9,20 +9,11 @@ import pytest
 import torch
 from scipy.sparse import csr_array
 
-from c2r_core.data.language_models import RANDOM, load_language_model, run_to_hook
+from c2r_core.data.language_models import RANDOM, load_language_model
+from c2r_core.data.passages import harvest_passages
 from c2r_core.data.text import Corpus, Document
 from c2r_core.metrics.ablation import measure_scr, measure_tpp
-from c2r_core.metrics.passages import (
-    UNKNOWN,
-    PooledActs,
-    class_labels,
-    corpus_labels,
-    harvest_passages,
-    hub_texts,
-    labelled_corpus,
-    pool,
-    split_by_document,
-)
+from c2r_core.metrics.passages import PooledActs, pool, split_by_document
 from c2r_core.metrics.probing import probe_sparsely
 
 HOOK = "blocks.0.hook_resid_post"
@@ -47,29 +38,6 @@ def corpus():
 # -- passages ----------------------------------------------------------------------------------
 
 
-def test_passages_are_what_the_model_sees(model, corpus):
-    passages = harvest_passages(model, corpus, HOOK, n_passages=9, n_tokens=16, max_norm=1e9)
-    assert len(passages.texts) == 9 and set(passages.documents) == {
-        d.name for d in corpus.documents
-    }
-    ids = model.tokenizer(passages.texts[4], add_special_tokens=False)["input_ids"]
-    x = run_to_hook(model, torch.tensor([ids]), HOOK)[0, 1:]
-    own = passages.activations[passages.passage == 4]
-    assert len(own) == 15  # the first token is left out
-    assert torch.allclose(own.float(), x, atol=2e-2)
-
-
-def test_tokens_of_a_huge_norm_are_left_out_but_no_passage_is(model, corpus):
-    every = harvest_passages(model, corpus, HOOK, n_passages=6, n_tokens=16, max_norm=1e9)
-    limit = float(every.activations.float().norm(dim=1).median())
-    some = harvest_passages(model, corpus, HOOK, n_passages=6, n_tokens=16, max_norm=limit)
-    assert len(some.activations) < len(every.activations)
-    none = harvest_passages(model, corpus, HOOK, n_passages=6, n_tokens=16, max_norm=0.0)
-    assert torch.equal(none.passage, torch.arange(6))
-    with pytest.raises(ValueError, match="has 9999 tokens"):
-        harvest_passages(model, corpus, HOOK, n_passages=6, n_tokens=9999, max_norm=1.0)
-
-
 class Linear:
     def __init__(self, W_dec):
         self.W_dec = W_dec
@@ -91,24 +59,6 @@ def test_pooling_by_hand(model, corpus):
         pool(Linear(torch.ones(3, 65)), passages)
     with pytest.raises(ValueError, match="NaN"):
         pool(Linear(torch.full((3, 64), torch.nan)), passages)
-
-
-def test_labels_of_known_documents():
-    documents = (
-        "1790-Washington-1 1866-Johnson-1 1906-Roosevelt-1 1934-Roosevelt-1 1966-Johnson-1 "
-        "1930-Hoover-1 1974-Nixon-2 1983-Reagan-1"
-    ).split()
-    texts = ["A tax on trade.", "The taxing of warm tradesmen.", *["Nothing."] * 6]
-    labels = corpus_labels(documents, texts)
-    assert labels["topic: taxes"].tolist() == [1, 0, *[0] * 6]  # whole words only
-    assert labels["topic: trade"].tolist() == [1, 0, *[0] * 6]
-    assert labels["century"].tolist() == [0, 0, 1, 1, 1, 1, 1, 1]
-    assert labels["party"].tolist() == [UNKNOWN, UNKNOWN, 0, 1, 1, 0, 0, 0]
-    assert labels["spoken"].tolist() == [1, 0, 0, 1, 1, 0, UNKNOWN, 1]
-    assert labels["president: Johnson"].tolist() == [0, 1, 0, 0, 1, 0, 0, 0]
-    assert set(corpus_labels(["essay.txt"], ["A tax."])) == {
-        name for name in labels if name.startswith("topic")
-    }
 
 
 def test_no_document_is_on_both_sides():
@@ -219,21 +169,3 @@ def test_too_little_to_measure_stays_in_the_report(planted):
         measure_tpp(pooled, {"a": labels["a"], "rare": rare})
     certain = measure_scr(pooled, {"a": labels["a"], "c": labels["c"]}, [("a", "c")]).pairs[0]
     assert certain.not_evaluable is None or "nothing to restore" in certain.not_evaluable
-
-
-# -- texts from elsewhere ----------------------------------------------------------------------
-
-
-def test_a_labelled_data_set_from_a_folder(tmp_path):
-    (tmp_path / "test.csv").write_text("text,label\nhello there,2\ngood bye,1\n", encoding="utf-8")
-    corpus = hub_texts(str(tmp_path), text="text", label="label")
-    assert [d.name for d in corpus.documents] == ["2-0", "1-1"]
-    assert corpus.documents[1].text == "good bye"
-    labels = class_labels([d.name for d in corpus.documents])
-    assert labels["1"].tolist() == [0, 1] and labels["2"].tolist() == [1, 0]
-    with pytest.raises(ValueError, match="has no column"):
-        hub_texts(str(tmp_path), text="words", label="label")
-    with pytest.raises(ValueError, match="cannot be read"):
-        hub_texts(str(tmp_path / "nothing"), text="text", label="label")
-    with pytest.raises(ValueError, match="expected as many"):
-        labelled_corpus("few", ["a"], [])

@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from c2r_core.data.toy import FeatureTree, ToyBatches, ToySample
+from c2r_core.data.batches import ToyBatches
+from c2r_core.data.toy import FeatureTree, ToySample
 from c2r_core.metrics.toy import evaluate_toy
 from c2r_core.saes import ReLUSAE
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from architectures import every_architecture, new_sae
-from c2r_core.data.toy import FeatureTree, ToyBatches
+from c2r_core.data.batches import ToyBatches
+from c2r_core.data.toy import FeatureTree
 from c2r_core.losses import c2r_loss, orthogonality_loss
 from c2r_core.saes import (
     BatchTopKSAE,

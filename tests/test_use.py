@@ -7,18 +7,11 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from c2r_core.data.interventions import (
-    Prompts,
-    activations_at,
-    answer_log_probs,
-    make_prompts,
-)
 from c2r_core.data.language_models import RANDOM, load_language_model
 from c2r_core.data.words import LetterWords, harvest_words
 from c2r_core.metrics.use import UseTask, letter_use_task, measure_use, measure_use_of_means
 
 N_CONCEPTS, D_IN, PER_CONCEPT = 4, 12, 60
-HOOK = "blocks.0.hook_resid_post"
 
 
 @dataclass
@@ -149,70 +142,8 @@ def test_the_same_seed_gives_the_same_report(task):
 # -- the language model ------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def model():
-    return load_language_model(RANDOM)
-
-
-@pytest.fixture(scope="module")
-def prompts(model):
-    return make_prompts(
-        model.tokenizer, "cat, dog\n", [" river", " unbelievable", "sun"], "see{subject}, then"
-    )[0]
-
-
-def whole(prompts):
-    """The same prompts without a common beginning."""
-    n, n_prefix = len(prompts.tails), len(prompts.prefix)
-    tails = torch.cat([prompts.prefix.expand(n, -1), prompts.tails], 1)
-    none = torch.empty(0, dtype=torch.long)
-    return Prompts(none, tails, prompts.position + n_prefix, prompts.last + n_prefix)
-
-
-def test_the_subject_is_located_by_its_text(model, prompts):
-    for i, subject in enumerate([" river", " unbelievable", "sun"]):
-        upto = prompts.tails[i, : prompts.position[i] + 1]
-        assert model.tokenizer.decode(upto) == f"see{subject}"
-        assert model.tokenizer.decode(prompts.tails[i, : prompts.last[i] + 1]).endswith(", then")
-
-
-def test_a_subject_that_merges_with_its_neighbours_is_left_out(model):
-    prompts, kept = make_prompts(model.tokenizer, "", ["gov", " people"], "the{subject}ernment")
-    assert 0 not in kept and len(prompts.tails) == len(kept)
-    with pytest.raises(ValueError, match="Try another template"):
-        make_prompts(model.tokenizer, "", ["gov"], " the {subject}ernment")
-    with pytest.raises(ValueError, match="once"):
-        make_prompts(model.tokenizer, "", ["gov"], "no subject")
-
-
-def test_a_kept_prefix_changes_nothing(model, prompts):
-    for one, other in (
-        (activations_at(model, prompts, HOOK), activations_at(model, whole(prompts), HOOK)),
-        (answer_log_probs(model, prompts, HOOK), answer_log_probs(model, whole(prompts), HOOK)),
-    ):
-        assert torch.allclose(one, other, atol=1e-5)
-
-
-def test_an_activation_replaced_by_itself_changes_nothing_and_by_another_much(model, prompts):
-    x = activations_at(model, prompts, HOOK)
-    before = answer_log_probs(model, prompts, HOOK)
-    assert before.exp().sum(1).allclose(torch.ones(3), atol=1e-4)
-    assert torch.allclose(
-        answer_log_probs(model, prompts, HOOK, x, batch_size=2), before, atol=1e-5
-    )
-    changed = answer_log_probs(model, prompts, HOOK, x.flip(0))
-    assert not torch.allclose(changed[0], before[0], atol=1e-2)
-    assert torch.allclose(changed[1], before[1], atol=1e-5)
-
-
-def test_bad_replacements_are_refused(model, prompts):
-    with pytest.raises(ValueError, match="replacements have shape"):
-        answer_log_probs(model, prompts, HOOK, torch.zeros(2, 64))
-    with pytest.raises(ValueError, match="NaN"):
-        answer_log_probs(model, prompts, HOOK, torch.full((3, 64), torch.nan))
-
-
-def test_letters_as_a_task(model):
+def test_letters_as_a_task():
+    model = load_language_model(RANDOM)
     tokens = [" apple", " bread", " corn", " door", " apples"]
     ids = [model.tokenizer(word, add_special_tokens=False)["input_ids"] for word in tokens]
     words = [(word, i[0]) for word, i in zip(tokens, ids, strict=True) if len(i) == 1]
@@ -221,7 +152,7 @@ def test_letters_as_a_task(model):
         torch.tensor([i for _, i in words]),
         torch.zeros(len(words), dtype=torch.bool),
     )
-    task = harvest_words(model, letter_words, HOOK)
+    task = harvest_words(model, letter_words, "blocks.0.hook_resid_post")
     half = torch.arange(len(task.words)) % 2 == 0
     use = letter_use_task(model, task, for_picking=half)
     assert torch.equal(use.activations, task.activations) and torch.equal(use.for_picking, half)

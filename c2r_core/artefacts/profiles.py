@@ -6,15 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from c2r_core.artefacts.names import unknown_name
 
 PROFILES_FILE = Path(__file__).with_name("profiles.yml")
-SPLIT_SEED = 0
-"""Which documents are held out; the same for every run, whatever its seed."""
 FIRST_SEED = 10
 
 
@@ -254,16 +251,6 @@ def load_profile(name: str, file: Path = PROFILES_FILE) -> Profile:
     except ValidationError as error:
         problems = "; ".join(_explain(problem) for problem in error.errors())
         raise ValueError(f"{file.name}, profile {name!r}: {problems}") from error
-
-
-def resolve_precision(precision: str, device: str) -> str:
-    """The precision that `auto` means: bfloat16 on GPUs and on processors that multiply in it."""
-    if precision != "auto":
-        return precision
-    if device.startswith("cuda"):
-        return "bfloat16"
-    supported = device == "cpu" and torch.cpu._is_avx512_bf16_supported()
-    return "bfloat16" if supported else "float32"
 
 
 def profile_names(file: Path = PROFILES_FILE) -> list[str]:

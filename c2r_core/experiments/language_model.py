@@ -15,16 +15,13 @@ from typing import TYPE_CHECKING, Any
 from c2r_core.artefacts.cache import cached
 from c2r_core.artefacts.cells import Cell
 from c2r_core.artefacts.names import slug
-from c2r_core.artefacts.profiles import (
-    SPLIT_SEED,
-    LanguageModelProfile,
-    Profile,
-    resolve_precision,
-    training_seeds,
-)
-from c2r_core.data.harvest import ActivationStore, StoreBatches, harvest
-from c2r_core.data.language_models import load_language_model
-from c2r_core.data.text import Corpus, load_corpus, split_documents
+from c2r_core.artefacts.profiles import LanguageModelProfile, Profile, training_seeds
+from c2r_core.data.batches import StoreBatches
+from c2r_core.data.forward import resolve_precision
+from c2r_core.data.harvest import harvest
+from c2r_core.data.language_models import load_language_model, model_fingerprint
+from c2r_core.data.store import ActivationStore, HarvestConfig
+from c2r_core.data.text import SPLIT_SEED, Corpus, load_corpus, split_documents
 from c2r_core.evaluate.evaluation import evaluate
 from c2r_core.experiments.study import Study
 from c2r_core.metrics import METRICS, standard_metrics
@@ -82,11 +79,6 @@ class Sources:
 
 @functools.cache
 def _model(name: str) -> str:
-    try:
-        from c2r_core.data.language_models import model_fingerprint
-    except ImportError:
-        return name
-
     return model_fingerprint(name)
 
 
@@ -111,16 +103,17 @@ def stored(
     ValueError
         If the corpus has fewer tokens than are asked for.
     """
-    settings = {
-        "context_size": lm.context_size,
-        "max_tokens": max_tokens,
-        "drop_norm_ratio": lm.drop_norm_ratio,
-        "precision": resolve_precision(lm.precision, device),
-    }
-    key = settings | {"model": _model(lm.model), "hook": lm.hook_name, "text": corpus.fingerprint}
+    config = HarvestConfig(
+        hook_name=lm.hook_name,
+        context_size=lm.context_size,
+        max_tokens=max_tokens,
+        drop_norm_ratio=lm.drop_norm_ratio,
+        precision=resolve_precision(lm.precision, device),
+    )
+    key = asdict(config) | {"model": _model(lm.model), "text": corpus.fingerprint}
 
     def build(part: Path) -> None:
-        harvest(language_model(lm.model, device), corpus, lm.hook_name, part, **settings)
+        harvest(language_model(lm.model, device), corpus, config, part)
 
     store = ActivationStore.open(cached("activations", key, build))
     if store.manifest.n_tokens <= max_tokens - lm.context_size:

@@ -53,7 +53,8 @@ from c2r_core.artefacts.cells import Cell
 from c2r_core.artefacts.names import slug
 from c2r_core.artefacts.profiles import Profile, training_seeds
 from c2r_core.artefacts.results import read_json, write_json
-from c2r_core.data.harvest import ActivationStore, StoreBatches
+from c2r_core.data.batches import StoreBatches
+from c2r_core.data.store import ActivationStore
 from c2r_core.experiments.language_model import (
     LanguageModelArm,
     Sources,

@@ -11,7 +11,7 @@ import torch
 from c2r_core.artefacts.cells import Cell
 from c2r_core.artefacts.names import slug
 from c2r_core.artefacts.profiles import Profile, StrengthProfile, ToyProfile, training_seeds
-from c2r_core.data.harvest import StoreBatches
+from c2r_core.data.batches import StoreBatches
 from c2r_core.experiments.batch_norms import (
     FiringBlocks,
     firing_blocks,

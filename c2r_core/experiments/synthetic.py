@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from c2r_core.artefacts.cache import cached
+from c2r_core.data.batches import ToyBatches
 from c2r_core.data.forest import GatedForest
-from c2r_core.data.toy import FeatureTree, ToyBatches
+from c2r_core.data.toy import FeatureTree
 from c2r_core.saes import SAE, create_sae, load_sae, save_sae
 from c2r_core.training import Regulariser, TrainConfig, train
 

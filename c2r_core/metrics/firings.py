@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from c2r_core.data.harvest import ActivationStore
+from c2r_core.data.store import ActivationStore
 from c2r_core.errors import NotEvaluable
 from c2r_core.metrics.encoding import encode_sparse
 from c2r_core.saes.interface import AnySAE

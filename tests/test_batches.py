@@ -1,0 +1,70 @@
+"""Batches are a pure function of (seed, step), normalised, and say what they are made of."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from stores import HOOK, small_store
+
+from c2r_core.artefacts.paths import data_dir
+from c2r_core.data.batches import StoreBatches, ToyBatches
+from c2r_core.data.language_models import RANDOM, SMOLLM2
+from c2r_core.data.toy import FeatureTree
+
+pytestmark = pytest.mark.skipif(
+    not (data_dir() / SMOLLM2).is_dir(), reason="SmolLM2 is not here; run `make data`"
+)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return small_store(tmp_path_factory.mktemp("harvest") / "store")
+
+
+def test_batches_are_a_pure_function_of_seed_and_step(store) -> None:
+    batches = StoreBatches(store, 64, seed=1)
+    in_order = [batches(step) for step in range(2 * batches.steps_per_epoch)]
+    resumed = StoreBatches(store, 64, seed=1)
+    for step in (batches.steps_per_epoch + 1, 0, 1):
+        assert torch.equal(resumed(step), in_order[step])
+    assert not torch.equal(StoreBatches(store, 64, seed=2)(0), in_order[0])
+
+
+def test_an_epoch_is_a_permutation_without_its_rest(store) -> None:
+    batches = StoreBatches(store, 64, seed=1)
+    assert batches.steps_per_epoch == len(store) // 64
+    rows = (store.batch(range(len(store))) * store.norm_factor).numpy()
+    first, second = (
+        np.concatenate(
+            [batches(epoch * batches.steps_per_epoch + i) for i in range(batches.steps_per_epoch)]
+        )
+        for epoch in range(2)
+    )
+    known = {row.tobytes() for row in rows}
+    for epoch in (first, second):
+        assert {row.tobytes() for row in epoch} <= known
+        assert len(np.unique(epoch, axis=0)) >= len(epoch) - (len(rows) - len(known))
+    assert not np.array_equal(first, second)
+
+
+@pytest.mark.parametrize("batch_size", [0, 10_000])
+def test_a_batch_larger_than_the_store_is_refused(store, batch_size) -> None:
+    with pytest.raises(ValueError, match=f"batch_size is {batch_size}; expected 1 to {len(store)}"):
+        StoreBatches(store, batch_size, seed=0)
+
+
+def test_batches_say_what_they_are_made_of(store) -> None:
+    batches = StoreBatches(store, 64, seed=1)
+    assert batches.norm_factor == store.norm_factor
+    assert batches.trained_on == {
+        "model": RANDOM,
+        "model_fingerprint": store.manifest.model_fingerprint,
+        "hook_name": HOOK,
+        "text": "speeches",
+        "text_fingerprint": store.manifest.text_fingerprint,
+    }
+    tree = FeatureTree(n_parents=2)
+    toys = ToyBatches(tree, 8)
+    assert toys.norm_factor == tree.norm_factor
+    assert toys.trained_on == {"features": repr(tree)} and "n_parents=2" in repr(tree)
