@@ -265,7 +265,7 @@ def test_a_corpus_with_too_few_tokens_is_an_error():
 def test_metric_cells_are_records_of_evaluate_and_give_tables():
     values = {
         name: read_or_compute(cell_of("language_model", name))
-        for name in ("baseline-seed-10-reconstruction", "baseline-seed-10-assignment")
+        for name in ("baseline-seed-10-reconstruction", "baseline-seed-10-assignment_consistency")
     }
     record = values["baseline-seed-10-reconstruction"]["reconstruction"]
     assert record["status"] == "evaluated" and 0 < record["values"]["fvu"] < 2

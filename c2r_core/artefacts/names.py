@@ -26,5 +26,6 @@ def slug(text: str) -> str:
     >>> slug("BatchTopK, C²R, B = 256")
     'batchtopk-c2r-b-256'
     """
+    text = text.replace("√", "root ").replace("λ", "lambda")
     plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
     return re.sub(r"[^a-z0-9._]+", "-", plain).strip("-")

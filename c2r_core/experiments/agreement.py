@@ -30,7 +30,7 @@ from c2r_core.experiments.study import Study
 from c2r_core.experiments.synthetic import Arm
 from c2r_core.experiments.synthetic import trained as trained_on_toy
 from c2r_core.experiments.toy import ARCHITECTURES, evaluation_sample, standard_arms, toy_arm
-from c2r_core.metrics.agreement import compare_runs
+from c2r_core.metrics.agreement import compare_saes
 from c2r_core.metrics.assignment import toy_assignment
 from c2r_core.statistics import Interval, paired_interval
 
@@ -100,7 +100,7 @@ def measure_toy(
         consistency.append({"seed": seed} | means)
     x = sample.x * tree.norm_factor
     agreement = [
-        {"seed": first} | flat(asdict(compare_runs(runs[first], runs[second], [x], n_draws=2)))
+        {"seed": first} | flat(asdict(compare_saes(runs[first], runs[second], [x], n_draws=2)))
         for first, second in itertools.pairwise(runs)
     ]
     return {"consistency": consistency, "agreement": agreement}

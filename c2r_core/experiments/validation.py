@@ -29,7 +29,7 @@ from c2r_core.statistics import paired_interval, rank_correlation, rank_correlat
 if TYPE_CHECKING:
     import pandas as pd
 
-METRICS = ("reconstruction", "absorption", "assignment", "use")
+METRICS = ("reconstruction", "absorption", "assignment_consistency", "use")
 
 
 class Spec(NamedTuple):
@@ -97,7 +97,7 @@ def validation_table(values: Mapping[str, Any], lm: LanguageModelProfile) -> pd.
     for spec in specs(lm):
         found = {name: records(values, name, [spec.title]) for name in METRICS}
         of = {name: next(iter(of_one.values()), {}) for name, of_one in found.items()}
-        assigned, used = of["assignment"], of["use"].get("sae", {})
+        assigned, used = of["assignment_consistency"], of["use"].get("sae", {})
         rows.append(
             spec._asdict()
             | {

@@ -108,7 +108,7 @@ def _fit(rows: Tensor, steps: int, seed: int) -> Reconstruction:
     )
     config = TrainConfig(steps=steps, lr=LR, aux_k_coefficient=0.0, seed=seed)
     train(sae, lambda step: rows[order[step]], config, progress=False)
-    return evaluate_reconstruction(sae, rows.split(4096))[0][0]
+    return evaluate_reconstruction(sae, rows.split(4096))[0]
 
 
 def _random_like(rows: Tensor, seed: int) -> Tensor:
