@@ -1,11 +1,11 @@
-"""Words of the first-letter task, and a model's activations at them."""
+"""Words with their first letters, and a model's activations at them."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from c2r_core.data.language_models import load_language_model
+from c2r_core.data.language_models import RANDOM, load_language_model
 from c2r_core.data.text import Corpus, Document
 from c2r_core.data.words import (
     LETTERS,
@@ -18,22 +18,9 @@ from c2r_core.data.words import (
 HOOK = "blocks.1.hook_resid_post"
 
 
-@pytest.fixture
-def task():
-    return FirstLetterTask(
-        words=("a", "b"),
-        activations=torch.eye(2),
-        letters=torch.arange(2),
-        is_test=torch.tensor([True, False]),
-        hook_name=HOOK,
-        prefix="",
-        n_dropped=1,
-    )
-
-
 @pytest.fixture(scope="module")
 def model():
-    return load_language_model("random-2-layer")
+    return load_language_model(RANDOM)
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +113,8 @@ def test_bfloat16_is_near_float32(model, tokenizer):
     assert 0 < float((rounded - exact).norm() / exact.norm()) < 0.03
 
 
-def test_task_is_saved_and_loaded(task, tmp_path):
+def test_task_is_saved_and_loaded(model, tokenizer, tmp_path):
+    task = harvest_words(model, letter_words(tokenizer, limit=5), HOOK)
     task.save(tmp_path / "task")
     loaded = FirstLetterTask.load(tmp_path / "task")
     for name, value in vars(task).items():

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from c2r_core.artefacts.fingerprints import fingerprint
-from c2r_core.artefacts.profiles import SPLIT_SEED, load_profile
+from c2r_core.artefacts.profiles import load_profile
 from c2r_core.artefacts.results import provenance
-from c2r_core.data.language_models import check_hook_name
-from c2r_core.data.text import Corpus
+from c2r_core.data.forward import check_hook_name
+from c2r_core.data.text import SPLIT_SEED, Corpus
 from c2r_core.errors import NotEvaluable
 from c2r_core.evaluate.report import (
     Evaluated,

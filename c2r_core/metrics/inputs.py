@@ -5,22 +5,18 @@ from __future__ import annotations
 import hashlib
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from c2r_core.artefacts.cache import cached
-from c2r_core.artefacts.profiles import (
-    SPLIT_SEED,
-    EvaluationProfile,
-    LanguageModelProfile,
-    Profile,
-    resolve_precision,
-)
-from c2r_core.data.harvest import ActivationStore, harvest
-from c2r_core.data.language_models import load_language_model
-from c2r_core.data.text import Corpus, load_corpus, split_documents
+from c2r_core.artefacts.profiles import EvaluationProfile, LanguageModelProfile, Profile
+from c2r_core.data.forward import resolve_precision
+from c2r_core.data.harvest import harvest
+from c2r_core.data.language_models import load_language_model, model_fingerprint
+from c2r_core.data.store import ActivationStore, HarvestConfig
+from c2r_core.data.text import Corpus, HeldOut, held_out_documents, load_corpus
 from c2r_core.errors import NotEvaluable
 from c2r_core.metrics.encoding import chunk_size
 from c2r_core.saes.interface import AnySAE
@@ -139,7 +135,7 @@ class Inputs:
         """
         key = {
             "model": self.model_content,
-            "hook": self.lm.hook_name,
+            "hook_name": self.lm.hook_name,
             "precision": self.precision,
             "text": self.documents.corpus.fingerprint,
         }
@@ -155,6 +151,8 @@ class Inputs:
     @cached_property
     def model_content(self) -> str:
         """What tells the language model from every other: of its weights, not of its name."""
+        if self._language_model is None:
+            return model_fingerprint(self.lm.model)
         return loaded_fingerprint(self.language_model)
 
     @cached_property
@@ -180,17 +178,19 @@ class Inputs:
         return self.once("activations", self._activations)
 
     def _activations(self) -> ActivationStore:
-        settings = {
-            "context_size": self.lm.context_size,
-            "max_tokens": self.lm.held_out_tokens,
-            "drop_norm_ratio": self.lm.drop_norm_ratio,
-        }
-        model, corpus, hook = self.language_model, self.documents.corpus, self.lm.hook_name
+        hook = self.lm.hook_name
+        config = HarvestConfig(
+            hook_name=hook,
+            context_size=self.lm.context_size,
+            max_tokens=self.lm.held_out_tokens,
+            drop_norm_ratio=self.lm.drop_norm_ratio,
+            precision=self.precision,
+        )
 
         def build(folder: Path) -> None:
-            harvest(model, corpus, hook, folder, precision=self.precision, **settings)
+            harvest(self.language_model, self.documents.corpus, config, folder)
 
-        store = ActivationStore.open(self.kept("activations", settings, build))
+        store = ActivationStore.open(self.kept("activations", asdict(config), build))
         d_sae, d_in = self.sae.W_dec.shape
         if d_in != store.d_in:
             turned = " W_dec seems transposed." if d_sae == store.d_in else ""
@@ -200,43 +200,6 @@ class Inputs:
                 f"W_dec has shape ({d_sae}, {d_in}), expected (d_sae, d_in).{turned}"
             )
         return store
-
-
-class HeldOut(NamedTuple):
-    """The held-out side of a corpus, without texts that its training side holds as well.
-
-    Attributes
-    ----------
-    corpus : Corpus
-        What may be read.
-    training_fingerprint : str
-        Of the other side.
-    n_repeated : int
-        Held-out documents left out, because a training document has the same text.
-    """
-
-    corpus: Corpus
-    training_fingerprint: str
-    n_repeated: int
-
-
-def held_out_documents(corpus: Corpus, share: float) -> HeldOut:
-    """Documents on which no SAE of this project is trained; the same in every run.
-
-    Raises
-    ------
-    ValueError
-        If the corpus cannot be split, or training documents repeat all that is held out.
-    """
-    training, held_out = split_documents(corpus, share, seed=SPLIT_SEED)
-    trained_on = {document.text for document in training.documents}
-    fresh = tuple(d for d in held_out.documents if d.text not in trained_on)
-    if not fresh:
-        raise ValueError(
-            f"Each of the {len(held_out)} held-out documents of {corpus.name!r} is repeated among "
-            "those for training, so nothing is left to evaluate on. Remove the copies."
-        )
-    return HeldOut(Corpus(held_out.name, fresh), training.fingerprint, len(held_out) - len(fresh))
 
 
 _fingerprints: weakref.WeakKeyDictionary[object, str] = weakref.WeakKeyDictionary()

@@ -15,7 +15,7 @@ How tokens are treated, in every arm alike:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from c2r_core.data.language_models import Precision, run_to_hook
+from c2r_core.data.forward import Precision, activations, log_probs
 from c2r_core.errors import NotEvaluable
 from c2r_core.metrics import metric
 from c2r_core.metrics.inputs import Inputs
@@ -112,7 +112,7 @@ def model_preservation(
         Contexts per forward pass. Memory is about 5 · batch_size · context_size · vocabulary
         floats.
     precision : "float32" or "bfloat16"
-        Of the model's matrix products, as in `run_to_hook`.
+        Of the model's matrix products, as in `activations`.
 
     Raises
     ------
@@ -120,7 +120,7 @@ def model_preservation(
         If no token is replaced, or the SAE returns another shape, NaN or infinite values.
     ValueError
         If `tokens` has no two-dimensional shape with contexts of two tokens or more, or if
-        `run_to_hook` refuses the hook or the precision.
+        `activations` refuses the hook or the precision.
     """
     if tokens.ndim != 2 or tokens.shape[0] < 1 or tokens.shape[1] < 2:
         raise ValueError(
@@ -129,7 +129,7 @@ def model_preservation(
         )
     tokens = tokens.to(next(model.parameters()).device, torch.long)
     # One context through the model finds a wrong hook or precision before the work begins.
-    run_to_hook(model, tokens[:1], hook_name, precision)
+    activations(model, tokens[:1], hook_name, precision=precision)
     batches = tokens.split(batch_size)
     if mean_activation is None:
         mean_activation = _mean_activation(model, batches, hook_name, precision, max_norm)
@@ -140,7 +140,7 @@ def model_preservation(
     n_unchanged = 0
     for batch in batches:
         seen: list[Tensor] = []
-        log_p_model = _log_probs(model, batch, hook_name, seen.append, precision)
+        log_p_model = log_probs(model, batch, hook_name, seen.append, precision=precision)
         activation, is_replaced = seen[0], _is_replaced(seen[0], max_norm)
         n_unchanged += int((~is_replaced).sum())
         x = activation[is_replaced].float()
@@ -153,7 +153,9 @@ def model_preservation(
         for arm, replacement in replacements.items():
             edited = activation.clone()
             edited[is_replaced] = replacement.to(edited)
-            log_p = _log_probs(model, batch, hook_name, lambda _, new=edited: new, precision)
+            log_p = log_probs(
+                model, batch, hook_name, lambda _, new=edited: new, precision=precision
+            )
             ce[arm] += _cross_entropy(log_p, batch)
             if arm in kl:
                 kl[arm] += _kl_divergence(log_p_model, log_p)
@@ -190,7 +192,7 @@ def _mean_activation(
 ) -> Tensor:
     total, count = 0.0, 0
     for batch in batches:
-        activation = run_to_hook(model, batch, hook_name, precision)
+        activation = activations(model, batch, hook_name, precision=precision)
         x = activation[_is_replaced(activation, max_norm)]
         total, count = total + x.double().sum(0), count + len(x)
     if count == 0:
@@ -223,28 +225,9 @@ def _reconstruct(sae: AnySAE, x: Tensor) -> Tensor:
     return x_hat
 
 
-def _log_probs(
-    model: TransformerBridge,
-    tokens: Tensor,
-    hook_name: str,
-    edit: Callable[[Tensor], Tensor | None],
-    precision: Precision,
-) -> Tensor:
-    """Log-probabilities of every next token but the last, (batch, context - 1, vocabulary).
-
-    `edit` sees the activation at the hook; what it returns, unless None, replaces it.
-    """
-    enabled = precision == "bfloat16"
-    with torch.no_grad(), torch.autocast(tokens.device.type, torch.bfloat16, enabled=enabled):
-        logits = model.run_with_hooks(
-            tokens, fwd_hooks=[(hook_name, lambda activation, hook: edit(activation))]
-        )
-    return logits[:, :-1].float().log_softmax(-1)
-
-
-def _cross_entropy(log_probs: Tensor, tokens: Tensor) -> float:
+def _cross_entropy(log_p: Tensor, tokens: Tensor) -> float:
     """Sum over the predicted tokens."""
-    return -float(log_probs.gather(-1, tokens[:, 1:, None]).double().sum())
+    return -float(log_p.gather(-1, tokens[:, 1:, None]).double().sum())
 
 
 def _kl_divergence(log_p: Tensor, log_q: Tensor) -> float:
