@@ -29,7 +29,7 @@ PROBE_BATCH_SIZE = 4096
 
 MIN_BATCHES_PER_EPOCH = 10
 """Ours: as many as SAEBench takes on a whole vocabulary. Batches of 4096 would leave a few thousand words 50
-steps, after which the selector still ranks latents of a single word first, and all words count as absorbed."""
+steps, after which the selector still ranks latents of a single word first, and all count as absorbed."""
 N_FOLDS = 5
 
 # Ours: with fewer words, neither a letter's probe nor its score means anything.
