@@ -35,8 +35,8 @@ from torch import Tensor
 
 from c2r_core.errors import NotEvaluable
 from c2r_core.metrics import Headline, metric
-from c2r_core.metrics.absorption import letters
 from c2r_core.metrics.encoding import encode_sparse
+from c2r_core.metrics.letter_probes import letter_splits
 from c2r_core.metrics.use_task import PER_LETTER, UseTask, letter_use_task
 from c2r_core.saes.interface import AnySAE
 from c2r_core.seeds import mix_seeds
@@ -119,7 +119,7 @@ class Use:
 )
 def measure(inputs: Inputs) -> Use:
     """Pick each letter's latent on one half of the words, erase and steer with it on the other."""
-    words, _ = letters(inputs)
+    words = letter_splits(inputs)[0].task  # assignment consistency scores its test words
     task = letter_use_task(
         inputs.language_model, words, precision=inputs.precision, seed=inputs.seed
     )
