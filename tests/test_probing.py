@@ -182,7 +182,7 @@ def test_the_order_of_latents_does_not_matter(planted):
 
 
 def test_the_probe_with_many_inputs_is_a_ceiling_that_scale_does_not_move(planted):
-    """Each of many inputs tells a little: a fixed, weak penalty overfits to a few of them."""
+    """Each of many inputs tells a little: with hardly a penalty the probe overfits."""
     generator = np.random.default_rng(0)
     _, labels = planted
     y = labels["a"].numpy()
@@ -195,9 +195,9 @@ def test_the_probe_with_many_inputs_is_a_ceiling_that_scale_does_not_move(plante
         row.llm_test_accuracy, abs=0.01
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(probing, "PENALTIES", (1.0,))
-        fixed = probe_sparsely(pooled, {"a": labels["a"]})
-    assert row.llm_test_accuracy > fixed.llm_test_accuracy + 0.03
+        patch.setattr(probing, "PENALTIES", (1e4,))
+        free = probe_sparsely(pooled, {"a": labels["a"]})
+    assert row.llm_test_accuracy > free.llm_test_accuracy + 0.02
 
 
 def loud(pooled):
