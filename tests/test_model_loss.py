@@ -5,7 +5,8 @@ from dataclasses import astuple
 import pytest
 import torch
 
-from c2r_core.data.language_models import load_language_model, run_to_hook
+from c2r_core.data.forward import activations
+from c2r_core.data.language_models import load_language_model
 from c2r_core.errors import NotEvaluable
 from c2r_core.metrics.model_loss import model_preservation
 
@@ -36,7 +37,7 @@ def tokens():
 
 
 def test_perfect_and_ablating_saes_mark_the_ends(model, tokens):
-    mean = run_to_hook(model, tokens, HOOK)[:, 1:].flatten(0, 1).mean(0)
+    mean = activations(model, tokens, HOOK)[:, 1:].flatten(0, 1).mean(0)
     perfect, zero, to_mean = (
         model_preservation(model, sae, tokens, HOOK, mean_activation=mean)
         for sae in (Copier(), Copier(0.0), Copier(0.0, mean))
@@ -77,7 +78,7 @@ def test_kl_and_loss_of_a_reconstruction_by_hand(model, tokens):
 
 
 def test_tokens_dropped_in_training_keep_their_activation_in_every_arm(model, tokens):
-    norms = run_to_hook(model, tokens, HOOK)[:, 1:].norm(dim=-1)
+    norms = activations(model, tokens, HOOK)[:, 1:].norm(dim=-1)
     report = model_preservation(model, Copier(), tokens, HOOK)
     assert report.n_unchanged_tokens == 5  # the first of each context
     zero, max_norm = torch.zeros(64), 1.0001 * float(norms.flatten().median())
@@ -98,7 +99,7 @@ def test_tokens_dropped_in_training_keep_their_activation_in_every_arm(model, to
 
 
 def test_the_measured_mean_equals_a_given_one(model, tokens):
-    mean = run_to_hook(model, tokens, HOOK)[:, 1:].flatten(0, 1).mean(0)
+    mean = activations(model, tokens, HOOK)[:, 1:].flatten(0, 1).mean(0)
     given = model_preservation(model, Copier(0.8), tokens, HOOK, mean_activation=mean)
     measured = model_preservation(model, Copier(0.8), tokens, HOOK)
     assert astuple(measured) == pytest.approx(astuple(given), abs=1e-5)

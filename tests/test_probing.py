@@ -12,8 +12,10 @@ from scipy.sparse import csr_array
 from c2r_core.data.language_models import RANDOM, load_language_model
 from c2r_core.data.passages import harvest_passages
 from c2r_core.data.text import Corpus, Document
+from c2r_core.errors import NotEvaluable
+from c2r_core.metrics import probing
 from c2r_core.metrics.ablation import measure_scr, measure_tpp
-from c2r_core.metrics.passages import PooledActs, pool, split_by_document
+from c2r_core.metrics.pooling import PooledActs, pool, split_by_document
 from c2r_core.metrics.probing import probe_sparsely
 
 HOOK = "blocks.0.hook_resid_post"
@@ -49,15 +51,19 @@ class Linear:
 def test_pooling_by_hand(model, corpus):
     passages = harvest_passages(model, corpus, HOOK, n_passages=6, n_tokens=16, max_norm=1e9)
     sae = Linear(torch.randn(40, 64, generator=torch.Generator().manual_seed(0)))
-    pooled = pool(sae, passages, chunk_size=7)
+    pooled = pool(sae, passages, chunk_size=35)  # two passages at a time
     own = passages.activations[passages.passage == 2].float()
     acts = sae.encode(own) * sae.W_dec.norm(dim=1)
     assert np.allclose(pooled.x[2], own.mean(0), atol=1e-4)
     assert np.allclose(pooled.feature_acts[[2]].toarray(), acts.mean(0), atol=1e-4)
     assert np.allclose(np.linalg.norm(pooled.directions, axis=1), 1)
-    with pytest.raises(ValueError, match=r"expected \(d_sae, 64\)"):
+    whole = pool(sae, passages, chunk_size=10_000)
+    assert np.allclose(whole.x, pooled.x) and np.allclose(
+        whole.feature_acts.toarray(), pooled.feature_acts.toarray()
+    )
+    with pytest.raises(NotEvaluable, match="takes activations of width 65; these have 64"):
         pool(Linear(torch.ones(3, 65)), passages)
-    with pytest.raises(ValueError, match="NaN"):
+    with pytest.raises(NotEvaluable, match="NaN"):
         pool(Linear(torch.full((3, 64), torch.nan)), passages)
 
 
@@ -108,52 +114,80 @@ def blind(pooled):
 
 
 def test_one_latent_that_is_the_label_tells_it_all(planted):
-    pooled, labels = planted
-    report = probe_sparsely(pooled, labels)
-    assert report.n_evaluated == 3
-    assert report.mean_top_k == {"1": 1.0, "2": 1.0, "5": 1.0}
+    report = probe_sparsely(*planted)
+    assert report.num_tasks == 3
+    assert report.sae_top_1_test_accuracy == report.sae_top_5_test_accuracy == 1
     assert [set(row.latents[:2]) for row in report.tasks] == [{0, 3}, {1, 4}, {2, 5}]
-    assert report.mean_sae == report.mean_model == 1.0
+    assert report.sae_test_accuracy == report.llm_test_accuracy == 1
 
 
 def test_latents_that_know_nothing_are_at_chance(planted):
     pooled, labels = planted
     report = probe_sparsely(blind(pooled), labels)
-    assert abs(report.mean_top_k["1"] - 0.5) < 0.1
-    assert report.mean_model == 1.0
+    assert abs(report.sae_top_1_test_accuracy - 0.5) < 0.1
+    assert report.llm_test_accuracy == 1
 
 
 def test_the_order_of_latents_does_not_matter(planted):
     pooled, labels = planted
     one, other = (probe_sparsely(p, labels) for p in (pooled, shuffled(pooled)))
-    assert one.mean_top_k == other.mean_top_k and one.mean_sae == other.mean_sae
-    assert measure_scr(pooled, labels, [("a", "b")]) == measure_scr(
-        shuffled(pooled), labels, [("a", "b")]
+    assert [row.top_k for row in one.tasks] == [row.top_k for row in other.tasks]
+    assert one.sae_test_accuracy == other.sae_test_accuracy
+    assert measure_scr(loud(pooled), labels, [("a", "b")]) == measure_scr(
+        shuffled(loud(pooled)), labels, [("a", "b")]
     )
-    assert measure_tpp(pooled, labels).tpp == measure_tpp(shuffled(pooled), labels).tpp
+    assert measure_tpp(pooled, labels) == measure_tpp(shuffled(pooled), labels)
+
+
+def test_the_probe_with_many_inputs_is_a_ceiling_that_scale_does_not_move(planted):
+    """Each of many inputs tells a little: with hardly a penalty the probe overfits."""
+    generator = np.random.default_rng(0)
+    _, labels = planted
+    y = labels["a"].numpy()
+    x = (generator.normal(size=(N, 300)) + 0.1 * (2 * y[:, None] - 1)).astype("float32")
+    documents = tuple(f"d{i % N_DOCUMENTS}" for i in range(N))
+    pooled = PooledActs(documents, x, csr_array(np.abs(x)), np.eye(300, dtype="float32"))
+    row = probe_sparsely(pooled, {"a": labels["a"]})
+    scaled = replace(pooled, x=x * np.geomspace(1e-3, 1e3, 300, dtype="float32"))
+    assert probe_sparsely(scaled, {"a": labels["a"]}).llm_test_accuracy == pytest.approx(
+        row.llm_test_accuracy, abs=0.01
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(probing, "PENALTIES", (1e4,))
+        free = probe_sparsely(pooled, {"a": labels["a"]})
+    assert row.llm_test_accuracy > free.llm_test_accuracy + 0.02
+
+
+def loud(pooled):
+    """Label b speaks three times as loudly: what leans on the inputs leans on it."""
+    acts = pooled.x * np.where(np.isin(np.arange(D_IN), (1, 4)), 3, 1)
+    return replace(pooled, x=acts, feature_acts=csr_array(acts))
 
 
 def test_taking_out_the_unwanted_latent_restores_the_probe(planted):
     pooled, labels = planted
-    loud = pooled.x * np.where(np.isin(np.arange(D_IN), (1, 4)), 3, 1)
-    # The biased probe leans on what is louder.
-    pooled = replace(pooled, x=loud, feature_acts=csr_array(loud))
-    row = measure_scr(pooled, labels, [("a", "b")]).pairs[0]
+    pooled = loud(pooled)
+    report = measure_scr(pooled, labels, [("a", "b")])
+    row, other_role = report.pairs
     assert (row.target, row.unwanted) == ("a", "b")
     assert row.acc_clean == 1 and row.acc_biased < 0.9
     assert row.scr["2"] == pytest.approx(1, abs=0.05)
-    useless = measure_scr(blind(pooled), labels, [("a", "b")]).pairs[0]
-    assert abs(useless.scr["2"]) < 0.3
+    assert "nothing to restore" in other_role.not_evaluable and other_role.acc_biased == 1
+    assert report.num_pairs == 1 and report.scr_metric_threshold_2 == row.scr["2"]
+    useless = measure_scr(blind(pooled), labels, [("a", "b")])
+    assert abs(useless.scr_metric_threshold_2) < 0.3
 
 
 def test_taking_out_a_class_harms_its_own_probe_only(planted):
     pooled, labels = planted
     report = measure_tpp(pooled, labels)
-    assert report.accuracy == (1, 1, 1)
-    assert report.intended["2"] == pytest.approx(0.5, abs=0.1)  # down to chance
-    assert report.unintended["2"] == pytest.approx(0, abs=0.05)
-    assert report.tpp["2"] == report.intended["2"] - report.unintended["2"]
-    assert abs(measure_tpp(blind(pooled), labels).tpp["2"]) < 0.1
+    assert report.accuracy == {"a": 1, "b": 1, "c": 1}
+    intended = report.tpp_threshold_2_intended_diff_only
+    unintended = report.tpp_threshold_2_unintended_diff_only
+    assert intended == pytest.approx(0.5, abs=0.1)  # down to chance
+    assert unintended == pytest.approx(0, abs=0.05)
+    assert report.tpp_threshold_2_total_metric == intended - unintended
+    assert abs(measure_tpp(blind(pooled), labels).tpp_threshold_2_total_metric) < 0.1
 
 
 def test_too_little_to_measure_stays_in_the_report(planted):
@@ -161,11 +195,24 @@ def test_too_little_to_measure_stays_in_the_report(planted):
     rare = torch.zeros(N, dtype=torch.long)
     rare[:5] = 1
     report = probe_sparsely(pooled, labels | {"rare": rare})
-    assert report.n_evaluated == 3 and "too few passages" in report.tasks[-1].not_evaluable
-    scr = measure_scr(pooled, labels | {"rare": rare}, [("a", "rare")])
-    assert scr.n_evaluated == 0 and "too few passages" in scr.pairs[0].not_evaluable
-    assert "rare" in measure_tpp(pooled, labels | {"rare": rare}).not_evaluable
-    with pytest.raises(ValueError, match="1 of 2 classes"):
+    assert report.num_tasks == 3 and "too few passages" in report.tasks[-1].not_evaluable
+    assert "rare" in measure_tpp(pooled, labels | {"rare": rare}).classes_not_evaluable
+    with pytest.raises(NotEvaluable, match="None of the 2 pairs.*too few passages"):
+        measure_scr(pooled, labels | {"rare": rare}, [("a", "rare")])
+    with pytest.raises(NotEvaluable, match="None of the 1 labels.*too few passages"):
+        probe_sparsely(pooled, {"rare": rare})
+    with pytest.raises(NotEvaluable, match="1 of 2 classes"):
         measure_tpp(pooled, {"a": labels["a"], "rare": rare})
-    certain = measure_scr(pooled, {"a": labels["a"], "c": labels["c"]}, [("a", "c")]).pairs[0]
-    assert certain.not_evaluable is None or "nothing to restore" in certain.not_evaluable
+
+
+def test_a_bug_is_no_record(planted, monkeypatch):
+    """Only NotEvaluable is written down; what numpy or sklearn complain of surfaces."""
+    pooled, labels = planted
+    broken = replace(pooled, feature_acts=pooled.feature_acts[:, :5])
+    for measure in (measure_tpp, probe_sparsely):
+        with pytest.raises((ValueError, IndexError)) as caught:
+            measure(replace(broken, x=pooled.x[:10]), labels)
+        assert not isinstance(caught.value, NotEvaluable)
+    with pytest.raises(ValueError) as caught:
+        measure_scr(broken, labels, [("b", "a"), ("a", "b")])
+    assert not isinstance(caught.value, NotEvaluable)

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
+from c2r_core.data.entities import load_ravel, offline_cities
 from c2r_core.data.language_models import RANDOM, load_language_model
-from c2r_core.metrics.ravel import (
-    Asked,
-    EntityTask,
-    entity_task,
-    load_ravel,
-    measure_ravel,
-    offline_cities,
-)
+from c2r_core.errors import NotEvaluable
+from c2r_core.metrics.ravel import Asked, EntityTask, entity_task, measure_ravel
 
 N, N_VALUES = 120, 4  # entities; values of each of two attributes
 D_IN = 2 * N_VALUES
@@ -57,11 +53,11 @@ def task():
 
 def test_a_latent_for_each_value_swaps_one_attribute_alone(task):
     report = measure_ravel(Dictionary(torch.eye(D_IN), torch.eye(D_IN)), task)
-    assert (report.mean_cause, report.mean_isolation) == (1, 1)
-    assert report.mean_disentanglement == 1
+    assert (report.cause_score, report.isolation_score) == (1, 1)
+    assert report.disentanglement_score == report.disentanglement_low == 1
     assert {row.n_latents for row in report.attributes} == {4}
-    assert (report.mean_whole_cause, report.mean_whole_isolation) == (1, 0)
-    assert report.not_evaluable == {"size": "the model tells none"}
+    assert (report.whole_activation_cause_score, report.whole_activation_isolation_score) == (1, 0)
+    assert report.attributes_not_evaluable == {"size": "the model tells none"}
 
 
 def test_latents_that_hold_both_attributes_cannot_be_swapped_apart(task):
@@ -74,8 +70,8 @@ def test_latents_that_hold_both_attributes_cannot_be_swapped_apart(task):
 def test_unrelated_latents_cause_nothing(task):
     silent = Dictionary(-torch.ones(D_IN, 5), torch.randn(5, D_IN))
     report = measure_ravel(silent, task)
-    assert (report.mean_cause, report.mean_isolation) == (0, 1)
-    assert report.mean_disentanglement == 0.5  # as for doing nothing
+    assert (report.cause_score, report.isolation_score) == (0, 1)
+    assert report.disentanglement_score == 0.5  # as for doing nothing
 
 
 def test_permuted_and_rescaled_latents_score_the_same(task):
@@ -90,15 +86,27 @@ def test_permuted_and_rescaled_latents_score_the_same(task):
 
 
 def test_bad_saes_are_refused(task):
-    with pytest.raises(ValueError, match=r"expected \(d_sae, 8\)"):
+    with pytest.raises(NotEvaluable, match="takes activations of width 3; these have 8"):
         measure_ravel(Dictionary(torch.eye(3), torch.eye(3)), task)
-    with pytest.raises(ValueError, match="NaN"):
+    with pytest.raises(NotEvaluable, match="NaN"):
         measure_ravel(Dictionary(torch.full((D_IN, 2), torch.nan), torch.ones(2, D_IN)), task)
+
+
+def test_attributes_that_always_go_together_cannot_be_told_apart(task):
+    asked = task.asked | {"hue": task.asked["colour"]}
+    same = replace(task, asked={name: asked[name] for name in ("colour", "hue")})
+    assert measure_ravel(Dictionary(torch.eye(D_IN), torch.eye(D_IN)), same).isolation_score == 0
+    constant = asked["shape"]._replace(value=torch.zeros(N, dtype=torch.long))
+    with pytest.raises(NotEvaluable, match="No two of the entities"):
+        measure_ravel(
+            Dictionary(torch.eye(D_IN), torch.eye(D_IN)),
+            replace(task, asked={"colour": asked["colour"], "shape": constant}),
+        )
 
 
 def test_a_model_that_knows_nothing_is_said_to():
     model = load_language_model(RANDOM)
-    with pytest.raises(ValueError, match=r"0 attributes can be asked.* of \d+ of 79 entities"):
+    with pytest.raises(NotEvaluable, match=r"0 attributes can be asked.* of \d+ of 79 entities"):
         entity_task(model, offline_cities(), "blocks.0.hook_resid_post")
 
 
@@ -123,7 +131,7 @@ def test_ravels_own_files(tmp_path):
     entities = load_ravel(tmp_path)
     (tmp_path / "ravel_town_entity_attributes.json").write_text("{}")
     (tmp_path / "ravel_town_attribute_to_prompts.json").write_text('{"Country": ["%s is in"]}')
-    with pytest.raises(ValueError, match="no prompt with one %s"):
+    with pytest.raises(NotEvaluable, match="no prompt with one %s"):
         load_ravel(tmp_path, "town")
     assert entities.templates == {"Country": "People in{subject} live in"}
     assert entities.values == {"Country": {" Paris": "France"}}

@@ -9,8 +9,11 @@ import torch
 
 from c2r_core.data.language_models import RANDOM, load_language_model
 from c2r_core.data.words import LetterWords, harvest_words
-from c2r_core.metrics.use import UseTask, letter_use_task, measure_use, measure_use_of_means
+from c2r_core.errors import NotEvaluable
+from c2r_core.metrics.use import measure_use, measure_use_of_means, use_examples
+from c2r_core.metrics.use_task import UseTask, letter_use_task
 
+HOOK = "blocks.0.hook_resid_post"
 N_CONCEPTS, D_IN, PER_CONCEPT = 4, 12, 60
 
 
@@ -51,7 +54,8 @@ def task():
     def respond(rows, replacements):
         return answers(x[rows] if replacements is None else replacements)
 
-    return UseTask(tuple("abcd"), x, concepts, for_picking, respond)
+    samples = tuple(f"{'abcd'[c]}{i}" for i, c in enumerate(concepts))
+    return UseTask(tuple("abcd"), samples, x, concepts, for_picking, respond)
 
 
 def clean():
@@ -117,6 +121,24 @@ def test_the_difference_of_means_is_a_direction_without_an_sae(task):
     assert report.concepts[0].latent is None and report.mean_using_f1 is None
 
 
+def test_examples_show_answers_before_and_after(task):
+    examples = use_examples(clean(), task, n=3)
+    assert len(examples) == 3 and len({one.before for one in examples}) == 3
+    for one in examples:
+        assert one.sample[0] == one.before == task.names[one.latent] and one.fires
+        assert one.after_erasing != one.before
+        assert one.after_steering == one.steered_to != one.before
+    exceptions = clean()
+    for c in range(N_CONCEPTS):
+        exceptions.W_enc[N_CONCEPTS + c, c] = -1
+    unheard = [
+        one for i in range(20) for one in use_examples(exceptions, task, seed=i) if not one.fires
+    ]
+    assert unheard and all(one.after_erasing == one.before for one in unheard)
+    assert "silent here" in str(unheard[0])
+    assert "→" in str(examples[0]) and use_examples(clean(), task, n=3) == examples
+
+
 def test_what_cannot_be_measured_says_why(task):
     silent = clean()
     silent.W_enc = torch.zeros(D_IN, D_IN)
@@ -127,11 +149,11 @@ def test_what_cannot_be_measured_says_why(task):
     assert all("1000 are needed" in row.not_evaluable for row in few.concepts)
     deaf = replace(task, respond=lambda rows, x: answers(torch.zeros(len(rows), D_IN)))
     assert "0 rightly answered" in measure_use(clean(), deaf).concepts[1].not_evaluable
-    with pytest.raises(ValueError, match="W_dec has shape"):
+    with pytest.raises(NotEvaluable, match="takes activations of width 3; these have 12"):
         measure_use(Dictionary(torch.eye(3), torch.eye(3)), task)
     broken = clean()
     broken.W_enc[0, 0] = torch.nan
-    with pytest.raises(ValueError, match="NaN"):
+    with pytest.raises(NotEvaluable, match="NaN"):
         measure_use(broken, task)
 
 
@@ -142,21 +164,43 @@ def test_the_same_seed_gives_the_same_report(task):
 # -- the language model ------------------------------------------------------------------------
 
 
-def test_letters_as_a_task():
-    model = load_language_model(RANDOM)
-    tokens = [" apple", " bread", " corn", " door", " apples"]
-    ids = [model.tokenizer(word, add_special_tokens=False)["input_ids"] for word in tokens]
-    words = [(word, i[0]) for word, i in zip(tokens, ids, strict=True) if len(i) == 1]
-    letter_words = LetterWords(
-        tuple(word for word, _ in words),
-        torch.tensor([i for _, i in words]),
-        torch.zeros(len(words), dtype=torch.bool),
-    )
-    task = harvest_words(model, letter_words, "blocks.0.hook_resid_post")
-    half = torch.arange(len(task.words)) % 2 == 0
-    use = letter_use_task(model, task, for_picking=half)
-    assert torch.equal(use.activations, task.activations) and torch.equal(use.for_picking, half)
-    rows = torch.arange(len(task.words))
+@pytest.fixture(scope="module")
+def model():
+    return load_language_model(RANDOM)
+
+
+@pytest.fixture(scope="module")
+def words(model):
+    """One-token words of a few letters, every third of them scored by other metrics."""
+    candidates = [
+        f" {word}"
+        for word in "apple air arm area bread boat book bank corn case city door day dog death".split()
+    ]
+    ids = [model.tokenizer(word, add_special_tokens=False)["input_ids"] for word in candidates]
+    kept = [(word, i[0]) for word, i in zip(candidates, ids, strict=True) if len(i) == 1]
+    names, tokens = zip(*kept, strict=True)
+    is_test = torch.arange(len(names)) % 3 == 0
+    return harvest_words(model, LetterWords(names, torch.tensor(tokens), is_test), HOOK)
+
+
+def test_no_word_that_another_metric_scores_is_picked_on_or_used(model, words):
+    use = letter_use_task(model, words, seed=1)
+    scored = {word for word, is_test in zip(words.words, words.is_test, strict=True) if is_test}
+    assert scored and not scored & set(use.samples)
+    assert set(use.samples) | scored == set(words.words)
+    assert 0 < int(use.for_picking.sum()) <= len(use.samples) // 2
+    few = letter_use_task(model, words, seed=1, per_letter=1)
+    used = [few.samples[i].strip()[0] for i in (~few.for_picking).nonzero()[:, 0]]
+    assert len(used) == len(set(used)), "one word of a letter"
+    assert int(few.for_picking.sum()) == int(use.for_picking.sum())
+
+
+def test_letters_as_a_task(model, words):
+    use = letter_use_task(model, words)
+    where = [words.words.index(word) for word in use.samples]
+    assert torch.equal(use.activations, words.activations[where])
+    assert torch.equal(use.concepts, words.letters[where])
+    rows = torch.arange(len(use.samples))
     before = use.respond(rows, None)
     assert before.exp().sum(1).allclose(torch.ones(len(rows)), atol=1e-4)
     assert torch.allclose(use.respond(rows, use.activations), before, atol=1e-5)

@@ -15,6 +15,8 @@ Where this file differs from it:
 
 - The score is a mean over several splits of the words into training and test words, and says how far it
   varies between them and between words; SAEBench has one split.
+- Probes and selector take at least 500 steps, as SAEBench's do on a whole vocabulary, however few the words:
+  its fixed batch size would give a few thousand words 50 steps, too few for the selector to converge.
 - All words share one few-shot prefix; SAEBench draws 10 examples anew for each word.
 - Decoder rows may have any norm: f ‖w‖ and w / ‖w‖ stand for f and w everywhere, so a score does
   not change when scale moves between a latent's activation and its decoder row.

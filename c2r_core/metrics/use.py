@@ -119,7 +119,7 @@ class Use:
 )
 def measure(inputs: Inputs) -> Use:
     """Pick each letter's latent on one half of the words, erase and steer with it on the other."""
-    words, _ = letter_splits(inputs)[0]
+    words = letter_splits(inputs)[0].task  # assignment consistency scores its test words
     task = letter_use_task(
         inputs.language_model, words, precision=inputs.precision, seed=inputs.seed
     )
