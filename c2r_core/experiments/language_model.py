@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 _READ = (
     "model",
     "hook_name",
-    "corpus",
     "context_size",
     "held_out_share",
     "train_tokens",
