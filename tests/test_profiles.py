@@ -79,3 +79,13 @@ def test_wrong_type_or_range_is_named(changed, value):
 def test_a_profile_cannot_be_changed():
     with pytest.raises(ValueError, match="frozen"):
         load_profile("smoke").toy.steps = 5
+
+
+@pytest.mark.parametrize("folder", [".", "notebooks"])
+def test_a_corpus_folder_is_found_from_wherever_a_process_runs(folder, monkeypatch):
+    project = PROFILES_FILE.resolve().parents[2]
+    monkeypatch.chdir(project / folder)
+    corpus = Path(load_profile("paper").language_model.corpus)
+    assert not corpus.is_absolute()
+    assert corpus.resolve() == project / "data" / "openwebtext"
+    assert load_profile("default").language_model.corpus == "sotu"

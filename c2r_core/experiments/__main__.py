@@ -9,6 +9,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any
 
 from c2r_core.artefacts import cache
@@ -118,6 +119,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     studies = given.studies or list(STUDIES)
     if given.command == "status":
         return status(studies, given.profile, given.json)
+    if not given.studies and find_spec("sae_lens") is None:
+        print("parity: left out, since the extra saelens is not installed")
+        studies.remove("parity")
     if given.command == "run":
         return run(studies, given.profile, given.limit, given.minutes)
     return verify(studies, given.profile, given.sample)

@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 _READ = (
     "model",
     "hook_name",
-    "corpus",
     "context_size",
     "held_out_share",
     "train_tokens",
@@ -214,7 +213,6 @@ def trained(
     def build(folder: Path) -> None:
         sae = create_sae(arm.architecture, d_in=store.d_in, d_sae=arm.d_sae, k=arm.k, seed=seed)
         sae = sae.to(device)
-        sae.norm_factor = store.norm_factor
         batches = StoreBatches(store, arm.batch_size, seed)
         checkpoint = folder / "checkpoint.safetensors"
         config = replace(arm.config, seed=seed)

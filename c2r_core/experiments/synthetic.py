@@ -55,7 +55,6 @@ def trained(arm: Arm, seeds: Sequence[int], device: str = "cpu") -> dict[int, SA
             arm.architecture, d_in=d_in, d_sae=arm.d_sae, seed=seeds, **arm.arguments
         )
         stack = stack.to(device)
-        stack.norm_factor = arm.features.norm_factor
         batches = ToyBatches(arm.features, arm.batch_size, seeds)
         penalties = [arm.regulariser] if arm.regulariser else []
         train(stack, batches, arm.config, penalties, progress=False)

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from c2r_core import ReLUSAE
+from c2r_core.data.batches import ToyBatches
 from c2r_core.data.forest import GatedForest
-from c2r_core.data.toy import ToyBatches
 from c2r_core.metrics.forest import evaluate_forest
 
 SMALL = GatedForest(
