@@ -191,6 +191,7 @@ def test_half_precision_input_is_compared_in_float32():
         (torch.full((3, 4), torch.inf), torch.ones(4, 2), {}, "feature_acts holds a NaN"),
         (torch.ones(3, 2, 4), torch.ones(4, 2), {}, "leading dimensions"),
         (torch.ones(3, 2, 4), torch.ones(2, 4, 2), {}, "leading dimensions"),
+        (-torch.ones(3, 4), torch.ones(4, 2), {}, "negative values, the least -1"),
         (torch.ones(3, 4), torch.ones(4, 2), {"alpha": 0}, "alpha is 0"),
         (torch.ones(3, 4), torch.ones(4, 2), {"alpha": float("nan")}, "alpha is nan"),
         (torch.ones(3, 4), torch.ones(4, 2), {"chunk_size": 2}, "generator"),

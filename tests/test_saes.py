@@ -10,8 +10,11 @@ import pytest
 import torch
 
 from architectures import BATCH, D_IN, D_SAE, batch, every_architecture, make
+from c2r_core.formats import open_sae
 from c2r_core.losses import c2r_from_norms, c2r_loss
 from c2r_core.saes import (
+    ARCHITECTURES,
+    SAE,
     BatchTopKSAE,
     GatedSAE,
     JumpReLUSAE,
@@ -24,6 +27,7 @@ from c2r_core.saes import (
     create_sae,
     fold_norm_factor,
     load_sae,
+    register,
     save_sae,
 )
 from c2r_core.saes.sparse import firing_counts, latent_norms
@@ -230,7 +234,7 @@ def test_a_failing_rename_puts_the_old_folder_back(tmp_path, monkeypatch):
     rename = Path.rename
 
     def failing(path, target):
-        if path.suffix == ".part":
+        if target == tmp_path / "sae":
             raise OSError("no")
         return rename(path, target)
 
@@ -239,6 +243,57 @@ def test_a_failing_rename_puts_the_old_folder_back(tmp_path, monkeypatch):
         save_sae(make("topk", seed=1), tmp_path / "sae", overwrite=True)
     assert torch.equal(load_sae(tmp_path / "sae").W_dec, sae.W_dec)
     assert [p.name for p in tmp_path.iterdir()] == ["sae"]
+
+
+def test_what_an_sae_was_trained_on_stays_with_it(tmp_path):
+    sae = make("topk")
+    sae.trained_on = {"model": "a-model", "steps": 10}
+    folder = save_sae(sae, tmp_path / "sae", trained_on={"hook_name": "blocks.4", "steps": 20})
+    loaded = load_sae(folder)
+    assert loaded.trained_on == {"model": "a-model", "steps": 20, "hook_name": "blocks.4"}
+    assert fold_norm_factor(loaded).trained_on == loaded.trained_on
+    assert open_sae(folder).stated == {"model": "a-model", "steps": "20", "hook_name": "blocks.4"}
+    config = json.loads((folder / "config.json").read_text())
+    del config["trained_on"]  # as older versions wrote it
+    (folder / "config.json").write_text(json.dumps(config))
+    assert load_sae(folder).trained_on == open_sae(folder).stated == {}
+    with pytest.raises(ValueError, match="expected text or a number"):
+        save_sae(sae, tmp_path / "other", trained_on={"text": None})
+
+
+def test_a_folder_of_other_files_is_not_replaced(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="other files"):
+        save_sae(make("topk"), tmp_path, overwrite=True)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_only_own_saes_fold():
+    with pytest.raises(TypeError, match="a Linear, not an SAE of c2r_core"):
+        fold_norm_factor(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("seed", [0, [0, 1]], ids=["single", "stack"])
+def test_an_architecture_gives_no_more_than_its_activation(tmp_path, monkeypatch, seed):
+    monkeypatch.setitem(ARCHITECTURES, "cubic", None)  # and put back what was there
+
+    @register
+    class CubicSAE(SAE):
+        architecture = "cubic"
+
+        def activate(self, pre_acts):
+            return pre_acts.relu() ** 3
+
+    sae = create_sae("cubic", d_in=D_IN, d_sae=D_SAE, seed=seed)
+    x = batch() if seed == 0 else torch.stack([batch(), batch(1)])
+    losses = sae.training_losses(StepInput(x))
+    assert (losses.sparsity == 0).all() and losses.sparsity.shape == sae.W_dec.shape[:-2]
+    for i, single in enumerate(sae.unstack() if sae.n_stacked else [sae]):
+        loaded = load_sae(save_sae(single, tmp_path / str(i)))
+        own = batch(i)
+        assert isinstance(loaded, CubicSAE) and torch.equal(loaded(own), single(own))
+        error = (own - single(own)).square().sum(-1).mean()
+        torch.testing.assert_close(losses.reconstruction.flatten()[i], error)
 
 
 def test_damaged_folders_are_refused(tmp_path):

@@ -151,7 +151,7 @@ def test_a_stronger_penalty_means_less_similar_rows():
 def test_resumed_run_equals_an_uninterrupted_one(tmp_path, stop_at):
     # dead_after=2: after 15 silent batches a latent is revived, so the counters matter too
     config = small_config(steps=24, dead_after=0.5)
-    options = {"regularisers": [C2R(0.1, chunk_size=7)], "config": config}
+    options = {"regularisers": [C2R(0.1, chunk_size=7, every=3)], "config": config}
     whole, history = run(**options)
 
     class Killed(Exception):
@@ -335,8 +335,12 @@ def test_history_plots_what_it_recorded():
     recorded = [[r["step"], r["reconstruction"]] for r in history.records]
     np.testing.assert_allclose(drawn, recorded)
     assert ax.get_xlabel() == "optimiser step"
+    assert ax.get_legend() is None
     with pytest.raises(ValueError, match="there are: lr, reconstruction"):
         history.plot("loss")
+    _, stack = run(ReLUSAE(20, 30, l1_weight=0.02, seed=[0, 1]), regularisers=[], seed=[0, 1])
+    labels = [text.get_text() for text in stack.plot(label="no penalty").get_legend().get_texts()]
+    assert labels == ["no penalty: mean and range of 2 SAEs"]
 
 
 def test_divergence_names_step_terms_and_checkpoint(tmp_path):
@@ -379,6 +383,97 @@ def test_encoder_in_bfloat16_trains_to_about_the_same():
         assert sae.W_enc.dtype == torch.float32
     assert errors["bfloat16"] == pytest.approx(errors["float32"], rel=0.2)
     assert errors["bfloat16"] != errors["float32"]
+
+
+def test_an_sae_in_bfloat16_trains_and_goes_on_from_a_checkpoint(tmp_path):
+    path, config = tmp_path / "run.safetensors", small_config(steps=40, clip_norm=0.1)
+    sae, history = run(BatchTopKSAE(20, 30, k=2).bfloat16(), config, checkpoint=path)
+    assert sae.W_dec.dtype == torch.bfloat16
+    assert history.records[-1]["reconstruction"] < 0.8 * history.records[0]["reconstruction"]
+    again, _ = run(BatchTopKSAE(20, 30, k=2).bfloat16(), config, checkpoint=path)
+    assert_same_state(again, sae, **EXACT)
+
+
+def test_a_parameter_without_gradient_stays_as_it_is(tmp_path):
+    class WithUnused(ReLUSAE):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.unused = torch.nn.Parameter(torch.ones(30))
+
+    path = tmp_path / "run.safetensors"
+    plain, _ = run(ReLUSAE(20, 30, l1_weight=0.02))
+    sae, _ = run(WithUnused(20, 30, l1_weight=0.02), checkpoint=path)
+    assert (sae.unused == 1).all() and torch.equal(sae.W_dec, plain.W_dec)
+    resumed, _ = run(WithUnused(20, 30, l1_weight=0.02), checkpoint=path)
+    assert_same_state(resumed, sae, **EXACT)
+
+
+class Described(ToyBatches):
+    """Batches that say how they are scaled and where they are from."""
+
+    norm_factor = 0.25
+    trained_on = {"model": "a-model", "text": "a corpus"}  # noqa: RUF012
+
+
+def test_the_sae_remembers_what_it_was_trained_on():
+    sae = ReLUSAE(20, 30, l1_weight=0.02, seed=[0, 1])
+    weights = [0.1, 0.2]
+    train(sae, Described(TREE, 32, [0, 1]), small_config(), [C2R(weights)], progress=False)
+    for single, weight in zip(sae.unstack(), weights, strict=True):
+        assert single.norm_factor == 0.25
+        assert single.trained_on == Described.trained_on | {
+            "steps": 12,
+            "batch_size": 32,
+            "lr": 5e-3,
+            "regularisers": repr(C2R(weight)),
+        }
+    sae, _ = run(regularisers=[])
+    assert sae.norm_factor == 1 and sae.trained_on["regularisers"] == "none"
+
+
+@pytest.mark.parametrize("factor", [0.5, 3.0])
+def test_batches_of_another_scale_are_refused(factor):
+    def batches(step):
+        return factor * ToyBatches(TREE, 1000, 0)(step)
+
+    with pytest.raises(ValueError, match=r"E‖x‖² = .*Multiply the batches by"):
+        train(BatchTopKSAE(20, 30, k=2), batches, small_config(), progress=False)
+    config = small_config(mean_square_norm=None)
+    assert train(BatchTopKSAE(20, 30, k=2), batches, config, progress=False).records
+    config = small_config(mean_square_norm=factor**2)
+    assert train(BatchTopKSAE(20, 30, k=2), batches, config, progress=False).records
+
+
+def test_a_penalty_that_the_bound_cuts_warns_once():
+    config = small_config(steps=60, clip_norm=0.01)
+    with pytest.warns(UserWarning, match="c2r makes the gradient .* a larger weight") as seen:
+        run(config=config, regularisers=[C2R(1000.0, every=5)])
+    assert len(seen) == 1 and seen[0].filename == __file__
+    run(config=config, regularisers=[C2R(0.05, every=5)])  # a warning would be an error
+    run(config=small_config(steps=60, clip_norm=1e9), regularisers=[C2R(100.0, every=5)])
+
+
+def test_a_finished_training_goes_on_from_its_checkpoint_to_the_same(tmp_path):
+    path = tmp_path / "run.safetensors"
+    config = small_config(steps=12, log_every=5)
+    sae, history = run(checkpoint=path, config=config, regularisers=[C2R(0.1, every=4)])
+    assert read_checkpoint(path)[1]["step"] == 12
+    again, its_history = run(checkpoint=path, config=config, regularisers=[C2R(0.1, every=4)])
+    assert_same_state(again, sae, **EXACT)
+    assert its_history.records == history.records
+
+
+def test_a_trained_sae_is_no_new_one(tmp_path):
+    path = tmp_path / "run.safetensors"
+    sae, _ = run(checkpoint=path)
+    with pytest.raises(ValueError, match="create it again"):
+        run(sae, checkpoint=path)
+
+
+@pytest.mark.parametrize("wrong", [C2R(0.1), "c2r", [c2r_loss]])
+def test_regularisers_are_a_list_of_them(wrong):
+    with pytest.raises(TypeError, match=r"expected (a list: \[C2R|Regulariser objects)"):
+        run(regularisers=wrong)
 
 
 def test_half_precision_batches_are_accepted():

@@ -261,7 +261,7 @@ class _Saturation:
     Such a step moves the SAE by the bound, in the penalty's direction, however large λ is.
     """
 
-    DOMINATES = 10
+    DOMINATES = 50
 
     def __init__(self, clip_norm: float) -> None:
         self.clip_norm, self.usual, self.warned = clip_norm, None, False
@@ -277,7 +277,7 @@ class _Saturation:
                 warnings.warn(
                     f"{' and '.join(rare)} makes the gradient more than {self.DOMINATES} times as long as "
                     f"it is on the steps between, and clip_norm={self.clip_norm:g} cuts it: a larger weight "
-                    "changes nothing more. Take a smaller weight, every=1, or a larger clip_norm.",
+                    "changes hardly anything more. Take a smaller weight, every=1, or a larger clip_norm.",
                     stacklevel=5,
                 )
 
