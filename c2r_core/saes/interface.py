@@ -18,17 +18,3 @@ class AnySAE(Protocol):
     def encode(self, x: Tensor) -> Tensor: ...
 
     def decode(self, feature_acts: Tensor) -> Tensor: ...
-
-
-def finite_feature_acts(sae: AnySAE, x: Tensor) -> Tensor:
-    """Feature activations of x, float32 and on the CPU.
-
-    Raises
-    ------
-    ValueError
-        If one of them is NaN or infinite.
-    """
-    acts = sae.encode(x.to(sae.W_dec.device)).float().cpu()
-    if not acts.isfinite().all():
-        raise ValueError("The SAE's feature activations hold NaN or infinite values.")
-    return acts
