@@ -5,11 +5,17 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import nbformat
 import pytest
 
+from c2r_core.data.language_models import load_language_model
+from c2r_core.data.text import Corpus, load_corpus
 from c2r_core.notebook import runner
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
@@ -77,3 +83,15 @@ def refreshed_notebook(_own_folders: None, tmp_path_factory: pytest.TempPathFact
     notebook = write_tiny_notebook(folder / "00_tiny.ipynb")
     runner.refresh(notebook, work_folder=folder / "work")
     return notebook
+
+
+@pytest.fixture(scope="session")
+def random_model() -> TransformerBridge:
+    """A language model of two small random blocks; not to be changed."""
+    return load_language_model("random-2-layer")
+
+
+@pytest.fixture(scope="session")
+def few_documents() -> Corpus:
+    """Some of the embedded documents."""
+    return Corpus("few", load_corpus("sotu").documents[::20])

@@ -1,68 +1,41 @@
-"""Any SAE in, one report out: the command from end to end, and what happens to input that is bad."""
+"""Any SAE in, one report out: values by hand, and what happens to input that is bad."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
-import jsonschema
 import pytest
 import torch
 
 from c2r_core.artefacts.profiles import load_profile
 from c2r_core.data.forward import activations
-from c2r_core.data.language_models import RANDOM, load_language_model
-from c2r_core.data.text import (
-    SPLIT_SEED,
-    Corpus,
-    Document,
-    held_out_documents,
-    load_corpus,
-    split_documents,
-)
+from c2r_core.data.text import SPLIT_SEED, Corpus, Document, split_documents
 from c2r_core.data.words import LETTERS, FirstLetterTask
-from c2r_core.evaluate import METRICS, Report, evaluate, json_schema, write_report
-from c2r_core.evaluate import __main__ as command
-from c2r_core.evaluate.evaluation import SCHEMA_FILE
-from c2r_core.evaluate.metrics import chosen_metrics, standard_metrics
-from c2r_core.evaluate.report import NotEvaluable, Section
+from c2r_core.errors import NotEvaluable
+from c2r_core.evaluate import (
+    METRICS,
+    Options,
+    compare,
+    evaluate,
+    json_schema,
+    read_report,
+    write_report,
+)
+from c2r_core.evaluate.report import NotEvaluated
 from c2r_core.formats.inference import InferenceSAE, ReLU
-from c2r_core.metrics.absorption import LetterProbes, evaluate_first_letter
+from c2r_core.metrics import chosen_metrics, standard_metrics
+from c2r_core.metrics.absorption import evaluate_first_letter
 from c2r_core.metrics.endpoint import Endpoint
-from c2r_core.metrics.inputs import Bench
-from c2r_core.saes import BatchTopKSAE, save_sae
-from conftest import PROJECT
-from foreign_saes import write_dictionary_learning, write_sae_lens
+from c2r_core.metrics.inputs import Inputs
+from c2r_core.metrics.letter_probes import LetterProbes, LetterSplit
+from c2r_core.saes import BatchTopKSAE, TopKSAE, save_sae
 
 D_IN, D_SAE = 64, 96  # the random model's width
 PROFILE = load_profile("smoke")
 SMOKE, SIZES = PROFILE.language_model, PROFILE.evaluation
 FIRST = ("core", "absorption")
 CORE = ("reconstruction", "model_preservation", "decoder", "live_decoder")
-
-
-@pytest.fixture(scope="module")
-def model():
-    return load_language_model(RANDOM)
-
-
-@pytest.fixture(scope="module")
-def corpus():
-    """Some of the embedded documents."""
-    return Corpus("few", load_corpus("sotu").documents[::20])
-
-
-@pytest.fixture(scope="module")
-def corpus_folder(corpus, tmp_path_factory):
-    """The same as a folder of text files."""
-    folder = tmp_path_factory.mktemp("texts") / "few"
-    folder.mkdir()
-    for document in corpus.documents:
-        (folder / f"{document.name}.txt").write_text(document.text, encoding="utf-8")
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -77,11 +50,17 @@ def folder(sae, tmp_path_factory):
     return save_sae(sae, tmp_path_factory.mktemp("own") / "sae")
 
 
-def measured(sae, model, corpus, *metrics, **options):
+@pytest.fixture
+def measured(random_model, few_documents):
     """A smoke-size evaluation with a model and a corpus that are loaded already."""
-    return evaluate(
-        sae, model=model, corpus=corpus, metrics=metrics or ["core"], profile="smoke", **options
-    )
+
+    def measured(sae, *metrics, corpus=few_documents, **options):
+        options = Options(profile="smoke", **options)
+        return evaluate(
+            sae, model=random_model, corpus=corpus, metrics=metrics or "core", options=options
+        )
+
+    return measured
 
 
 def assert_only(report, not_evaluable):
@@ -90,114 +69,20 @@ def assert_only(report, not_evaluable):
     for name, reason in not_evaluable.items():
         assert reason in report.not_evaluable[name]
     for name in set(report.settings.metrics) - set(not_evaluable):
-        assert getattr(report.metrics, name).status == "evaluated"
-
-
-# -- the command ---------------------------------------------------------------------------------
-
-
-def start(arguments, out, cache):
-    return subprocess.Popen(
-        [sys.executable, "-m", "c2r_core.evaluate", *arguments, "--out", out, "--profile", "smoke"],
-        cwd=PROJECT,
-        env=os.environ | {"C2R_CACHE": str(cache)},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-
-
-def test_two_processes_write_the_same_report(folder, corpus_folder, tmp_path):
-    arguments = [folder, "--seed", "3", "--corpus", corpus_folder]
-    files = [tmp_path / "first.json", tmp_path / "second.json"]
-    # Each with a cache of its own, so that nothing is handed over.
-    processes = [start(arguments, file, file.with_suffix("")) for file in files]
-    said = [process.communicate()[0] for process in processes]
-    assert [process.returncode for process in processes] == [command.INCOMPLETE] * 2
-    assert "absorption: not evaluable. None of the 26 letters" in said[0]
-    first, second = (file.read_bytes() for file in files)
-    assert first == second
-    report = json.loads(first)
-    jsonschema.validate(report, json.loads(SCHEMA_FILE.read_text(encoding="utf-8")))
-    assert Report.model_validate(report).model_dump(mode="json") == report
-    assert report["sae"]["format"] == "c2r" and report["settings"]["seed"] == 3
-    assert report["text"]["corpus"] == "few" and report["text"]["n_repeated"] == 0
-    values = report["metrics"]["reconstruction"]["values"]
-    assert values["explained_variance"] == 1 - values["fvu"]
-    assert not list(tmp_path.glob("*.part"))
-
-
-def test_the_command_measures_other_libraries_saes(corpus_folder, tmp_path, capsys):
-    p = write_sae_lens(tmp_path / "lens", d_in=D_IN, d_sae=D_SAE)
-    write_dictionary_learning(tmp_path / "dictionary", "AutoEncoderNew", d_in=D_IN, d_sae=D_SAE)
-    reports = {}
-    for name in ("lens", "dictionary"):
-        out = tmp_path / f"{name}.json"
-        arguments = [str(tmp_path / name), "--out", str(out), "--corpus", str(corpus_folder)]
-        arguments += ["--profile", "smoke", "--metrics", "core"]
-        assert command.main(arguments) == command.COMPLETE
-        reports[name] = json.loads(out.read_text())
-        jsonschema.validate(reports[name], json.loads(SCHEMA_FILE.read_text(encoding="utf-8")))
-        assert reports[name]["metrics"]["absorption"] is None
-    assert "reconstruction: evaluated" in capsys.readouterr().out
-    assert reports["lens"]["sae"]["format"] == "sae_lens"
-    assert reports["lens"]["sae"]["stated"]["model"] == "a-model"
-    assert reports["dictionary"]["sae"]["architecture"] == "AutoEncoderNew"
-    # The same SAE in memory gives the same values.
-    plain = InferenceSAE(p["W_enc"], p["W_dec"], p["b_dec"], ReLU(p["b_enc"]), centred=True)
-    report = evaluate(plain, corpus=corpus_folder, profile="smoke", metrics=["core"])
-    report = report.model_dump(mode="json")
-    assert report["metrics"] == reports["lens"]["metrics"]
-    assert report["sae"]["format"] == "in memory" and report["sae"]["weights_sha256"] is None
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["nowhere"], "no folder nowhere"),
-        (["{empty}"], "lacks config.json and sae.safetensors; sae_lens"),
-        (["{own}", "--model", "random-2-layers"], "Did you mean 'random-2-layer'"),
-        (["{own}", "--hook", "blocks.9.hook_resid_post"], "has no hook"),
-        (["{own}", "--corpus", "sotus"], "Did you mean 'sotu'"),
-        (["{own}", "--metrics", "core,absorbtion"], "did you mean 'absorption'"),
-    ],
-)
-def test_without_anything_to_measure_there_is_no_report(
-    arguments, message, folder, tmp_path, capsys
-):
-    out = tmp_path / "report.json"
-    (tmp_path / "empty").mkdir()
-    arguments = [word.format(own=folder, empty=tmp_path / "empty") for word in arguments]
-    assert command.main([*arguments, "--profile", "smoke", "--out", str(out)]) == command.NO_REPORT
-    assert message in capsys.readouterr().err
-    assert not out.exists()
-
-
-def test_the_committed_schema_is_the_reports_own(capsys):
-    assert json.loads(SCHEMA_FILE.read_text(encoding="utf-8")) == json_schema()
-    assert command.main(["--schema"]) == command.COMPLETE
-    assert json.loads(capsys.readouterr().out) == json_schema()
-
-
-def test_the_package_does_not_import_the_command():
-    script = "import c2r_core, sys; print('c2r_core.evaluate' in sys.modules)"
-    assert (
-        subprocess.check_output([sys.executable, "-c", script], text=True, cwd=PROJECT) == "False\n"
-    )
+        assert report.metrics[name].status == "evaluated"
 
 
 # -- values --------------------------------------------------------------------------------------
 
 
-def test_values_by_hand(sae, model, corpus):
-    report = measured(sae, model, corpus)
-    held_out = split_documents(corpus, SMOKE.held_out_share, seed=SPLIT_SEED)[1]
-    bench = Bench(None, SMOKE, SIZES, language_model=model, corpus=corpus)
-    assert bench.documents.corpus == held_out
-
-    with Bench(sae, SMOKE, SIZES, language_model=model, corpus=corpus) as bench:
-        x = bench.activations.batch(range(len(bench.activations))).double()
-        contexts = torch.from_numpy(bench.activations.contexts)
-    stored = activations(model, contexts, SMOKE.hook_name)[:, 1:].flatten(0, 1)
+def test_values_by_hand(sae, measured, random_model, few_documents):
+    report = measured(sae)
+    inputs = Inputs(
+        sae, SMOKE, SIZES, Options("smoke"), language_model=random_model, corpus=few_documents
+    )
+    x = inputs.activations.batch(range(len(inputs.activations))).double()
+    contexts = torch.from_numpy(inputs.activations.contexts)
+    stored = activations(random_model, contexts, SMOKE.hook_name)[:, 1:].flatten(0, 1)
     torch.testing.assert_close(x, stored.double(), rtol=1e-3, atol=1e-3)
     with torch.no_grad():
         feature_acts = sae.encode(0.1 * x.float()).double() / 0.1
@@ -205,22 +90,55 @@ def test_values_by_hand(sae, model, corpus):
         sae.float()
     fvu = (x - x_hat).square().sum() / (x - x.mean(0)).square().sum()
     density = (feature_acts != 0).double().mean(0)
-    values = report.metrics.reconstruction.values
+    values = report["reconstruction"]
     assert values.fvu == pytest.approx(float(fvu), rel=1e-4)
+    assert values.explained_variance == 1 - values.fvu
     assert values.l0 == pytest.approx(float(density.sum()), rel=1e-6)
     assert values.frac_alive == float((density > 0).double().mean())
+    assert values.num_alive == int((density > 0).sum())
     assert values.freq_over_1_percent == float((density > 0.01).double().mean())
     of_dense = float(density[density > 0.1].sum() / density.sum())
     assert values.normalized_freq_over_10_percent == pytest.approx(of_dense)
     cosines = torch.nn.functional.normalize(sae.W_dec.detach(), dim=1)
     cosines = (cosines @ cosines.T).fill_diagonal_(-1).amax(1)
-    decoder = report.metrics.decoder.values
-    assert decoder.average_max_decoder_cosine_sim == pytest.approx(float(cosines.mean()), rel=1e-5)
-    loss = report.metrics.model_preservation.values
+    found = report["decoder"].average_max_decoder_cosine_sim
+    assert found == pytest.approx(float(cosines.mean()), rel=1e-5)
+    loss = report["model_preservation"]
     kl_score = 1 - loss.kl_div_with_sae / loss.kl_div_with_ablation
     assert loss.kl_div_score == pytest.approx(kl_score)
     gain = loss.ce_loss_with_ablation - loss.ce_loss_with_sae
     assert loss.ce_loss_score == gain / (loss.ce_loss_with_ablation - loss.ce_loss_without_sae)
+
+
+def test_what_else_is_said_of_reconstruction(sae, measured, random_model, few_documents):
+    inputs = Inputs(
+        sae, SMOKE, SIZES, Options("smoke"), language_model=random_model, corpus=few_documents
+    )
+    store = inputs.activations
+    values = measured(sae, "reconstruction", train_store=store)["reconstruction"]
+    assert values.fvu_on_training_documents == values.fvu, "the same tokens"
+    assert values.fvu_with_dropped_tokens != values.fvu
+    assert measured(sae, "reconstruction")["reconstruction"].fvu_on_training_documents is None
+
+
+def test_an_sae_that_expects_another_scale_is_told(sae, measured, random_model, few_documents):
+    inputs = Inputs(
+        sae, SMOKE, SIZES, Options("smoke"), language_model=random_model, corpus=few_documents
+    )
+    x = inputs.activations.batch(range(len(inputs.activations)))
+    # (relu(b + x) − relu(b − x)) / 2 is x as long as |x| < b, and (x ± b) / 2 beyond.
+    rows = torch.cat([torch.eye(D_IN), -torch.eye(D_IN)])
+
+    def clipping(bias):
+        return InferenceSAE(
+            rows.T, rows / 2, torch.zeros(D_IN), ReLU(torch.full((2 * D_IN,), bias)), centred=True
+        )
+
+    # Trained where E‖x‖² is smaller by a factor of 400 (b is right for x / 20).
+    assert measured(clipping(float(x.abs().max())), "reconstruction").warnings == {}
+    shrunken = float(x.abs().max()) * inputs.activations.norm_factor / 20
+    report = measured(clipping(shrunken), "reconstruction")
+    assert ("reconstruction" in report.warnings) == (inputs.activations.norm_factor < 1)
 
 
 def planted_letters():
@@ -247,104 +165,121 @@ def planted_letters():
     )
     W_enc = torch.stack([eye[0] - eye[2], eye[1], eye[2]], dim=1)
     W_dec = torch.stack([eye[0], eye[1], 0.8 * eye[0] + 0.6 * eye[2]])
-    return (
-        task,
-        probes,
-        InferenceSAE(W_enc, W_dec, torch.zeros(D_IN), ReLU(torch.zeros(3)), centred=True),
-    )
+    sae = InferenceSAE(W_enc, W_dec, torch.zeros(D_IN), ReLU(torch.zeros(3)), centred=True)
+    return [LetterSplit(task, probes)], sae
 
 
-def test_absorption_in_saebenchs_names(monkeypatch, model, corpus):
-    task, probes, sae = planted_letters()
-    monkeypatch.setattr(Bench, "letters", (task, probes))
-    report = measured(sae, model, corpus, "absorption")
+@pytest.fixture
+def planted(monkeypatch):
+    splits, sae = planted_letters()
+    monkeypatch.setattr("c2r_core.metrics.absorption.letter_splits", lambda inputs: splits)
+    return splits, sae
+
+
+def test_absorption_in_saebenchs_names(planted, measured):
+    splits, sae = planted
+    report = measured(sae, "absorption")
     assert_only(report, {})
-    values = report.metrics.absorption.values
+    values = report["absorption"]
     a, b = values.letters[:2]
     assert (a.first_letter, a.num_probe_true_positives, a.num_full_absorption) == ("A", 10, 1)
     assert a.mean_absorption_fraction == a.full_absorption_rate == pytest.approx(0.1)
-    assert (a.split_features, b.num_full_absorption) == ([0], 0)
+    assert (a.split_features, b.num_full_absorption) == ((0,), 0)
     assert values.mean_full_absorption_score == pytest.approx(0.05)
     assert values.std_dev_full_absorption_score == pytest.approx(0.1 / 2**0.5)
     assert (values.num_letters, values.num_good_probes, values.num_words) == (2, 2, 60)
     assert values.letters[2].not_evaluable == "few"
-    theirs = evaluate_first_letter(sae, task, probes)
-    assert values.mean_absorption_fraction_score == theirs.mean_absorption_fraction
+    assert values == evaluate_first_letter(sae, splits)
 
 
-def test_an_own_sae_in_memory_gets_its_norm_factor_folded(sae, folder, model, corpus):
-    in_memory = measured(sae, model, corpus, "reconstruction")
-    from_folder = measured(folder, model, corpus, "reconstruction")
-    assert in_memory.metrics == from_folder.metrics
+def test_an_own_sae_in_memory_gets_its_norm_factor_folded(sae, folder, measured):
+    in_memory = measured(sae, "reconstruction")
+    assert in_memory.metrics == measured(folder, "reconstruction").metrics
     sae_raw = BatchTopKSAE(D_IN, D_SAE, k=8, seed=1)
-    other = measured(sae_raw, model, corpus, "reconstruction")
+    other = measured(sae_raw, "reconstruction")
     assert other.metrics == in_memory.metrics, "a scale alone changes nothing without biases"
     sae_raw.threshold.fill_(0.5)
-    assert measured(sae_raw, model, corpus, "reconstruction").metrics != in_memory.metrics
+    assert measured(sae_raw, "reconstruction").metrics != in_memory.metrics
 
 
-# -- what is read --------------------------------------------------------------------------------
+# -- the report ----------------------------------------------------------------------------------
 
 
-def replace_call(monkeypatch, tokenizer, changed):
-    """Let calls of the tokenizer pass through `changed(texts, ids)`, which returns other ids."""
-    original = type(tokenizer).__call__
-
-    def call(self, texts, **options):
-        encoded = original(self, texts, **options)
-        if isinstance(texts, str):
-            return {"input_ids": changed([texts], [encoded["input_ids"]])[0]}
-        return {"input_ids": changed(texts, encoded["input_ids"])}
-
-    monkeypatch.setattr(type(tokenizer), "__call__", call)
-
-
-def test_training_documents_are_never_read(sae, model, corpus, monkeypatch):
-    heard = set()
-
-    def listen(texts, ids):
-        heard.update(texts)
-        return ids
-
-    replace_call(monkeypatch, model.tokenizer, listen)
-    report = evaluate(sae, model=model, corpus=corpus, profile="smoke")
-    training, held_out = split_documents(corpus, SMOKE.held_out_share, seed=SPLIT_SEED)
-    assert heard.isdisjoint(document.text for document in training.documents)
-    assert heard >= {document.text for document in held_out.documents}
-    assert report.text.fingerprint == held_out.fingerprint != training.fingerprint
-    assert report.text.training_fingerprint == training.fingerprint
-
-
-def test_a_copy_of_a_training_document_is_left_out(corpus):
-    training, held_out = split_documents(corpus, 0.5, seed=SPLIT_SEED)
-    copied = held_out.documents[0].name
-    copy = training.documents[0].text
-    with_copy = Corpus(
-        "copied",
-        tuple(replace(d, text=copy) if d.name == copied else d for d in corpus.documents),
+def test_a_report_is_written_read_and_fits_its_schema(sae, measured, tmp_path):
+    jsonschema = pytest.importorskip("jsonschema")
+    report = measured(sae, "core", "autointerp")
+    write_report(report, tmp_path / "deep" / "report.json")
+    assert read_report(tmp_path / "deep" / "report.json") == report
+    content = json.loads((tmp_path / "deep" / "report.json").read_text(encoding="utf-8"))
+    schema = json_schema()
+    jsonschema.validate(content, schema)
+    assert schema["$defs"]["Reconstruction"]["properties"]["l0"]["description"].startswith(
+        "Mean number"
     )
-    documents = held_out_documents(with_copy, 0.5)
-    assert documents.n_repeated == 1
-    assert documents.corpus.documents == held_out.documents[1:]
-    with pytest.raises(ValueError, match="nothing is left to evaluate on"):
-        held_out_documents(Corpus("same", tuple(Document(str(i), "a") for i in range(4))), 0.5)
+    assert content["metrics"]["autointerp"]["status"] == "not evaluable"
+    del content["metrics"]["reconstruction"]["values"]["fvu"]
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(content, schema)
 
 
-def test_what_the_sae_was_trained_on_is_compared(folder, model, corpus):
-    training, held_out = split_documents(corpus, SMOKE.held_out_share, seed=SPLIT_SEED)
+def test_what_was_not_measured_says_so(sae, measured):
+    report = measured(sae, "decoder", "autointerp")
+    with pytest.raises(KeyError, match="'use' was not asked for"):
+        report["use"]
+    with pytest.raises(NotEvaluable, match="No endpoint"):
+        report["autointerp"]
+    assert report["decoder"] is report.metrics["decoder"].values
 
-    def evaluated_after_training_on(fingerprint):
-        record = {"key": {"data": {"text_fingerprint": fingerprint}}}
-        (folder.parent / "key.json").write_text(json.dumps(record))
-        return measured(folder, model, corpus, "decoder").text.sae_trained_on
 
-    assert measured(folder, model, corpus, "decoder").text.sae_trained_on == "not known"
-    known = evaluated_after_training_on(training.fingerprint)
-    assert known == "the other documents of this split"
-    assert evaluated_after_training_on("something else") == "not known"
-    with pytest.raises(ValueError, match="the very documents that are held out"):
-        evaluated_after_training_on(held_out.fingerprint)
-    (folder.parent / "key.json").unlink()
+def test_headlines_have_a_direction_and_a_baseline(sae, measured):
+    report = measured(sae, "reconstruction", "decoder")
+    rows = {(row.metric, row.field): row for row in report.headline()}
+    fvu = rows["reconstruction", "fvu"]
+    assert (fvu.value, fvu.better, fvu.baseline) == (report["reconstruction"].fvu, "lower", 1)
+    assert rows["decoder", "average_max_decoder_cosine_sim"].better == "none"
+
+
+def test_every_headline_is_a_field_of_its_report():
+    for metric in METRICS.values():
+        for field, how in metric.headline.items():
+            paths = [field, how.baseline] if isinstance(how.baseline, str) else [field]
+            schema = json_schema()["$defs"]
+            for path in paths:
+                properties = schema[metric.report.__name__]["properties"]
+                for part in path.split("."):
+                    assert part in properties, (metric.name, path)
+                    text = json.dumps(properties[part])
+                    properties = next(
+                        (d["properties"] for n, d in schema.items() if f'/{n}"' in text), {}
+                    )
+
+
+def test_two_reports_are_compared(sae, measured):
+    other = TopKSAE(D_IN, D_SAE, k=4, seed=1)
+    reports = measured(sae, "core"), measured(other, "core", "absorption")
+    rows = {(row.metric, row.field): row for row in compare(*reports)}
+    fvu = rows["reconstruction", "fvu"]
+    assert (fvu.a, fvu.b) == tuple(report["reconstruction"].fvu for report in reports)
+    assert fvu.winner == ("a" if fvu.a < fvu.b else "b")
+    ratio = rows["reconstruction", "l2_ratio"]
+    assert ratio.winner == ("a" if abs(ratio.a - 1) < abs(ratio.b - 1) else "b")
+    assert rows["reconstruction", "l0"].winner == ""
+    assert {row.winner for row in compare(reports[0], reports[0])} == {""}
+
+
+def test_a_full_disk_leaves_the_report_that_was_there(sae, measured, tmp_path, monkeypatch):
+    report = measured(sae, "decoder")
+    write_report(report, tmp_path / "report.json")
+    before = (tmp_path / "report.json").read_bytes()
+
+    def full_disk(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.replace", full_disk)
+    monkeypatch.setattr("os.replace", full_disk)
+    with pytest.raises(OSError):
+        write_report(report, tmp_path / "report.json")
+    assert (tmp_path / "report.json").read_bytes() == before
 
 
 # -- bad input: a record, and the other metrics unharmed ----------------------------------------
@@ -356,160 +291,219 @@ def linear_sae(d_in=D_IN, d_sae=D_SAE, bias=0.0):
     return InferenceSAE(W_dec.T, W_dec, torch.zeros(d_in), ReLU(biases), centred=True)
 
 
-def test_a_dead_dictionary(model, corpus, monkeypatch):
-    monkeypatch.setattr(Bench, "letters", planted_letters()[:2])
-    report = measured(linear_sae(bias=-1e9), model, corpus, *FIRST)
+def test_a_dead_dictionary(measured, planted):
+    report = measured(linear_sae(bias=-1e9), *FIRST)
     no_latent = "24 begin too few of them, 0 are not told by a probe on the model itself, and for 2"
     assert_only(report, {"live_decoder": "0 latents are live", "absorption": no_latent})
-    values = report.metrics.reconstruction.values
+    values = report["reconstruction"]
     assert (values.l0, values.frac_alive, values.l2_ratio) == (0, 0, 0)
     assert values.relative_reconstruction_bias is None
     assert values.normalized_freq_over_1_percent == 0
-    loss = report.metrics.model_preservation.values
+    loss = report["model_preservation"]
     assert loss.ce_loss_score == 0 and loss.kl_div_score == 0
 
 
-def test_an_empty_dictionary(model, corpus):
-    report = measured(linear_sae(d_sae=0), model, corpus, *FIRST)
+def test_an_empty_dictionary(measured):
+    report = measured(linear_sae(d_sae=0), *FIRST)
     assert_only(report, dict.fromkeys((*CORE, "absorption"), "The dictionary is empty"))
 
 
-def test_a_dictionary_of_nan(model, corpus):
+def test_a_dictionary_of_nan(measured):
     sae = linear_sae()
     sae.W_dec[3] = float("nan")
-    report = measured(sae, model, corpus)
-    assert report.not_evaluable.keys() == set(CORE)
-    assert "NaN" in report.not_evaluable["reconstruction"]
+    assert_only(measured(sae), dict.fromkeys(CORE, "NaN"))
 
 
-def test_another_width(model, corpus, monkeypatch):
-    monkeypatch.setattr(Bench, "letters", planted_letters()[:2])
-    report = measured(linear_sae(d_in=D_IN + 1), model, corpus, *FIRST)
+def test_another_width(measured, planted):
+    report = measured(linear_sae(d_in=D_IN + 1), *FIRST)
     reasons = dict.fromkeys(CORE, "takes activations of width 65") | {"absorption": "64 entries"}
     del reasons["decoder"]  # needs no activations
     assert_only(report, reasons)
 
 
-def test_a_tokenizer_that_breaks_the_template(sae, model, corpus, monkeypatch):
-    def turn_prompts_around(texts, ids):
-        pairs = zip(texts, ids, strict=True)
-        return [i[::-1] if "has the first letter" in text else i for text, i in pairs]
-
-    replace_call(monkeypatch, model.tokenizer, turn_prompts_around)
-    report = measured(sae, model, corpus, *FIRST)
-    assert_only(report, {"absorption": "is a single token behind"})
-
-
-def test_a_corpus_without_words(sae, model):
+def test_a_corpus_without_words(sae, measured):
     texts = (f"{i} 1234567890 +-*/ " * 200 for i in range(4))
     digits = Corpus("digits", tuple(Document(str(i), text) for i, text in enumerate(texts)))
-    report = measured(sae, model, digits, *FIRST)
+    report = measured(sae, *FIRST, corpus=digits)
     assert_only(report, {"absorption": "No token of corpus 'digits/held-out'"})
 
 
-def test_too_few_words(sae, model, corpus):
-    report = measured(sae, model, corpus, *FIRST)
+def test_too_few_words(sae, measured):
+    report = measured(sae, *FIRST)
     assert_only(report, {"absorption": "None of the 26 letters could be measured on"})
     assert "begin too few of them" in report.not_evaluable["absorption"]
 
 
-def test_documents_too_short_for_a_context(sae, model):
+def test_documents_too_short_for_a_context(sae, measured):
     short = Corpus("short", tuple(Document(str(i), f"A short text {i}.") for i in range(4)))
-    report = measured(sae, model, short, *FIRST)
+    report = measured(sae, *FIRST, corpus=short)
     reasons = dict.fromkeys(("reconstruction", "model_preservation", "live_decoder"), "fills a")
     assert_only(report, reasons | {"absorption": "None of the 26 letters"})
 
 
-@pytest.mark.parametrize("fault", ["dead", "empty", "NaN", "another width"])
-def test_a_bad_sae_harms_no_report(fault, model, corpus):
-    bad = {
-        "dead": linear_sae(bias=-1e9),
-        "empty": linear_sae(d_sae=0),
-        "NaN": linear_sae(bias=float("nan")),
-        "another width": linear_sae(d_in=D_IN + 1),
-    }
-    report = evaluate(bad[fault], model=model, corpus=corpus, profile="smoke")
+@pytest.mark.parametrize(
+    ("fault", "bad", "evaluable"),
+    [
+        (
+            "dead",
+            lambda: linear_sae(bias=-1e9),
+            {"reconstruction", "model_preservation", "decoder"},
+        ),
+        ("empty", lambda: linear_sae(d_sae=0), set()),
+        ("NaN", lambda: linear_sae(bias=float("nan")), {"decoder", "meta_sae"}),
+        ("another width", lambda: linear_sae(d_in=D_IN + 1), {"decoder", "meta_sae"}),
+    ],
+)
+def test_a_bad_sae_harms_no_report(fault, bad, evaluable, random_model, few_documents, tmp_path):
+    report = evaluate(
+        bad(), model=random_model, corpus=few_documents, options=Options(profile="smoke")
+    )
     assert report.settings.metrics == list(standard_metrics())
-    for name in report.settings.metrics:
-        record = getattr(report.metrics, name)
-        assert record.status == "evaluated" or len(record.reason) > 20
-    assert Report.model_validate_json(report.model_dump_json()) == report
+    assert evaluable <= set(report.metrics) - set(report.not_evaluable), fault
+    must_refuse = {"empty": set(standard_metrics()), "dead": {"live_decoder", "detection"}}
+    of_acts = {
+        "reconstruction",
+        "live_decoder",
+        "model_preservation",
+        "detection",
+        "sparse_probing",
+    }
+    assert must_refuse.get(fault, of_acts) <= set(report.not_evaluable)
+    write_report(report, tmp_path / "report.json")
+    assert read_report(tmp_path / "report.json") == report
 
 
-def test_what_needs_more_is_measured_where_it_is_given(sae, model, corpus):
+def test_what_needs_more_is_measured_where_it_is_given(sae, measured):
     assert {"agreement", "autointerp"} == set(METRICS) - set(standard_metrics())
     assert set(standard_metrics(["against"])) - set(standard_metrics()) == {"agreement"}
-    report = measured(sae, model, corpus, "agreement", "autointerp", "meta_sae")
+    report = measured(sae, "agreement", "autointerp", "meta_sae")
     reasons = {"agreement": "name its folder with --against", "autointerp": "give --endpoint URL"}
     assert_only(report, reasons)
     unreachable = Endpoint("http://127.0.0.1:9/v1", "m", retries=0)
-    report = measured(
-        sae, model, corpus, "agreement", "autointerp", against=sae, endpoint=unreachable
-    )
+    report = measured(sae, "agreement", "autointerp", against=sae, endpoint=unreachable)
     assert_only(report, {"autointerp": "cannot be reached"})
-    assert report.metrics.agreement.values.all_latents.pw_mcc == pytest.approx(1)
+    assert report["agreement"].all_latents.pw_mcc == pytest.approx(1)
 
 
-def test_an_error_of_the_program_is_raised(sae, model, corpus, monkeypatch):
-    class Values(Section):
-        number: int
+@dataclass(frozen=True)
+class Broken:
+    """A report with a number."""
 
-    def fails_with(error):
-        def measure(bench):
-            raise error
+    number: int
 
-        return measure
 
-    def returns_nonsense(bench):
-        return Values(number="many")
+def test_only_what_is_refused_on_purpose_becomes_a_record(sae, measured, monkeypatch):
+    def measuring(name, result):
+        def measure(inputs):
+            if isinstance(result, Exception):
+                raise result
+            return result
 
-    for measure, raised in (
-        (fails_with(KeyError("x")), KeyError),
-        (returns_nonsense, ValueError),
+        monkeypatch.setitem(METRICS, name, replace(METRICS[name], measure=measure, report=Broken))
+
+    for error in (
+        KeyError("x"),
+        ValueError("operands could not be broadcast"),
+        RuntimeError("CUDA"),
     ):
-        broken = replace(METRICS["decoder"], measure=measure)
-        monkeypatch.setitem(METRICS, "decoder", broken)
-        with pytest.raises(raised):
-            measured(sae, model, corpus, "decoder")
-    bad_input = replace(METRICS["decoder"], measure=fails_with(ValueError("not this SAE")))
-    monkeypatch.setitem(METRICS, "decoder", bad_input)
-    report = measured(sae, model, corpus, "decoder")
-    assert report.metrics.decoder == NotEvaluable(reason="not this SAE")
+        measuring("decoder", error)
+        with pytest.raises(type(error)) as caught:
+            measured(sae, "decoder")
+        assert caught.value.__notes__ == ["while measuring 'decoder'"]
+    for nonsense in ("many", float("nan")):
+        measuring("decoder", Broken(nonsense))
+        with pytest.raises(ValueError, match="number"):
+            measured(sae, "decoder")
+    measuring("decoder", NotEvaluable("not this SAE"))
+    report = measured(sae, "decoder", "meta_sae")
+    assert report.metrics["decoder"] == NotEvaluated("not this SAE")
+    assert report.metrics["meta_sae"].status == "evaluated"
 
 
-def test_a_stack_is_refused(model, corpus):
+def test_an_error_loses_no_finished_metric(sae, measured, monkeypatch, tmp_path):
+    whole, counted = measured(sae, "core"), []
+    measure = METRICS["reconstruction"].measure
+
+    def counting(inputs):
+        counted.append(1)
+        return measure(inputs)
+
+    def out_of_memory(inputs):
+        raise RuntimeError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setitem(
+            METRICS, "reconstruction", replace(METRICS["reconstruction"], measure=counting)
+        )
+        patch.setitem(METRICS, "decoder", replace(METRICS["decoder"], measure=out_of_memory))
+        with pytest.raises(RuntimeError, match="out of memory"):
+            measured(sae, "core", keep=tmp_path / "kept")
+        assert counted == [1]
+        patch.setitem(METRICS, "decoder", replace(METRICS["decoder"], measure=whole_measure))
+        assert measured(sae, "core", keep=tmp_path / "kept") == whole
+        assert counted == [1], "taken from what was kept"
+        with (tmp_path / "kept").open("a") as file:
+            file.write('["live_decoder", {"val')  # killed while writing
+        assert measured(sae, "core", keep=tmp_path / "kept") == whole
+        another = BatchTopKSAE(D_IN, D_SAE, k=8, seed=2)
+        measured(another, "core", keep=tmp_path / "kept")
+        assert counted == [1, 1], "of another SAE nothing is taken"
+
+
+whole_measure = METRICS["decoder"].measure
+
+
+class Turned:
+    """The decoder as other libraries keep it."""
+
+    W_dec = torch.randn(D_IN, D_SAE)
+
+    def encode(self, x):
+        return x @ self.W_dec
+
+    def decode(self, feature_acts):
+        return feature_acts @ self.W_dec.T
+
+
+def test_what_is_no_sae_is_refused(measured):
     with pytest.raises(ValueError, match="one by one"):
-        measured(BatchTopKSAE(D_IN, D_SAE, k=8, seed=[0, 1]), model, corpus)
+        measured(BatchTopKSAE(D_IN, D_SAE, k=8, seed=[0, 1]), "decoder")
+    with pytest.raises(ValueError, match="Is W_dec transposed"):
+        measured(Turned(), "decoder")
+    with pytest.raises(ValueError, match="has no encode and no decode and no W_dec"):
+        measured(object(), "decoder")
 
 
-def test_metrics_are_chosen_by_group_or_name():
-    assert chosen_metrics(["core"]) == list(CORE)
-    assert chosen_metrics(["absorption", "decoder"]) == ["decoder", "absorption"]
-    with pytest.raises(ValueError, match="No metric was asked for"):
-        chosen_metrics([])
+def test_metrics_are_chosen_by_group_or_name(sae, measured):
+    assert chosen_metrics("core") == chosen_metrics(["core"]) == list(CORE)
+    assert chosen_metrics("absorption, decoder") == ["decoder", "absorption"]
+    for nothing in ([], ""):
+        with pytest.raises(ValueError, match="No metric was asked for|unknown metric"):
+            chosen_metrics(nothing)
+    with pytest.raises(ValueError, match="did you mean 'absorption'"):
+        chosen_metrics("absorbtion")
 
 
-def test_a_report_is_written_whole(sae, model, corpus, tmp_path, monkeypatch):
-    report = measured(sae, model, corpus, "decoder")
-    write_report(report, tmp_path / "deep" / "report.json")
-    before = (tmp_path / "deep" / "report.json").read_bytes()
-
-    def full_disk(*arguments, **options):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("pathlib.Path.replace", full_disk)
-    with pytest.raises(OSError, match="No space left"):
-        write_report(report, tmp_path / "deep" / "report.json")
-    assert (tmp_path / "deep" / "report.json").read_bytes() == before
-
-
-def test_the_command_in_the_readme_is_one():
-    text = (PROJECT / "README.md").read_text(encoding="utf-8").replace("\\\n", "")
-    (line,) = [line for line in text.splitlines() if "-m c2r_core.evaluate my_sae" in line]
-    given = command._parser().parse_args(line.split("c2r_core.evaluate")[1].split())
-    assert given.metrics is None  # all
-    assert (given.model, given.hook, given.corpus) == (
-        "smollm2-135m",
-        "blocks.4.hook_resid_post",
-        "sotu",
+def test_a_hook_that_nothing_reads_is_not_recorded(sae, few_documents):
+    report = evaluate(
+        sae, hook_name="blocks.99.nowhere", metrics="decoder", options=Options(profile="smoke")
     )
+    assert report.model is None and report.text is None
+
+
+# -- what the SAE was trained on -----------------------------------------------------------------
+
+
+def test_what_the_sae_was_trained_on_is_compared(sae, measured, few_documents):
+    training, held_out = split_documents(few_documents, SMOKE.held_out_share, seed=SPLIT_SEED)
+
+    def after_training_on(fingerprint):
+        sae.trained_on = {"text_fingerprint": fingerprint} if fingerprint else {}
+        return measured(sae, "live_decoder").text.sae_trained_on
+
+    assert after_training_on(None) == "not known"
+    assert after_training_on(training.fingerprint) == "the other documents of this split"
+    assert after_training_on("something else") == "another text"
+    with pytest.raises(ValueError, match="the very documents that are held out"):
+        after_training_on(held_out.fingerprint)
+    sae.trained_on = {}

@@ -11,9 +11,9 @@ import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, Literal, NamedTuple, NotRequired, TypeVar
+from typing import Annotated, Any, Generic, Literal, NamedTuple, NotRequired, TypeVar
 
-from pydantic import ConfigDict, TypeAdapter
+from pydantic import ConfigDict, Field, TypeAdapter
 from pydantic_core import to_json
 from typing_extensions import TypedDict
 
@@ -240,7 +240,7 @@ def _json(value: Any) -> bytes:
 
 
 def _record(of: Metric) -> Any:
-    return Evaluated[of.report] | NotEvaluated
+    return Annotated[Evaluated[of.report] | NotEvaluated, Field(discriminator="status")]
 
 
 @functools.lru_cache(maxsize=2)

@@ -23,7 +23,7 @@ shuffled labels, and AC of a baseline dictionary. AC is not to be quoted without
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from statistics import fmean
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -126,19 +126,6 @@ class AssignmentConsistency:
     concepts: tuple[ConceptAssignment, ...]
 
 
-_AVERAGED = (
-    "consistency",
-    "effective_latents",
-    "exception_rate",
-    "no_carrier_share",
-    "precision",
-    "recall",
-    "f1",
-    "shuffled_consistency",
-    "baseline_consistency",
-)
-
-
 @metric(
     "assignment_consistency",
     group="consistency",
@@ -238,8 +225,7 @@ def measure_assignment(
             own_seed = mix_seeds(seed, c)
             generator = torch.Generator().manual_seed(own_seed)
             drawn = holding[torch.randperm(len(holding), generator=generator)[:n_samples]]
-            row = _score(row, own.carriers[c], drawn, own_seed)
-            row = _with_detection(row, own.acts, labels[:, c].numpy())
+            row = _score(row, own, own.carriers[c], drawn, labels[:, c], own_seed)
             if other is not None:
                 agreement = assignment_consistency(other.carriers[c, drawn])
                 row = replace(row, baseline_consistency=agreement)
@@ -272,13 +258,17 @@ def _carry(sae: AnySAE, activations: Tensor, directions: Tensor) -> _Carried:
 
 
 def _score(
-    row: ConceptAssignment, carried_by: Tensor, drawn: Tensor, seed: int
+    row: ConceptAssignment,
+    own: _Carried,
+    carried_by: Tensor,
+    drawn: Tensor,
+    holds: Tensor,
+    seed: int,
 ) -> ConceptAssignment:
-    """The row with all that the carriers say; `carried_by` is of all samples, (n,)."""
+    """The row with all that the carriers say; `carried_by` and `holds` are of all samples, (n,)."""
     sample = carried_by[drawn]
-    modal = modal_latent(sample)
-    low, high = consistency_interval(sample, seed=seed)
-    return replace(
+    modal, (low, high) = modal_latent(sample), consistency_interval(sample, seed=seed)
+    row = replace(
         row,
         consistency=assignment_consistency(sample),
         low=low,
@@ -289,16 +279,10 @@ def _score(
         modal_latent=modal,
         shuffled_consistency=assignment_consistency(carried_by),
     )
-
-
-def _with_detection(
-    row: ConceptAssignment, acts: csr_array, holds: np.ndarray
-) -> ConceptAssignment:
-    """The row with precision, recall and F1 of its modal latent, if it has one."""
-    if row.modal_latent is None:
+    if modal is None:
         return row
-    detected = acts[:, [row.modal_latent]].toarray()[:, 0] > 0
-    both, n_detected = int((detected & holds).sum()), int(detected.sum())
+    detected = own.acts[:, [modal]].toarray()[:, 0] > 0
+    both, n_detected = int((detected & holds.numpy()).sum()), int(detected.sum())
     return replace(
         row,
         precision=both / n_detected,
@@ -312,9 +296,10 @@ def _report(
 ) -> AssignmentConsistency:
     evaluated = [row for row in rows if row.not_evaluable is None]
     means = {}
-    for name in _AVERAGED:
-        values = [getattr(row, name) for row in evaluated if getattr(row, name) is not None]
-        means[f"mean_{name}"] = fmean(values) if values else None
+    for mean in (field.name for field in fields(AssignmentConsistency) if "mean_" in field.name):
+        values = [getattr(row, mean.removeprefix("mean_")) for row in evaluated]
+        known = [value for value in values if value is not None]
+        means[mean] = fmean(known) if known else None
     return AssignmentConsistency(
         version=VERSION,
         concepts=tuple(rows),

@@ -13,9 +13,10 @@ concept there, and used on the other half:
 The SAE's reconstruction error stays in the activation. `measure_use_of_means` does the same with the
 difference of the two means, a direction without an SAE: what the model lets anyone move at this place.
 
-The samples are words of the first-letter task, those that assignment consistency and absorption do *not*
-score (`is_test` is false): no word is both scored there and picked on, erased or steered here. What links the
-two measures is that the probe, from which assignment has a letter's direction, was fitted on these words.
+The samples are words of the first-letter task, those that assignment consistency does *not* score (`is_test`
+is false in its split): no word is both scored there and picked on, erased or steered here. What links the two
+measures is that the probe, from which assignment has a letter's direction, was fitted on these words.
+First-letter absorption scores every word in one of its splits.
 
     task = letter_use_task(model, words)  # once per model and hook
     found, reference = measure_use(sae, task), measure_use_of_means(task)
@@ -91,8 +92,8 @@ class DirectionUse:
 
 @dataclass(frozen=True)
 class Use:
-    """First letters, erased and steered with one latent each, on words of the held-out documents that no
-    other metric scores."""
+    """First letters, erased and steered with one latent each, on words of the held-out documents that
+    assignment consistency does not score."""
 
     sae: DirectionUse
     """Of the latent that was picked on the other half of the words."""

@@ -1,0 +1,159 @@
+"""`c2r evaluate` and `c2r compare` from end to end."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from c2r_core.evaluate import Options, compare, evaluate, json_schema, read_report
+from c2r_core.evaluate import __main__ as command
+from c2r_core.formats.inference import InferenceSAE, ReLU
+from c2r_core.metrics import METRICS
+from c2r_core.saes import BatchTopKSAE, save_sae
+from conftest import PROJECT
+from foreign_saes import write_dictionary_learning, write_sae_lens
+
+D_IN, D_SAE = 64, 96  # the random model's width
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    sae = BatchTopKSAE(D_IN, D_SAE, k=8, seed=1)
+    sae.norm_factor = 0.1
+    return save_sae(sae, tmp_path_factory.mktemp("own") / "sae")
+
+
+@pytest.fixture(scope="module")
+def corpus_folder(few_documents, tmp_path_factory):
+    """Some documents as a folder of text files."""
+    folder = tmp_path_factory.mktemp("texts") / "few"
+    folder.mkdir()
+    for document in few_documents.documents:
+        (folder / f"{document.name}.txt").write_text(document.text, encoding="utf-8")
+    return folder
+
+
+def start(arguments, out, cache):
+    return subprocess.Popen(
+        [sys.executable, "-m", "c2r_core.evaluate", *arguments, "--out", out, "--profile", "smoke"],
+        cwd=PROJECT,
+        env=os.environ | {"C2R_CACHE": str(cache)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_two_processes_write_the_same_report(folder, corpus_folder, tmp_path):
+    arguments = [folder, "--seed", "3", "--corpus", corpus_folder]
+    files = [tmp_path / "first.json", tmp_path / "second.json"]
+    # Each with a cache of its own, so that nothing is handed over.
+    processes = [start(arguments, file, file.with_suffix("")) for file in files]
+    said = [process.communicate()[0] for process in processes]
+    assert [process.returncode for process in processes] == [command.INCOMPLETE] * 2
+    assert "absorption: not evaluable. None of the 26 letters" in said[0]
+    first, second = (file.read_bytes() for file in files)
+    assert first == second
+    report = json.loads(first)
+    assert report["sae"]["format"] == "c2r" and report["settings"]["seed"] == 3
+    assert report["text"]["corpus"] == "few" and report["text"]["n_repeated"] == 0
+    assert sorted(path.name for path in tmp_path.glob("*.json*")) == ["first.json", "second.json"]
+
+
+def test_it_prints_headlines_with_direction_and_baseline(folder, corpus_folder, tmp_path, capsys):
+    out = tmp_path / "report.json"
+    arguments = [str(folder), "--out", str(out), "--corpus", str(corpus_folder)]
+    arguments += ["--profile", "smoke", "--metrics", "core"]
+    assert command.main(arguments) == command.COMPLETE
+    said = capsys.readouterr().out
+    fvu = read_report(out)["reconstruction"].fvu
+    (line,) = [line for line in said.splitlines() if line.startswith("reconstruction.fvu")]
+    assert line.split() == [
+        "reconstruction.fvu",
+        f"{fvu:.4g}",
+        *"lower is better, baseline 1".split(),
+    ]
+
+
+def test_it_measures_other_libraries_saes(corpus_folder, tmp_path):
+    p = write_sae_lens(tmp_path / "lens", d_in=D_IN, d_sae=D_SAE)
+    write_dictionary_learning(tmp_path / "dictionary", "AutoEncoderNew", d_in=D_IN, d_sae=D_SAE)
+    reports = {}
+    for name in ("lens", "dictionary"):
+        out = tmp_path / f"{name}.json"
+        arguments = [str(tmp_path / name), "--out", str(out), "--corpus", str(corpus_folder)]
+        arguments += ["--profile", "smoke", "--metrics", "core"]
+        assert command.main(arguments) == command.COMPLETE
+        reports[name] = read_report(out)
+        assert "absorption" not in reports[name].metrics
+    assert reports["lens"].sae.format == "sae_lens"
+    assert reports["lens"].sae.stated["model"] == "a-model"
+    assert reports["dictionary"].sae.architecture == "AutoEncoderNew"
+    # The same SAE in memory gives the same values.
+    plain = InferenceSAE(p["W_enc"], p["W_dec"], p["b_dec"], ReLU(p["b_enc"]), centred=True)
+    report = evaluate(plain, corpus=corpus_folder, metrics="core", options=Options("smoke"))
+    assert report.metrics == reports["lens"].metrics
+    assert report.sae.format == "in memory" and report.sae.weights_sha256 is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], "no folder nowhere"),
+        (["{empty}"], "lacks config.json and sae.safetensors; sae_lens"),
+        (["{own}", "--model", "random-2-layers"], "Did you mean 'random-2-layer'"),
+        (["{own}", "--hook", "blocks.9.hook_resid_post"], "has no hook"),
+        (["{own}", "--corpus", "sotus"], "Did you mean 'sotu'"),
+        (["{own}", "--metrics", "core,absorbtion"], "did you mean 'absorption'"),
+    ],
+)
+def test_without_anything_to_measure_there_is_no_report(
+    arguments, message, folder, tmp_path, capsys
+):
+    out = tmp_path / "report.json"
+    (tmp_path / "empty").mkdir()
+    arguments = [word.format(own=folder, empty=tmp_path / "empty") for word in arguments]
+    assert command.main([*arguments, "--profile", "smoke", "--out", str(out)]) == command.NO_REPORT
+    assert message in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_an_error_of_the_program_is_no_message(folder, tmp_path, monkeypatch):
+    def broken(inputs):
+        raise ValueError("operands could not be broadcast together")
+
+    from dataclasses import replace
+
+    monkeypatch.setitem(METRICS, "decoder", replace(METRICS["decoder"], measure=broken))
+    with pytest.raises(ValueError, match="broadcast"):
+        command.main([str(folder), "--metrics", "decoder", "--out", str(tmp_path / "report.json")])
+
+
+def test_the_schema_is_printed(capsys):
+    assert command.main(["--schema"]) == command.COMPLETE
+    assert json.loads(capsys.readouterr().out) == json_schema()
+
+
+def test_two_reports_side_by_side(folder, tmp_path, capsys):
+    other = save_sae(BatchTopKSAE(D_IN, 40, k=8, seed=2), tmp_path / "other")
+    files = []
+    for number, path in enumerate((folder, other)):
+        files.append(str(tmp_path / f"{number}.json"))
+        command.main([str(path), "--metrics", "decoder", "--out", files[-1], "--seed", str(number)])
+    capsys.readouterr()
+    assert command.main(["compare", *files]) == 0
+    said = capsys.readouterr().out
+    assert "Not measured alike: settings.seed: 0 and 1" in said
+    (row,) = compare(*map(read_report, files))
+    assert f"{row.a:.4g}" in said and f"{row.b:.4g}" in said
+    assert command.main(["compare", files[0], str(tmp_path / "none.json")]) == 2
+
+
+def test_the_package_does_not_import_the_command():
+    script = "import c2r_core, sys; print('c2r_core.evaluate' in sys.modules)"
+    assert (
+        subprocess.check_output([sys.executable, "-c", script], text=True, cwd=PROJECT) == "False\n"
+    )
