@@ -13,6 +13,7 @@ import pytest
 import torch
 from scipy.sparse import csc_array
 
+from c2r_core.errors import NotEvaluable
 from c2r_core.metrics.auto_interp import measure_auto_interp
 from c2r_core.metrics.detection import measure_detection
 from c2r_core.metrics.endpoint import KEY_VARIABLE, Endpoint, EndpointError
@@ -44,7 +45,7 @@ def firings():
 # -- the offline judge -------------------------------------------------------------------------
 
 
-def test_words_foretell_what_fires_on_words_and_nothing_else(firings):
+def test_words_predict_what_fires_on_words_and_nothing_else(firings):
     report = measure_detection(firings, n_latents=10)
     by_latent = {row.latent: row for row in report.latents}
     assert set(by_latent) == {0, 1, 2, 5}  # of 3 and 4 there are too few firings
@@ -73,17 +74,49 @@ def test_the_numbering_of_latents_does_not_matter(firings):
 
 def test_a_dead_dictionary_has_nothing_to_judge(firings):
     dead = replace(firings, acts=csc_array(firings.acts.shape))
-    with pytest.raises(ValueError, match="No latent fires on 30"):
+    with pytest.raises(NotEvaluable, match="No latent fires on 30"):
         measure_detection(dead)
     assert len(drawn_latents(firings, 2, 30, seed=0)) == 2
 
 
-# -- AutoInterp --------------------------------------------------------------------------------
+# -- looking at a latent -----------------------------------------------------------------------
 
 
 class Tokenizer:
     def decode(self, ids):
         return f" w{ids[0]}"
+
+
+def test_examples_are_the_strongest_the_middle_and_the_near_misses(firings):
+    acts = firings.acts.toarray()
+    sevens = np.flatnonzero(firings.contexts.ravel()[firings.place] == 7)
+    silent = sevens[:3]
+    acts[silent, 0] = 0.0
+    firings = replace(firings, acts=csc_array(acts))
+    found = firings.examples(0, Tokenizer(), n=3)
+    values = acts[:, 0][acts[:, 0] > 0]
+    assert found.n_firings == len(sevens) - 3 and found.density == len(values) / len(acts)
+    assert max(found.top[0].acts) == values.max()
+    for context in (*found.top, *found.middle):
+        assert context.tokens[context.position] == " w7" and context.acts[context.position] > 0
+        assert "« w7»" in str(context) and len(context.tokens) <= 21
+    assert found.middle[0].acts[found.middle[0].position] == pytest.approx(
+        np.median(values), abs=0.1
+    )
+    assert 1 <= len(found.near_misses) <= 3
+    for context in found.near_misses:
+        assert context.tokens[context.position] == " w7" and context.acts[context.position] == 0
+        assert "[ w7]" in str(context)
+    assert str(found).count("\n") == 3 + len(found.top + found.middle + found.near_misses)
+
+
+def test_a_latent_that_never_fires_has_no_examples(firings):
+    found = firings.examples(3, Tokenizer())
+    assert (found.n_firings, found.top, found.middle, found.near_misses) == (0, (), (), ())
+    assert "fires on 0 tokens" in str(found)
+
+
+# -- AutoInterp --------------------------------------------------------------------------------
 
 
 def explain(question):
@@ -172,11 +205,11 @@ def interpret(firings, endpoint):
     return measure_auto_interp(firings, Tokenizer(), endpoint, n_latents=10)
 
 
-def test_a_latent_that_fires_on_a_word_is_explained_and_foretold(firings, endpoint, server):
+def test_a_latent_that_fires_on_a_word_is_explained_and_predicted(firings, endpoint, server):
     report = interpret(only(firings, 0), endpoint)
     (row,) = report.latents
     assert row.explanation == "the word w7" and row.score == 1.0
-    assert len(server.requests) == 2 and report.mean_score == 1.0
+    assert len(server.requests) == 2 and report.autointerp_score == 1.0
     to_explain, to_judge = (body["messages"][1]["content"] for body in server.requests)
     assert len(to_explain.splitlines()) == 15 and "«" not in to_judge
     assert len(to_judge.split("\n\n")[1].splitlines()) == 14
@@ -197,18 +230,18 @@ def test_nonsense_is_a_record_and_others_go_on(firings, endpoint, server):
     report = interpret(only(firings, 0, 2), endpoint)
     (row,) = (row for row in report.latents if row.latent == 0)
     assert "turtles" in row.not_evaluable and row.score is None
-    assert report.n_evaluated == len(report.latents) - 1
+    assert report.num_latents == len(report.latents) - 1
     for i, nonsense in enumerate(("1, 99", "I found 3 of them", "", "1 2 3 none")):
         server.judge = lambda q, answer=nonsense: answer
         fresh = replace(endpoint, model=f"another {i}")
-        reason = interpret(only(firings, 0), fresh).latents[0].not_evaluable
-        assert "neither numbers nor none" in reason
+        with pytest.raises(NotEvaluable, match="None of the 1 latents.*neither numbers nor none"):
+            interpret(only(firings, 0), fresh)
 
 
 def test_seldom_latents_are_not_asked_about(firings, endpoint, server):
     report = interpret(only(firings, 5), endpoint)
-    assert report.n_evaluated == 1  # always on: excerpts are there, though they say nothing
-    with pytest.raises(ValueError, match="No latent fires on 19"):
+    assert report.num_latents == 1  # always on: excerpts are there, though they say nothing
+    with pytest.raises(NotEvaluable, match="No latent fires on 19"):
         interpret(only(firings, 4), endpoint)
 
 
@@ -226,13 +259,13 @@ def test_a_run_that_broke_off_goes_on_where_it_stopped(firings, endpoint, server
         interpret(only(firings, 0, 1), endpoint)
     assert len(server.requests) == 3
     report = interpret(only(firings, 0, 1), endpoint)
-    assert len(server.requests) == 5 and report.n_evaluated == 2
+    assert len(server.requests) == 5 and report.num_latents == 2
 
 
 def test_a_passing_fault_is_tried_again(firings, endpoint, server):
     server.faults = [503]
     report = interpret(only(firings, 0), replace(endpoint, retries=1))
-    assert report.n_evaluated == 1 and len(server.requests) == 3
+    assert report.num_latents == 1 and len(server.requests) == 3
 
 
 def test_the_key_is_sent_and_kept_nowhere(firings, endpoint, server, monkeypatch):
@@ -244,7 +277,7 @@ def test_the_key_is_sent_and_kept_nowhere(firings, endpoint, server, monkeypatch
         interpret(only(firings, 0), replace(endpoint))
     assert "wrong" not in str(caught.value)
     monkeypatch.setenv(KEY_VARIABLE, SECRET)
-    assert interpret(only(firings, 0), replace(endpoint)).n_evaluated == 1
+    assert interpret(only(firings, 0), replace(endpoint)).num_latents == 1
     assert server.keys[-1] == f"Bearer {SECRET}"
     files = [file for file in endpoint.folder.rglob("*") if file.is_file()]
     assert len(files) == 2 and all(SECRET not in file.read_text() for file in files)
@@ -267,7 +300,7 @@ def test_what_does_not_answer_or_does_not_exist(firings, endpoint, server):
     server.faults = ["not json"]
     with pytest.raises(EndpointError, match="does not speak the chat-completions protocol"):
         interpret(only(firings, 0), endpoint)
-    assert interpret(only(firings, 0), endpoint).n_evaluated == 1  # no blank was kept
+    assert interpret(only(firings, 0), endpoint).num_latents == 1  # no blank was kept
     with pytest.raises(ValueError, match="starts with http"):
         Endpoint("localhost", "m")
     with pytest.raises(ValueError, match="No model is named"):
@@ -284,6 +317,24 @@ def test_requests_keep_their_pace(firings, endpoint):
     paced = replace(endpoint, requests_per_minute=30, clock=lambda: now[0], sleep=sleep)
     interpret(only(firings, 0, 1), paced)
     assert slept == pytest.approx([2.0, 2.0, 2.0])  # four requests, two seconds apart
+
+
+def test_threads_share_one_pace(endpoint):
+    """Requests that start together leave one after the other."""
+    slept, lock = [], threading.Lock()
+
+    def sleep(seconds):
+        with lock:
+            slept.append(seconds)
+
+    paced = replace(endpoint, requests_per_minute=30, clock=lambda: 0.0, sleep=sleep, parallel=8)
+    threads = [threading.Thread(target=paced.ask, args=("", f"{i}")) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(slept) == pytest.approx([2.0 * i for i in range(1, 8)])
+    assert isinstance(EndpointError("no"), NotEvaluable), "an endpoint that fails is a record"
 
 
 # -- meta-SAE ----------------------------------------------------------------------------------
@@ -308,7 +359,7 @@ def test_meta_sae_of_rescaled_rows_and_bad_rows():
     one, other = (measure_meta_sae(r, steps=30) for r in (rows, scaled))
     assert one.explained_variance == pytest.approx(other.explained_variance, abs=1e-3)
     assert measure_meta_sae(rows, steps=30) == one
-    with pytest.raises(ValueError, match="10 decoder rows are not zero"):
+    with pytest.raises(NotEvaluable, match="10 decoder rows are not zero"):
         measure_meta_sae(torch.cat([rows[:10], torch.zeros(200, 32)]))
-    with pytest.raises(ValueError, match="NaN"):
+    with pytest.raises(NotEvaluable, match="NaN"):
         measure_meta_sae(torch.full((128, 32), torch.nan))

@@ -10,8 +10,9 @@ import torch
 
 from c2r_core.data.batches import ToyBatches
 from c2r_core.data.toy import FeatureTree, ToySample
-from c2r_core.metrics.toy import evaluate_toy
-from c2r_core.saes import ReLUSAE
+from c2r_core.errors import NotEvaluable
+from c2r_core.metrics.toy import _best_f1, evaluate_toy
+from c2r_core.saes import ReLUSAE, fold_norm_factor
 
 TREE = FeatureTree(d_in=24, n_parents=3, children_per_parent=4, n_singles=5)
 
@@ -146,6 +147,7 @@ def test_a_perfect_dictionary_is_perfect():
     assert report.latents_per_parent == report.latents_per_feature == 1
     assert report.detector_f1 == pytest.approx(1, abs=1e-3) and report.fvu < 1e-3
     assert report.detector_precision == 1 and report.split_share_at_08 == 0
+    assert report.detector_best_f1 == pytest.approx(report.detector_f1, abs=1e-3)
     assert report.live_share == 1 and report.l0 == pytest.approx(
         float(TREE.probabilities.sum()), rel=0.05
     )
@@ -165,6 +167,42 @@ def test_planted_absorption_is_found():
     assert report.silent_with_child == pytest.approx(1 / 4 / 3, abs=0.01)
     assert report.silent_alone == 0 and report.absorption == report.silent_with_child
     assert report.child_latent_to_parent == pytest.approx(0.5**0.5 / 12, abs=1e-4)
+
+
+def test_a_latent_that_leaks_a_little_is_still_a_detector():
+    """A latent that also answers faintly to every other feature: bad at threshold 0, good above the leak."""
+    leaking = perfect_sae(TREE.directions)
+    with torch.no_grad():
+        leaking.W_enc.add_(0.05 * TREE.directions.sum(0)[:, None])
+    clean, report = (
+        evaluate_toy(sae, TREE, draw(5_000)) for sae in (perfect_sae(TREE.directions), leaking)
+    )
+    assert report.detector_f1 < 0.5 < 0.97 * clean.detector_f1 < report.detector_best_f1
+
+
+def test_the_best_threshold_by_hand():
+    acts = torch.tensor([[3.0, 0.0], [2.0, 1.0], [2.0, 1.0], [1.0, 0.0], [0.0, 0.0]])
+    on = torch.tensor([[1, 0], [1, 1], [0, 0], [1, 1], [0, 1]], dtype=torch.bool)
+    # Above 2 two ties stay together: 1/3 and 2/3 of the hits; all four firing find all three: 6/7.
+    # The second column: both firing, one hit of three present: 2/5; silent samples cannot be won.
+    assert _best_f1(acts, on).tolist() == pytest.approx([6 / 7, 2 / 5])
+
+
+def test_a_folded_sae_scores_as_it_did():
+    sae = perfect_sae(TREE.directions)
+    sae.norm_factor = TREE.norm_factor
+    trained, folded = (evaluate_toy(one, TREE, draw(2_000)) for one in (sae, fold_norm_factor(sae)))
+    assert trained.fvu == pytest.approx(folded.fvu, rel=1e-3)
+    assert trained.l0 == folded.l0 and trained.mcc == pytest.approx(folded.mcc)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_an_sae_on_a_gpu_is_measured_too():
+    sample, sae = draw(2_000), perfect_sae(TREE.directions)
+    expected = evaluate_toy(sae, TREE, sample)
+    found = evaluate_toy(sae.to("cuda"), TREE, sample)
+    assert found.mcc == pytest.approx(expected.mcc, abs=1e-4)
+    assert found.detector_f1 == pytest.approx(expected.detector_f1, abs=1e-3)
 
 
 def test_planted_duplicates_are_found():
@@ -196,7 +234,7 @@ def test_dead_latents_do_not_count():
     assert report.live_share == pytest.approx(20 / 22)
     with torch.no_grad():
         sae.b_enc.fill_(-100)
-    with pytest.raises(ValueError, match="dead"):
+    with pytest.raises(NotEvaluable, match="dead"):
         evaluate_toy(sae, TREE, draw(100))
 
 
