@@ -179,6 +179,15 @@ def test_lines_are_found_again_in_outputs_and_claims_alone_are_counted(session, 
     assert sum(map(sum, counts.values())) == 2
 
 
+def test_a_single_pair_carries_no_claim(session, capsys):
+    nb = session()
+    nb.claim("x", (0.5, math.nan, math.nan), at_least=0, **OF_A_CLAIM)
+    nb.claim("y", None, at_least=0, **OF_A_CLAIM)
+    lead, claim = capsys.readouterr().out.splitlines()
+    assert lead == "[lead] x (toy, C²R): measured 0.50; n = 3 seeds"
+    assert claim.startswith("[claim FAILS] (toy, C²R) y")
+
+
 def test_smoke_judges_identities_and_nothing_else(session, capsys):
     nb = session("smoke")
     nb.check("shapes agree", 3, equals=4)

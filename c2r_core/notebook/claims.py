@@ -45,6 +45,11 @@ class Verdict(NamedTuple):
     subject: str = ""
 
     @property
+    def ends_unknown(self) -> bool:
+        """Whether this is a claim about a number that has no interval."""
+        return self.kind == "claim" and _without_ends(self.value)
+
+    @property
     def line(self) -> str:
         """What is printed."""
         head = f"[{self.kind}]" if self.kind == "lead" else f"[{self.kind} {self.verdict}]"
@@ -175,8 +180,11 @@ def judge_interval(
 
 
 def shown(interval: Sequence[float], bounds: Sequence[float] = ()) -> str:
-    """An interval as it is printed: "−0.10 [−0.23, +0.04]"."""
-    mean, low, high = _rounded([_number(value) for value in interval], bounds)
+    """An interval as it is printed: "−0.10 [−0.23, +0.04]"; the mean alone if it has no ends."""
+    values = [_number(value) for value in interval]
+    if _without_ends(values):
+        return _rounded(values[:1])[0]
+    mean, low, high = _rounded(values, bounds)
     return f"{mean} [{low}, {high}]"
 
 
@@ -197,6 +205,10 @@ def counted(lines: Iterable[Line]) -> dict[tuple[str, str], tuple[int, int]]:
         for about in ABOUT
         for subject in SUBJECTS
     }
+
+
+def _without_ends(values: Sequence[float]) -> bool:
+    return math.isfinite(values[0]) and all(math.isnan(end) for end in values[1:])
 
 
 def _number(value: Any) -> float:

@@ -97,7 +97,8 @@ class Session:
     ) -> None:
         """Print whether an interval lies on one side of a bound: a statement about the world.
 
-        Not judged in smoke.
+        Not judged in smoke. An interval without ends (NaN), as of a single seed, cannot carry a claim
+        and is printed as a lead.
 
         Parameters
         ----------
@@ -123,6 +124,9 @@ class Session:
             if value not in known:
                 raise ValueError(f"claim {text!r}: {unknown_name('value', value, known)}")
         judged = judge_interval(text, interval, **bound)
+        if judged.ends_unknown:
+            self.lead(f"{text} ({about}, {subject})", interval, n=n)
+            return
         self._judged(judged._replace(n=n, reason=reason, about=about, subject=subject))
 
     def lead(self, text: str, interval: Sequence[float] | None = None, *, n: str = "") -> None:
