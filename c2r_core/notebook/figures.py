@@ -280,8 +280,9 @@ def plot_pairs(table: pd.DataFrame, *, by: str, label: str, ax: Axes | None = No
     ax = ax or panels(1, width=9)[0]
     looks = styles(table["arm"])
     wide = table.pivot(index=by, columns="arm", values="value")[list(looks)]
-    first, *others = looks
-    wide = wide.loc[(wide[others[0]] - wide[first]).sort_values().index] if others else wide
+    arms = list(looks)
+    if len(arms) > 1:
+        wide = wide.loc[(wide[arms[1]] - wide[arms[0]]).sort_values().index]
     ax.vlines(range(len(wide)), wide.min(axis=1), wide.max(axis=1), color="0.75", linewidth=2)
     for arm, look in looks.items():
         ax.scatter(range(len(wide)), wide[arm], label=look.label, zorder=3, **look.mark)

@@ -13,7 +13,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import yaml
 from traitlets.config import Config
@@ -30,21 +30,11 @@ KERNEL_ENVIRONMENT = {
 """Where a notebook runs unattended, progress bars and a debugger's remarks would be outputs."""
 
 
-Cells = Literal["kept", "anew", "commit"]
-"""What becomes of a study's committed cells: read where current, ignored, or made current."""
-
-
 class NotebookFailed(RuntimeError):
     """A cell raised; the message says where the notebook with its traceback is."""
 
 
-def run(
-    notebook: Path,
-    out: Path,
-    parameters: Mapping[str, Any] | None = None,
-    *,
-    cells: Cells = "kept",
-) -> None:
+def run(notebook: Path, out: Path, parameters: Mapping[str, Any] | None = None) -> None:
     """Execute a notebook in a process of its own, in its own folder, and write it to `out`.
 
     `out` appears only when every cell has run. After a failure, the notebook with its traceback is
@@ -78,7 +68,6 @@ def run(
     failed.unlink(missing_ok=True)
     for name, value in KERNEL_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    os.environ["C2R_CELLS"] = cells
     try:
         with tempfile.TemporaryDirectory(prefix="c2r-") as sockets:
             papermill.execute_notebook(
@@ -109,7 +98,7 @@ def refresh(notebook: Path, work_folder: Path = Path("runs/refresh")) -> None:
     Doing it twice gives the same bytes. A failure leaves the notebook as it was.
     """
     out = work_folder / notebook.name
-    run(notebook, out, cells="commit")
+    run(notebook, out)
     text = notebook_files.canonical(notebook_files.read(out))
     part = notebook.with_suffix(".ipynb.part")
     part.write_text(text, encoding="utf-8")
@@ -175,12 +164,6 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     runs.add_argument("--seed", dest="SEED", type=int)
     runs.add_argument("--device", dest="DEVICE", help="auto, cpu or cuda")
     runs.add_argument(
-        "--cells",
-        default="kept",
-        choices=get_args(Cells),
-        help="committed cells: read where current (kept), compute all anew, or renew (commit)",
-    )
-    runs.add_argument(
         "-p", dest="others", nargs=2, action="append", default=[], metavar=("NAME", "VALUE")
     )
 
@@ -202,6 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(text)
             return 0 if as_committed else 1
         if given.command == "refresh":
+            os.environ.setdefault("C2R_CELLS", "commit")
             for notebook in given.notebooks:
                 print(f"refreshing {notebook}", flush=True)
                 refresh(notebook)
@@ -211,7 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if getattr(given, name) is not None:
                 parameters[name] = getattr(given, name)
         print(f"running {given.notebook} -> {given.out}", flush=True)
-        run(given.notebook, given.out, parameters, cells=given.cells)
+        run(given.notebook, given.out, parameters)
     except NotebookFailed as error:
         print(error, file=sys.stderr)
         return 1
