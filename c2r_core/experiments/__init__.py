@@ -27,6 +27,7 @@ STUDIES = {
     "strength": "c2r_core.experiments.strength",
     "language_model": "c2r_core.experiments.language_model",
     "examples": "c2r_core.experiments.examples",
+    "absorption": "c2r_core.experiments.absorption",
     "agreement": "c2r_core.experiments.agreement",
     "validation": "c2r_core.experiments.validation",
     "blocks": "c2r_core.experiments.blocks",

@@ -27,8 +27,9 @@ Where this file differs from it:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -40,7 +41,7 @@ from c2r_core.errors import NotEvaluable
 from c2r_core.metrics import metric
 from c2r_core.metrics.encoding import encode_sparse
 from c2r_core.metrics.inputs import Inputs
-from c2r_core.metrics.letter_latents import absorption, split_latents, true_positives
+from c2r_core.metrics.letter_latents import SplitLatents, absorption, split_latents, true_positives
 from c2r_core.metrics.letter_probes import (
     LetterSplit,
     letter_splits,
@@ -138,7 +139,12 @@ def measure_absorption(inputs: Inputs) -> AbsorptionFirstLetter:
 
 
 def evaluate_first_letter(
-    sae: AnySAE, splits: Sequence[LetterSplit], *, seed: int = 0, chunk_size: int = 256
+    sae: AnySAE,
+    splits: Sequence[LetterSplit],
+    *,
+    seed: int = 0,
+    chunk_size: int = 256,
+    selector_batch_size: int | None = None,
 ) -> AbsorptionFirstLetter:
     """Splitting and absorption of every letter that has a good probe, in every split.
 
@@ -154,6 +160,8 @@ def evaluate_first_letter(
         Of the order in which the selector sees the words, and of the bootstrap.
     chunk_size : int
         Words encoded at a time.
+    selector_batch_size : int, optional
+        In place of that of `train_letter_probes`.
 
     Raises
     ------
@@ -174,7 +182,8 @@ def evaluate_first_letter(
     norms = sae.W_dec.detach().float().norm(dim=1).cpu().numpy()
     acts = encode_sparse(sae, words.activations, chunk_size)
     scaled = acts.multiply(norms).tocsr()
-    scored = [_score(sae, split, acts, scaled, seed) for split in splits]
+    select = partial(split_latents, scaled, seed=seed, batch_size=selector_batch_size)
+    scored = [_score(sae, split, acts, select) for split in splits]
     if not any(scores for _, scores in scored):
         raise NotEvaluable(why_no_letter(splits))
     return _report(splits, scored, seed)
@@ -189,18 +198,16 @@ class _Scores(NamedTuple):
 
 
 def _score(
-    sae: AnySAE, split: LetterSplit, acts: csr_array, scaled: csr_array, seed: int
+    sae: AnySAE,
+    split: LetterSplit,
+    acts: csr_array,
+    select: Callable[..., dict[int, SplitLatents]],
 ) -> tuple[list[Letter], dict[int, _Scores]]:
     """Every letter's row in one split, and the words of those that could be measured."""
     task, probes = split
     W_dec = sae.W_dec.detach().float().cpu()
-    own = split_latents(
-        scaled,
-        task.letters,
-        task.is_test,
-        evaluable=[i for i, reason in enumerate(probes.not_evaluable) if reason is None],
-        seed=seed,
-    )
+    good = [i for i, reason in enumerate(probes.not_evaluable) if reason is None]
+    own = select(task.letters, task.is_test, evaluable=good)
     rows, found = [], {}
     for i, letter in enumerate(LETTERS):
         row = {"first_letter": letter, "probe_f1": probes.f1[i]}

@@ -50,6 +50,7 @@ def split_latents(
     *,
     evaluable: Iterable[int] = range(len(LETTERS)),
     seed: int = 0,
+    batch_size: int | None = None,
 ) -> dict[int, SplitLatents]:
     """The latents that detect each letter: as many as its F1 on test words asks for.
 
@@ -68,13 +69,18 @@ def split_latents(
         The letters to do; each needs a training word.
     seed : int
         Of the order in which the selector sees the words.
+    batch_size : int, optional
+        Of the selector, in place of that of `train_letter_probes`.
     """
     from scipy.sparse import csr_array
 
     feature_acts, is_letter = csr_array(feature_acts), one_hot(letters)
     train, test = (~is_test).numpy(), is_test.numpy()
     acts_train, acts_test = feature_acts[train], feature_acts[test]
-    weights, _ = fit_probes(acts_train, is_letter[train], weight_decay=1e-6, l1=0.01, seed=seed)
+    penalties = {"weight_decay": 1e-6, "l1": 0.01}
+    weights, _ = fit_probes(
+        acts_train, is_letter[train], **penalties, seed=seed, batch_size=batch_size
+    )
     splits = {}
     for i in evaluable:
         best = np.argsort(-weights[:, i], kind="stable")[:MAX_SPLIT_SIZE]

@@ -139,7 +139,9 @@ def split_words(task: FirstLetterTask, number: int, *, seed: int = 0) -> FirstLe
     return replace(task, is_test=is_test)
 
 
-def train_letter_probes(task: FirstLetterTask, *, seed: int = 0) -> LetterProbes:
+def train_letter_probes(
+    task: FirstLetterTask, *, seed: int = 0, batch_size: int | None = None
+) -> LetterProbes:
     """26 one-vs-rest logistic probes on raw activations, trained together as one matrix.
 
     Binary cross-entropy with positives weighted by negatives / positives; Adam with weight decay
@@ -154,6 +156,8 @@ def train_letter_probes(task: FirstLetterTask, *, seed: int = 0) -> LetterProbes
     task : FirstLetterTask
     seed : int
         Of the order of the words.
+    batch_size : int, optional
+        In place of the one above.
 
     Raises
     ------
@@ -164,7 +168,9 @@ def train_letter_probes(task: FirstLetterTask, *, seed: int = 0) -> LetterProbes
         raise NotEvaluable(f"The activations at {task.hook_name!r} hold NaN or infinite values.")
     x, is_letter = task.activations.numpy(), one_hot(task.letters)
     train, test = (~task.is_test).numpy(), task.is_test.numpy()
-    weights, biases = fit_probes(x[train], is_letter[train], weight_decay=1e-4, l1=0, seed=seed)
+    weights, biases = fit_probes(
+        x[train], is_letter[train], weight_decay=1e-4, l1=0, seed=seed, batch_size=batch_size
+    )
     recognised = x[test] @ weights + biases > 0
 
     found, not_evaluable = [], []
@@ -208,6 +214,7 @@ def fit_probes(
     weight_decay: float,
     l1: float,
     seed: int,
+    batch_size: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Weights (d, 26) and biases (26,) fitted to x (n, d), dense or sparse, float32."""
     targets = torch.from_numpy(is_letter).float()
@@ -218,7 +225,8 @@ def fit_probes(
     decay = (1e-5 / 1e-2) ** (1 / PROBE_EPOCHS)
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimiser, decay)
     generator = torch.Generator().manual_seed(seed)
-    batch_size = min(PROBE_BATCH_SIZE, math.ceil(len(targets) / MIN_BATCHES_PER_EPOCH))
+    if batch_size is None:
+        batch_size = min(PROBE_BATCH_SIZE, math.ceil(len(targets) / MIN_BATCHES_PER_EPOCH))
     for _ in range(PROBE_EPOCHS):
         for rows in torch.randperm(len(targets), generator=generator).split(batch_size):
             batch = x[rows.numpy()]
