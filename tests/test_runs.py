@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from c2r_core.artefacts.profiles import load_profile
+from c2r_core.artefacts.profiles import FIRST_SEED, load_profile
 from c2r_core.artefacts.results import plain
 from c2r_core.data.language_models import load_language_model
 from c2r_core.experiments import language_model as lm_runs
@@ -15,7 +15,6 @@ from c2r_core.experiments import synthetic as toy_runs
 from c2r_core.experiments import tables as lm_tables
 from c2r_core.experiments import toy as toy_tables
 from c2r_core.experiments import tuning as tune_toys
-from c2r_core.artefacts.profiles import FIRST_SEED
 from c2r_core.saes import ARCHITECTURES, ReLUSAE, fold_norm_factor
 from conftest import PROJECT
 

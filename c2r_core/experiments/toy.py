@@ -14,8 +14,8 @@ from c2r_core.artefacts.cells import Cell
 from c2r_core.artefacts.names import slug
 from c2r_core.artefacts.profiles import Profile, ToyProfile, training_seeds
 from c2r_core.data.toy import FeatureTree, ToySample
-from c2r_core.experiments.synthetic import EVALUATION_SEED, Arm, trained
 from c2r_core.experiments.study import Study
+from c2r_core.experiments.synthetic import EVALUATION_SEED, Arm, trained
 from c2r_core.metrics.toy import evaluate_toy
 from c2r_core.saes import SAE
 from c2r_core.statistics import Interval, paired_interval

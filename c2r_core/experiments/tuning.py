@@ -183,9 +183,7 @@ def _best(tried: Sequence[dict[str, Any]], by: str) -> dict[str, Any]:
     return max(tried, key=lambda row: -math.inf if row[by] is None else row[by])
 
 
-def tuning_table(
-    values: Mapping[str, Any], architectures: Sequence[str] = ABLATED
-) -> pd.DataFrame:
+def tuning_table(values: Mapping[str, Any], architectures: Sequence[str] = ABLATED) -> pd.DataFrame:
     """Penalty, architecture, weight, chosen (bool), and means over the tuning seeds; weight 0 is none."""
     import pandas as pd
 
