@@ -8,16 +8,40 @@ import pytest
 import torch
 
 import c2r_core
-from c2r_core.data.harvest import harvest
-from c2r_core.data.language_models import RANDOM, load_language_model
-from c2r_core.data.text import Corpus, load_corpus
+from c2r_core.__main__ import COMMANDS
+from c2r_core.metrics import groups
 from conftest import PROJECT
 
 README = (PROJECT / "README.md").read_text(encoding="utf-8")
+PYTHON = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+SMALLER = {
+    "smollm2-135m": "random-2-layer",
+    "blocks.4.": "blocks.1.",
+    "max_tokens=700_000": "max_tokens=6_000",
+    "batch_size=2048, seed": "batch_size=128, seed",
+    "d_sae=4096, k": "d_sae=96, k",
+    "steps=1000": "steps=20",
+    'profile="default"': 'profile="smoke"',
+}
+"""Only sizes: what the README's example is run with here."""
 
 
-def test_the_python_in_the_readme_runs(tmp_path, monkeypatch):
-    loss, conversion, training = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+def test_the_whole_way_from_text_to_a_latent_runs(tmp_path, monkeypatch, capsys):
+    (example,) = [code for code in PYTHON if "harvest(" in code]
+    for large, small in SMALLER.items():
+        assert example.count(large) == 1, large
+        example = example.replace(large, small)
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(example, names)
+    assert names["plain"].text.sae_trained_on == "the other documents of this split"
+    said = capsys.readouterr().out
+    assert "reconstruction fvu" in said and "«" in said
+    assert (tmp_path / "my_c2r.json").is_file()
+
+
+def test_the_loss_and_the_conversion():
+    (loss,) = [code for code in PYTHON if "import c2r_loss" in code]
     names = {
         "reconstruction": torch.tensor(1.0),
         "sparsity": torch.tensor(0.5),
@@ -26,36 +50,42 @@ def test_the_python_in_the_readme_runs(tmp_path, monkeypatch):
     }
     exec(loss, names)
     assert names["loss"] > 1.5
-    for line in conversion.splitlines():
-        if "#" in line:
-            call, said = line.split("#")
-            assert eval(call, dict(vars(c2r_core))) == pytest.approx(
-                float(said.split(":")[0]), rel=0.01
-            )
-
-    monkeypatch.chdir(tmp_path)
-    corpus = Corpus("few", load_corpus("sotu").documents[:8])
-    harvest(
-        load_language_model(RANDOM),
-        corpus,
-        "blocks.1.hook_resid_post",
-        "my_activations",
-        max_tokens=6000,
-    )
-    exec(training.replace("10_000", "3"), names)
-    assert names["feature_acts"].shape == (8, 4096)
-    assert (tmp_path / "my_sae" / "sae.safetensors").is_file()
+    (conversion,) = [code for code in PYTHON if "strength_from_weight(" in code]
+    lines = [line.split("#") for line in conversion.splitlines() if "#" in line]
+    assert len(lines) == 2
+    for call, said in lines:
+        value = eval(call, {name: getattr(c2r_core, name) for name in c2r_core.__all__})
+        assert value == pytest.approx(float(said.split(":")[0]), rel=0.01)
 
 
-def test_every_link_of_the_readme_leads_somewhere():
+def test_every_link_leads_somewhere():
     links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if "://" not in link]
-    assert links and all((PROJECT / link).exists() for link in links)
+    headings = {
+        "#" + re.sub(r"[^\w -]", "", line.strip("# ").lower()).replace(" ", "-")
+        for line in README.splitlines()
+        if line.startswith("#")
+    }
+    assert len(links) > 30
+    assert [x for x in links if x not in headings and not (PROJECT / x).exists()] == []
 
 
-def test_every_make_target_of_the_readme_exists():
+def test_every_make_target_and_command_exists():
     makefile = (PROJECT / "Makefile").read_text(encoding="utf-8")
-    targets = set(re.findall(r"^    ?make (\w+)|`make (\w+)", README, flags=re.MULTILINE))
-    targets = {name for pair in targets for name in pair if name}
-    assert {"reproduce", "test", "lab"} <= targets | {"reproduce", "test"}
+    targets = set(re.findall(r"(?:^|`)make\s+(\w+)", README, flags=re.MULTILINE))
+    assert {"reproduce", "test", "lab", "status", "verify", "validate", "parity"} <= targets
     for name in targets:
         assert re.search(rf"^{name}[:/]", makefile, flags=re.MULTILINE), name
+    commands = set(re.findall(r"(?:^|`)c2r (\w+)", README, flags=re.MULTILINE))
+    assert {"evaluate", "compare", "contexts"} <= commands <= set(COMMANDS)
+
+
+def test_every_room_and_every_group_of_metrics_is_in_its_table():
+    rooms = {path.parent.name for path in (PROJECT / "c2r_core").glob("*/__init__.py")}
+    assert rooms == set(re.findall(r"^    c2r_core/(\w+)  ", README, flags=re.MULTILINE))
+    table = README[README.index("| group |") :].split("\n\n")[0]
+    named = {name for row in table.splitlines()[2:] for name in re.findall(r"`(\w+)`", row[:40])}
+    assert named == set(groups())
+
+
+def test_nothing_is_left_to_be_filled_in():
+    assert re.findall(r"@@\w+", README) == []
