@@ -207,9 +207,7 @@ def _write_shard(
     return norms
 
 
-def _statistics(
-    norms: np.ndarray, config: HarvestConfig
-) -> tuple[np.ndarray, float, float]:
+def _statistics(norms: np.ndarray, config: HarvestConfig) -> tuple[np.ndarray, float, float]:
     """Which tokens are kept, the median norm, and the norm factor."""
     is_first = np.arange(len(norms)) % config.context_size == 0
     median_norm = float(np.median(norms[~is_first]))

@@ -37,7 +37,6 @@ RANDOM = "random-2-layer"
 EMBEDDED_MODELS = (SMOLLM2, RANDOM)
 
 
-
 def load_language_model(name: str | Path = SMOLLM2, *, device: str = "cpu") -> TransformerBridge:
     """Load a language model with its tokenizer, with float32 weights, in evaluation mode.
 
@@ -128,9 +127,13 @@ def _sha256(file: Path, size: int, mtime_ns: int) -> bytes:
 
 def _hub_fingerprint(name: str) -> str:
     from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
-    found = try_to_load_from_cache(name, "config.json")
-    return f"{name}@{Path(found).parent.name}" if isinstance(found, str) else name
+    with contextlib.suppress(HFValidationError):  # a path that is gone, or a model's own name
+        found = try_to_load_from_cache(name, "config.json")
+        if isinstance(found, str):
+            return f"{name}@{Path(found).parent.name}"
+    return name
 
 
 def _embedded_folder() -> Path:

@@ -81,10 +81,10 @@ class FeatureTree:
     group_correlation: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("parent_probability", "parent_alone", "single_probability"):
-            value = getattr(self, name)
-            if not 0 <= value <= 1:
-                raise ValueError(f"{name} is {value}; expected a probability between 0 and 1.")
+        shares = ("parent_probability", "parent_alone", "single_probability", "group_correlation")
+        for name in shares:
+            if not 0 <= (value := getattr(self, name)) <= 1:
+                raise ValueError(f"{name} is {value}; expected a number between 0 and 1.")
         if self.group_size < 1 or self.n_singles % self.group_size:
             raise ValueError(
                 f"group_size is {self.group_size}; expected a divisor of the {self.n_singles} singles."
@@ -92,10 +92,6 @@ class FeatureTree:
         if not 0 <= self.group_cosine < 1:
             raise ValueError(
                 f"group_cosine is {self.group_cosine}; expected a cosine from 0 to below 1."
-            )
-        if not 0 <= self.group_correlation <= 1:
-            raise ValueError(
-                f"group_correlation is {self.group_correlation}; expected one from 0 to 1."
             )
         if self.n_features > self.d_in:
             raise ValueError(
