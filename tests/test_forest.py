@@ -10,6 +10,7 @@ import torch
 from c2r_core import ReLUSAE
 from c2r_core.data.batches import ToyBatches
 from c2r_core.data.forest import GatedForest
+from c2r_core.errors import NotEvaluable
 from c2r_core.metrics.forest import evaluate_forest
 
 SMALL = GatedForest(
@@ -181,7 +182,7 @@ def test_what_cannot_be_measured_is_an_error():
         evaluate_forest(sae, SMALL, n_samples=10, generator=generator())
     with torch.no_grad():
         sae.b_enc.fill_(-100)
-    with pytest.raises(ValueError, match="No latent fires"):
+    with pytest.raises(NotEvaluable, match="No latent fires"):
         evaluate_forest(sae, SMALL, n_samples=1024, generator=generator())
 
 

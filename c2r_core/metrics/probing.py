@@ -160,9 +160,9 @@ def _fitted(inputs, y: np.ndarray, half: np.ndarray, penalties: Sequence[float])
     if len(penalties) == 1:
         return probe(*penalties).fit(inputs, y)
     sides = [np.flatnonzero(half), np.flatnonzero(~half)]
-    # A class of one document has no halves: then by passages, two classes' worth in a row.
+    # A class of one document has no halves: then every second passage of each class.
     if any(len(np.unique(y[side])) < 2 for side in sides):
-        sides = [np.arange(len(y))[i::2] for i in (0, 1)]
+        sides = [np.argsort(y, kind="stable")[i::2] for i in (0, 1)]
     folds = [(sides[0], sides[1]), (sides[1], sides[0])]
     grid = {"logisticregression__C": list(penalties)}
-    return GridSearchCV(probe(1.0), grid, cv=folds).fit(inputs, y)
+    return GridSearchCV(probe(1.0), grid, cv=folds, error_score="raise").fit(inputs, y)
