@@ -12,6 +12,9 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from c2r_core.artefacts.cells import state
+from c2r_core.artefacts.profiles import load_profile
+from c2r_core.experiments import cells
 from c2r_core.notebook import files as notebook_files
 from conftest import NOTEBOOKS, PROJECT
 
@@ -26,6 +29,20 @@ def test_there_are_notebooks():
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
 def test_committed_notebook(notebook):
     assert notebook_files.problems(notebook) == []
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_without_outputs_awaits_evidence(notebook):
+    """Only where committed cells of its studies are missing or stale; else it has to be executed."""
+    read = notebook_files.read(notebook)
+    if not notebook_files.awaits_evidence(read):
+        return
+    profile = load_profile("default")
+    states = {
+        name: {state(cell).kind for cell in cells(name, profile)}
+        for name in notebook_files.studies(read)
+    }
+    assert any(kinds != {"current"} for kinds in states.values()), "run make refresh"
 
 
 def test_a_refreshed_notebook_has_no_problem(refreshed_notebook):

@@ -23,6 +23,7 @@ _TIMING = re.compile(
     r"it/s\b|s/it\b|Wall time|CPU times|\d (ms|s|sec|seconds?|minutes)\b|\d\.\d+s\b"
 )
 _MAGIC = re.compile(r"^\s*[%!]|get_ipython\(", re.MULTILINE)
+_CELLS = re.compile(r'nb\.cells\(\s*"(\w+)"(, live=True)?')
 _LINK = re.compile(r"\]\(([^)#\s]+)[^)]*\)")
 
 
@@ -78,8 +79,23 @@ def canonical(notebook: NotebookNode) -> str:
     return nbformat.writes(kept).rstrip("\n") + "\n"
 
 
+def awaits_evidence(notebook: NotebookNode) -> bool:
+    """Whether nothing in it was executed: the form in which a notebook waits for its studies' cells."""
+    return all(cell.execution_count is None and not cell.outputs for cell in _code(notebook))
+
+
+def studies(notebook: NotebookNode) -> list[str]:
+    """Names of the studies whose cells it reads and does not compute live."""
+    source = "\n".join(cell.source for cell in _code(notebook))
+    found = [name for name, live in _CELLS.findall(source) if not live]
+    return sorted({*found, *(("validation",) if "gather(" in source else ())})
+
+
 def problems(path: Path) -> list[str]:
-    """What keeps a notebook from being committed, one sentence each; empty if all is well."""
+    """What keeps a notebook from being committed, one sentence each; empty if all is well.
+
+    Of one that awaits its evidence only the source is judged.
+    """
     found: list[str] = []
     text = path.read_text(encoding="utf-8")
     notebook = read(path)
@@ -93,9 +109,10 @@ def problems(path: Path) -> list[str]:
     require(text == canonical(notebook), "not in canonical form; run make refresh")
     ids = [cell.get("id") for cell in json.loads(text)["cells"]]  # nbformat would mend them
     require(all(ids) and len(set(ids)) == len(ids), "cell ids are missing or not unique")
+    awaits = awaits_evidence(notebook) and bool(studies(notebook))
     counts = [cell.execution_count for cell in code]
     require(
-        bool(code) and counts == list(range(1, len(code) + 1)),
+        awaits or bool(code) and counts == list(range(1, len(code) + 1)),
         f"execution counts are not 1 to {len(code)} but {counts}; run make refresh",
     )
     tagged = [cell for cell in notebook.cells if "parameters" in _tags(cell)]
@@ -109,9 +126,9 @@ def problems(path: Path) -> list[str]:
 
     outputs = [output for cell in code for output in cell.outputs]
     require(all(o.output_type != "error" for o in outputs), "holds an error output")
-    require(any("image/png" in o.get("data", {}) for o in outputs), "shows no figure")
+    require(awaits or any("image/png" in o.get("data", {}) for o in outputs), "shows no figure")
     judged = [line.verdict for line in verdicts(notebook) if line.verdict]
-    require(bool(judged), "prints no verdict")
+    require(awaits or bool(judged), "prints no verdict")
     require(NOT_JUDGED not in judged, "was run under the smoke profile")
 
     for number, cell in enumerate(notebook.cells, start=1):

@@ -128,8 +128,12 @@ def summary(committed: Path, executed: Path) -> tuple[str, bool]:
         measured = notebook_files.verdicts(notebook_files.read(run_path))
         every += measured
         lines += [f"  {line.printed}" for line in measured]
+        was = notebook_files.read(path)
+        if notebook_files.awaits_evidence(was):
+            lines.append("  committed without outputs, so there is nothing to compare with")
+            continue
         now = [line.compared for line in measured]
-        before = [line.compared for line in notebook_files.verdicts(notebook_files.read(path))]
+        before = [line.compared for line in notebook_files.verdicts(was)]
         for line in sorted(set(before) ^ set(now)):
             lines.append(f"  DIFFERS, {'committed' if line in before else 'this run'}: {line}")
         as_committed &= before == now
