@@ -157,10 +157,13 @@ def test_resumed_run_equals_an_uninterrupted_one(tmp_path, stop_at):
     class Killed(Exception):
         pass
 
-    def dying(step):
-        if step == stop_at:
-            raise Killed
-        return ToyBatches(TREE, 32, 0)(step)
+    class Dying(ToyBatches):
+        def __call__(self, step):
+            if step == stop_at:
+                raise Killed
+            return super().__call__(step)
+
+    dying = Dying(TREE, 32, 0)
 
     sae, path = BatchTopKSAE(20, 30, k=2), tmp_path / "run.safetensors"
     with pytest.raises(Killed):
@@ -291,14 +294,15 @@ def test_a_stack_resamples_each_sae_as_if_alone_and_a_resumed_run_too(tmp_path):
         alone, _ = run(half_dead(ReLUSAE(20, 30, l1_weight=0.02, seed=seed)), config, [], seed=seed)
         assert_same_state(sae, alone, rtol=1e-2, atol=1e-3)
 
-    def dying(step):
-        if step == 18:
-            raise KeyboardInterrupt
-        return ToyBatches(TREE, 32, 1)(step)
+    class Dying(ToyBatches):
+        def __call__(self, step):
+            if step == 18:
+                raise KeyboardInterrupt
+            return super().__call__(step)
 
     path, new = tmp_path / "run.safetensors", half_dead(ReLUSAE(20, 30, l1_weight=0.02, seed=1))
     with pytest.raises(KeyboardInterrupt):
-        train(new, dying, config, checkpoint=path, progress=False)
+        train(new, Dying(TREE, 32, 1), config, checkpoint=path, progress=False)
     fresh = half_dead(ReLUSAE(20, 30, l1_weight=0.02, seed=1))
     resumed, _ = run(fresh, config, [], seed=1, checkpoint=path)
     assert_same_state(resumed, alone, **EXACT)
@@ -408,17 +412,20 @@ def test_a_parameter_without_gradient_stays_as_it_is(tmp_path):
     assert_same_state(resumed, sae, **EXACT)
 
 
-class Described(ToyBatches):
+class Described:
     """Batches that say how they are scaled and where they are from."""
 
     norm_factor = 0.25
     trained_on = {"model": "a-model", "text": "a corpus"}  # noqa: RUF012
 
+    def __call__(self, step):
+        return ToyBatches(TREE, 32, [0, 1])(step)
+
 
 def test_the_sae_remembers_what_it_was_trained_on():
     sae = ReLUSAE(20, 30, l1_weight=0.02, seed=[0, 1])
     weights = [0.1, 0.2]
-    train(sae, Described(TREE, 32, [0, 1]), small_config(), [C2R(weights)], progress=False)
+    train(sae, Described(), small_config(), [C2R(weights)], progress=False)
     for single, weight in zip(sae.unstack(), weights, strict=True):
         assert single.norm_factor == 0.25
         assert single.trained_on == Described.trained_on | {
@@ -428,7 +435,21 @@ def test_the_sae_remembers_what_it_was_trained_on():
             "regularisers": repr(C2R(weight)),
         }
     sae, _ = run(regularisers=[])
-    assert sae.norm_factor == 1 and sae.trained_on["regularisers"] == "none"
+    assert sae.norm_factor == TREE.norm_factor and sae.trained_on["regularisers"] == "none"
+    sae.norm_factor = 0.5  # by hand, where the batches do not say
+    train(sae, lambda step: ToyBatches(TREE, 32, 0)(step), small_config(), progress=False)
+    assert sae.norm_factor == 0.5 and "features" not in sae.trained_on
+
+
+def test_a_first_batch_without_the_longest_samples_is_no_wrong_scale():
+    def batches(step):  # one sample in 100 holds nearly all of E‖x‖² = 1
+        x = ToyBatches(TREE, 50, 0)(step) * 0.1
+        x[0] *= 0 if step % 2 == 0 else 1
+        x[0, 0] += 0 if step % 2 == 0 else 99**0.5
+        return x
+
+    assert batches(0).square().sum(-1).mean() < 0.02
+    train(TopKSAE(20, 30, k=2), batches, small_config(), progress=False)
 
 
 @pytest.mark.parametrize("factor", [0.5, 3.0])

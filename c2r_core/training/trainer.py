@@ -80,7 +80,7 @@ def train(
     TypeError
         If `regularisers` is no sequence of regularisers.
     ValueError
-        If a batch has the wrong shape, fewer than 2 samples, or a NaN or infinity; if the first has
+        If a batch has the wrong shape, fewer than 2 samples, or a NaN or infinity; if the first have
         another scale than config.mean_square_norm; if the checkpoint belongs to another training.
     DivergedError
         If a loss becomes NaN or infinite.
@@ -93,7 +93,7 @@ def train(
         If a penalty with every > 1 is so strong that the gradient's bound alone decides how far it acts.
     """
     first_batch = _checked(batches(0), sae, 0)
-    _check_scale(first_batch, config.mean_square_norm)
+    _check_scale(lambda step: _checked(batches(step), sae, step), first_batch, config)
     sae.norm_factor = getattr(batches, "norm_factor", sae.norm_factor)
     run = _Run(sae, config, regularisers, Path(checkpoint) if checkpoint else None, first_batch)
     sae.trained_on = dict(getattr(batches, "trained_on", {})) | run.recipe(first_batch.shape[-2])
@@ -340,18 +340,25 @@ def _checked(x: Tensor, sae: SAE, step: int) -> Tensor:
     return x
 
 
-def _check_scale(x: Tensor, expected: float | None) -> None:
-    """E‖x‖² must be as expected up to a factor of 1.5, and three standard errors of so small a batch."""
-    if expected is None:
+def _check_scale(batch: BatchSource, first_batch: Tensor, config: TrainConfig) -> None:
+    """E‖x‖² must be as expected; where the first batch has too few of the longest samples, 16 are read."""
+    expected = config.mean_square_norm
+    if expected is None or not _is_off(first_batch, expected).any():
         return
-    squares = x.float().square().sum(-1)
-    mean, error = squares.mean(-1), squares.std(-1) / x.shape[-2] ** 0.5
-    wrong = (mean - 3 * error > 1.5 * expected) | (mean + 3 * error < expected / 1.5)
+    x = torch.cat([batch(step) for step in range(min(16, config.steps))], dim=-2)
+    wrong = _is_off(x, expected)
     if wrong.any():
-        found = mean[wrong].flatten()[0].item()
+        found = x.float().square().sum(-1).mean(-1)[wrong].flatten()[0].item()
         raise ValueError(
-            f"The first batch has E‖x‖² = {found:.4g}; expected about {expected:g}, on which lr and every "
-            f"weight rest. Multiply the batches by {(expected / found) ** 0.5:.4g} and set "
+            f"The first batches have E‖x‖² = {found:.4g}; expected about {expected:g}, on which lr and every "
+            f"weight rest. Multiply the batches by {(expected / max(found, 1e-30)) ** 0.5:.4g} and set "
             "sae.norm_factor to that number, or say TrainConfig(mean_square_norm=None) to train on them "
             "as they are."
         )
+
+
+def _is_off(x: Tensor, expected: float) -> Tensor:
+    """Whether E‖x‖² is off by more than a factor of 1.5, beside three standard errors."""
+    squares = x.float().square().sum(-1)
+    mean, error = squares.mean(-1), squares.std(-1) / x.shape[-2] ** 0.5
+    return (mean - 3 * error > 1.5 * expected) | (mean + 3 * error < expected / 1.5)
