@@ -152,7 +152,7 @@ def cost_at(failure: Sequence[float], cost: Sequence[float], target: float) -> f
 
     Examples
     --------
-    >>> cost_at(failure=[0.4, 0.2, 0.0], cost=[0.0, 0.1, 0.5], target=0.1)
+    >>> round(cost_at(failure=[0.4, 0.2, 0.0], cost=[0.0, 0.1, 0.5], target=0.1), 6)
     0.3
     """
     failure, cost = np.asarray(failure, dtype=float), np.asarray(cost, dtype=float)

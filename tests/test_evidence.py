@@ -83,6 +83,8 @@ def test_the_committed_report_says_of_each_study_what_is_so_now(monkeypatch):
     source = "\n".join(code)
     assert "read_json" not in source and "nb.cells" not in source, "the report reads evidence alone"
     assert ".summary()" in source
+    if files.awaits_evidence(files.read(report)):
+        pytest.skip("the report awaits its evidence; tests/test_hygiene.py says when it may")
     text = json.dumps(json.loads((PROJECT / "notebooks" / report.name).read_text()))
     for line in gather(load_profile("default"), STUDIES).summary().splitlines():
         assert json.dumps(line)[1:-1] in text, (

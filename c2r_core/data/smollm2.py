@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import hashlib
 import importlib.util
@@ -116,5 +117,12 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
         AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
 
 
-if __name__ == "__main__":
+def main(arguments: list[str] | None = None) -> int:
+    """Fetch the model unless it is there; print where it is."""
+    argparse.ArgumentParser(prog="c2r data", description=main.__doc__).parse_args(arguments)
     print(f"SmolLM2-135M-Instruct is in {fetch_smollm2()}")
+    return 0
+
+
+if __name__ == "__main__":
+    main()

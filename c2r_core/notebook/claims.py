@@ -78,6 +78,7 @@ class Line(NamedTuple):
 
     @property
     def printed(self) -> str:
+        """The line without what was measured."""
         return f"[{' '.join(filter(None, (self.kind, self.verdict)))}] {self.text}"
 
     @property

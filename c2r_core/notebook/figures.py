@@ -28,6 +28,7 @@ class Style(NamedTuple):
 
     @property
     def mark(self) -> dict[str, str]:
+        """Colour and marker as matplotlib's arguments."""
         return {"color": self.colour, "marker": self.marker}
 
 
