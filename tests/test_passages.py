@@ -8,7 +8,7 @@ import torch
 
 from c2r_core.data.forward import activations
 from c2r_core.data.language_models import RANDOM, load_language_model
-from c2r_core.data.passages import UNKNOWN, corpus_labels, harvest_passages
+from c2r_core.data.passages import UNKNOWN, Passages, corpus_labels, harvest_passages
 from c2r_core.data.text import Corpus, Document
 from c2r_core.errors import NotEvaluable
 
@@ -40,6 +40,15 @@ def test_passages_are_what_the_model_sees(model, corpus):
     own = passages.activations[passages.passage == 4]
     assert len(own) == 15  # the first token is left out
     assert torch.allclose(own.float(), x, atol=2e-2)
+
+
+def test_passages_are_read_as_they_were_written(model, corpus, tmp_path):
+    passages = harvest_passages(model, corpus, HOOK, n_passages=6, n_tokens=16, max_norm=1e9)
+    passages.save(tmp_path)
+    again = Passages.load(tmp_path)
+    assert (again.texts, again.documents) == (passages.texts, passages.documents)
+    assert torch.equal(again.activations, passages.activations)
+    assert torch.equal(again.passage, passages.passage)
 
 
 def test_tokens_of_a_huge_norm_are_left_out_but_no_passage_is(model, corpus):

@@ -9,9 +9,11 @@ gives offline: `corpus_labels`.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -47,6 +49,24 @@ class Passages:
     documents: tuple[str, ...]
     activations: Tensor
     passage: Tensor
+
+    def save(self, folder: Path) -> None:
+        """Write `passages.safetensors` and `passages.json` into a folder that is there."""
+        from safetensors.torch import save_file
+
+        tensors = {"activations": self.activations, "passage": self.passage}
+        save_file(tensors, folder / "passages.safetensors")
+        text = json.dumps({"texts": self.texts, "documents": self.documents})
+        (folder / "passages.json").write_text(text, encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> Passages:
+        """Read what `save` wrote."""
+        from safetensors.torch import load_file
+
+        texts = json.loads((folder / "passages.json").read_text(encoding="utf-8"))
+        tensors = load_file(folder / "passages.safetensors")
+        return cls(**{name: tuple(some) for name, some in texts.items()}, **tensors)
 
 
 def harvest_passages(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -82,19 +83,20 @@ def pool(sae: AnySAE, passages: Passages, *, chunk_size: int = 2048) -> PooledAc
 def pooled_passages(inputs: Inputs) -> tuple[PooledActs, dict[str, Tensor]]:
     """Passages of the held-out documents as the SAE sees them, and what is known of each, by task."""
 
-    def harvest() -> Passages:
-        return harvest_passages(
-            inputs.language_model,
-            inputs.documents.corpus,
-            inputs.lm.hook_name,
-            n_passages=inputs.sizes.passages,
-            n_tokens=inputs.sizes.passage_tokens,
-            max_norm=inputs.lm.drop_norm_ratio * inputs.activations.manifest.median_norm,
-            precision=inputs.precision,
-        )
+    model, corpus, hook = inputs.language_model, inputs.documents.corpus, inputs.lm.hook_name
 
     def make() -> tuple[PooledActs, dict[str, Tensor]]:
-        passages = inputs.once("passages", harvest)
+        limits = {
+            "n_passages": inputs.sizes.passages,
+            "n_tokens": inputs.sizes.passage_tokens,
+            "max_norm": inputs.lm.drop_norm_ratio * inputs.activations.manifest.median_norm,
+        }
+
+        def build(folder: Path) -> None:
+            harvest_passages(model, corpus, hook, precision=inputs.precision, **limits).save(folder)
+
+        code = [harvest_passages.__module__]
+        passages = Passages.load(inputs.kept("passages", limits, build, code=code))
         labels = corpus_labels(passages.documents, passages.texts)
         return pool(inputs.sae, passages, chunk_size=inputs.chunk), labels
 
