@@ -131,8 +131,9 @@ class Session:
 
     def lead(self, text: str, interval: Sequence[float] | None = None, *, n: str = "") -> None:
         """Print an effect that was noticed after the fact; it is neither judged nor counted."""
-        measured = shown(interval) if interval is not None and self._judges else ""
-        self._print(Verdict("lead", text, value=interval, measured=measured, n=n))
+        value = None if interval is None else [float(end) for end in interval]
+        measured = shown(value) if value is not None and self._judges else ""
+        self._print(Verdict("lead", text, value=value, measured=measured, n=n))
 
     @property
     def _judges(self) -> bool:
