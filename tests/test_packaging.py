@@ -113,6 +113,7 @@ def test_the_base_alone_trains_saves_and_loads():
         ("c2r_core.evaluate", "evaluate", "pandas"),
         ("c2r_core.experiments", "evaluate", "scipy"),
         ("c2r_core.notebook", "notebooks", "matplotlib"),
+        ("c2r_core; c2r_core.History().plot()", "notebooks", "seaborn"),
     ],
 )
 def test_an_import_that_needs_an_extra_names_it(module, extra, hidden):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from c2r_core.errors import needs_extra
+
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
@@ -23,6 +25,7 @@ class History:
 
     def frame(self) -> pd.DataFrame:
         """Long table with the columns step, copy, term, value; copy is 0 outside a stack."""
+        needs_extra("evaluate", "pandas")
         import pandas as pd
 
         rows = []
@@ -46,6 +49,7 @@ class History:
         ValueError
             If the term was not recorded; the message lists those that were.
         """
+        needs_extra("notebooks", "matplotlib", "seaborn")
         import matplotlib.pyplot as plt
         import seaborn as sns
 
