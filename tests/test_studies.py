@@ -13,11 +13,13 @@ from c2r_core.artefacts.fingerprints import fingerprints
 from c2r_core.artefacts.names import slug
 from c2r_core.artefacts.profiles import FIRST_SEED, load_profile, profile_names
 from c2r_core.artefacts.results import results_dir, runs_dir
+from c2r_core.data.words import FirstLetterTask
 from c2r_core.errors import NotEvaluable
 from c2r_core.experiments import (
     STUDIES,
     __main__,
     ablations,
+    absorption,
     agreement,
     architectures,
     benchmark,
@@ -302,6 +304,55 @@ def test_pairs_of_runs_agree_as_far_as_they_do():
     pairs = agreement.pair_table(values, SHORT)
     assert list(pairs["pair"].unique()) == list(agreement.PAIRS)
     assert agreement.paired_gain(pairs[pairs["pair"] == "seeds"], "pw_mcc").low != 0
+
+
+def letter_task(n: int, d_in: int, n_letters: int) -> FirstLetterTask:
+    """Words whose first letters are plain to see, if d_in allows it."""
+    noise = torch.randn(n, d_in, generator=torch.Generator().manual_seed(0))
+    letters = torch.arange(n) % n_letters
+    return FirstLetterTask(
+        words=tuple(f"word{i}" for i in range(n)),
+        activations=noise + 8 * torch.nn.functional.one_hot(letters, d_in),
+        letters=letters,
+        is_test=torch.zeros(n, dtype=torch.bool),
+        hook_name="here",
+        prefix="",
+        n_dropped=0,
+    )
+
+
+def test_every_protocol_of_absorption_runs_and_gives_tables(monkeypatch):
+    arms = ("baseline", "C²R")
+    made = [cell_of("absorption", slug(f"{a}, {p}")) for a in arms for p in absorption.PROTOCOLS]
+    assert set(made[0].compute()[0]) == {"split", "not_evaluable"}, "a random model, few words"
+    d_in = language_model.training_store(LM).d_in
+    monkeypatch.setattr(absorption, "letters", lambda inputs: letter_task(500, d_in, 4))
+    values = {cell.name: compute(cell) for cell in made}
+    table = absorption.protocol_table(values, arms)
+    assert list(table.index) == list(absorption.PROTOCOLS) and table["baseline"].between(0, 1).all()
+    table = absorption.reliability_table(values, arms)
+    first, second = (values[slug(f"{arm}, {absorption.METRIC}")] for arm in arms)
+    assert len(first) == SMOKE.evaluation.word_splits
+    apart = [b["fraction"] - a["fraction"] for a, b in zip(first, second, strict=True)]
+    assert table.loc["C²R", "difference"] == pytest.approx(sum(apart) / len(apart))
+    assert table.loc["C²R", "resolves"] == pytest.approx(abs(apart[0] - apart[1]))
+
+
+def test_protocols_split_the_words_as_they_say():
+    n = 40
+    task = letter_task(n, 26, 26)
+    half = absorption.split(task, absorption.PROTOCOLS["half of the words, 50 steps"], 0)
+    assert len(half.words) == n // 2 == len(set(half.words)) and half.is_test.sum() == n // 4
+    for word, x, letter in zip(half.words, half.activations, half.letters, strict=True):
+        number = int(word.removeprefix("word"))
+        assert x.equal(task.activations[number]) and letter == task.letters[number]
+    other = absorption.split(task, absorption.PROTOCOLS["half of the words, 50 steps"], 1)
+    assert set(other.words) != set(half.words)
+    everything = [absorption.split(task, absorption.Protocol(), i) for i in range(5)]
+    assert torch.stack([one.is_test for one in everything]).sum(0).eq(1).all()
+    for steps in (50, 100, 2000):
+        size = absorption.batch_size(7196, steps)
+        assert steps <= 50 * -(-7196 // size) <= 1.05 * steps
 
 
 def test_validation_measures_an_sae_on_all_counts():

@@ -22,6 +22,7 @@ from c2r_core.artefacts.cells import Cell
 from c2r_core.artefacts.names import slug
 from c2r_core.artefacts.profiles import Profile, training_seeds
 from c2r_core.data.words import LETTERS, FirstLetterTask
+from c2r_core.errors import NotEvaluable
 from c2r_core.experiments.language_model import (
     LanguageModelArm,
     Sources,
@@ -106,7 +107,10 @@ def measure(
     seeds: Sequence[int],
     device: str,
 ) -> list[dict[str, Any]]:
-    """The scores of each split of the words, and what latents were taken for the letters' own."""
+    """The scores of each split of the words, and what latents were taken for the letters' own.
+
+    A split in which no letter can be measured has the reason instead.
+    """
     sae = trained(arm, training_store(sources.lm, device), seeds[0], device)
     inputs = inputs_of(sae, sources, device)
     rows = []
@@ -114,11 +118,15 @@ def measure(
         task = split(letters(inputs), protocol, number)
         n_train = int((~task.is_test).sum())
         probes = train_letter_probes(task, batch_size=batch_size(n_train, protocol.probe_steps))
-        report = evaluate_first_letter(
-            inputs.sae,
-            [LetterSplit(task, probes)],
-            selector_batch_size=batch_size(n_train, protocol.selector_steps),
-        )
+        try:
+            report = evaluate_first_letter(
+                inputs.sae,
+                [LetterSplit(task, probes)],
+                selector_batch_size=batch_size(n_train, protocol.selector_steps),
+            )
+        except NotEvaluable as error:
+            rows.append({"split": number, "not_evaluable": str(error)})
+            continue
         acts = encode_sparse(inputs.sae, task.activations, 256)
         rows.append({"split": number} | scores(report, acts, task))
     return rows
@@ -168,8 +176,8 @@ def scores(
 
 
 def of_protocol(values: Mapping[str, Any], arm: str, protocol: str, score: str) -> list[float]:
-    """One score of an arm, in every split."""
-    return [row[score] for row in values[slug(f"{arm}, {protocol}")]]
+    """One score of an arm, in every split; NaN where no letter could be measured."""
+    return [row.get(score, math.nan) for row in values[slug(f"{arm}, {protocol}")]]
 
 
 def protocol_table(
