@@ -5,7 +5,7 @@ how they are split, and how many steps the probes and the selector of the letter
 SAEBench gives both 50 epochs of batches of 4096, which makes 500 steps on this model's whole vocabulary, but
 100 on 9000 words and 50 on 4500. After 50 steps the selector has not converged: all weights begin at zero,
 Adam moves each about equally far, and the latents that rank first fire on one training word. They detect no
-letter, and so nearly every word counts as absorbed, for any SAE.
+letter, and so most words count as absorbed, whatever the SAE.
 """
 
 from __future__ import annotations
