@@ -447,5 +447,9 @@ def test_status_run_and_verify(capsys):
     assert __main__.main(["verify", "toy", "--profile", "smoke"]) == 1
     assert "toy/relu-c2r: " in (out := capsys.readouterr().out) and "is not what was" in out
     file.unlink()
+    assert __main__.main(["verify", "toy", "--profile", "smoke"]) == 1, "one is not committed"
+    capsys.readouterr()
+    assert __main__.main(["verify", "toy", "--profile", "smoke", "--sample", "5"]) == 0
+    assert "relu-c2r" not in capsys.readouterr().out, "a sample is of what is committed"
     __main__.main(["status", "toy", "--profile", "smoke"])
     assert capsys.readouterr().out.splitlines()[1].split() == ["toy", "5", "0", "1", "0"]

@@ -69,7 +69,10 @@ def verify(studies: Sequence[str], profile: str, sample: int | None, seed: int =
     """Compute committed cells again and compare; 1 if a number differs by more than its tolerance."""
     chosen = [cell for study in studies for cell in _cells(study, profile)]
     if sample is not None:
+        chosen = [cell for cell in chosen if state(cell, _folder(cell)).kind != "missing"]
         chosen = random.Random(seed).sample(chosen, min(sample, len(chosen)))
+        if not chosen:
+            print("verify: nothing is committed yet, so there is nothing to compare")
     bad = 0
     for cell in chosen:
         found = state(cell, _folder(cell))
@@ -106,7 +109,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             command.add_argument("--limit", type=int, help="at most so many cells")
             command.add_argument("--minutes", type=float, help="start no cell after so long")
         else:
-            command.add_argument("--sample", type=int, help="so many cells drawn at random")
+            command.add_argument(
+                "--sample", type=int, help="so many committed cells, drawn at random"
+            )
     command = commands.add_parser(
         "prune", help="remove from the cache what no code here would find"
     )
