@@ -26,6 +26,9 @@ _LINE = re.compile(
 )
 _OF = re.compile(rf"^\(({'|'.join(ABOUT)}), ({'|'.join(SUBJECTS)})\) ")
 
+MOST_DIGITS = 6
+"""Digits behind the point that are ever printed."""
+
 
 class Verdict(NamedTuple):
     """One judged expectation, or a lead."""
@@ -248,15 +251,20 @@ def _rounded(values: Sequence[Any], bounds: Sequence[float] = ()) -> list[str]:
     spread = max(values) - min(values)
     if math.isfinite(spread) and spread > 0:
         digits = max(digits, -math.floor(math.log10(spread)))
-    digits = min(max(digits, 0), 6)
-    while digits < 6 and any(
-        value != bound and round(value, digits) == round(bound, digits)
-        for value in values
-        for bound in bounds
+    digits = min(max(digits, 0), MOST_DIGITS)
+    while digits < MOST_DIGITS and any(
+        _blurs(value, bound, digits) for value in values for bound in bounds
     ):
         digits += 1
     plus = "+" if min(values) < 0 and len(values) > 1 else ""
     return [_signed(f"{value:{plus}.{digits}f}") for value in values]
+
+
+def _blurs(value: float, bound: float, digits: int) -> bool:
+    """Whether a rounded value looks like its bound, or as if it lay on the bound's other side."""
+    rounded = round(value, digits) if math.isfinite(value) else value
+    crossed = rounded > bound if value <= bound else rounded < bound
+    return crossed or (value != bound and rounded == round(bound, digits))
 
 
 def _signed(text: str) -> str:
