@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 from traitlets.config import Config
 
+from c2r_core.artefacts.files import whole_file
 from c2r_core.artefacts.names import unknown_name
 from c2r_core.artefacts.profiles import load_profile, profile_names
 from c2r_core.notebook import files as notebook_files
@@ -100,9 +101,8 @@ def refresh(notebook: Path, work_folder: Path = Path("runs/refresh")) -> None:
     out = work_folder / notebook.name
     run(notebook, out)
     text = notebook_files.canonical(notebook_files.read(out))
-    part = notebook.with_suffix(".ipynb.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(notebook)
+    with whole_file(notebook) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 def summary(committed: Path, executed: Path) -> tuple[str, bool]:
