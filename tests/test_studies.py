@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -252,10 +253,9 @@ def test_a_language_model_arm_is_trained_once(monkeypatch):
     assert sae.norm_factor == store.norm_factor
     forbid_training(monkeypatch, language_model)
     assert torch.equal(language_model.trained(arm, store, seed=10).W_dec, sae.W_dec)
-    for changed in (11, 10):
+    for other, seed in ((arm, 97), (replace(arm, k=arm.k + 1), 10)):  # which no other test trains
         with pytest.raises(AssertionError, match="trained again"):
-            other = arm if changed == 11 else language_model.standard_arms(LM)["baseline"]
-            language_model.trained(other, store, seed=changed)
+            language_model.trained(other, store, seed=seed)
 
 
 def test_a_corpus_with_too_few_tokens_is_an_error():
