@@ -59,21 +59,10 @@ def harvest_passages(
 ) -> Passages:
     """Passages of a corpus, about as many of each document and evenly spread in it.
 
-    ValueError if `activations` refuses the hook or the precision; NotEvaluable if no document is as long
-    as a passage, or an activation does not fit into half precision.
-
-    Parameters
-    ----------
-    n_passages : int
-        In all, at most.
-    n_tokens : int
-        Of each passage; it is a context of its own.
-    max_norm : float
-        The first token of a passage is left out, and tokens of a larger norm, as in training.
-    precision : "float32" or "bfloat16"
-        Of the model's matrix products.
-    batch_size : int
-        Passages per forward pass.
+    A passage has n_tokens tokens and is a context of its own. Its first token is left out, and tokens of a
+    norm above max_norm, as in training. `n_passages` is how many in all, at most; a batch is so many of them.
+    `precision` is that of `forward.activations`. ValueError if that refuses the hook or the precision;
+    NotEvaluable if no document is as long as a passage, or an activation does not fit into half precision.
     """
     texts, names, rows = [], [], []
     per_document = -(-n_passages // len(corpus))

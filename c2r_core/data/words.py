@@ -54,19 +54,10 @@ def letter_words(
 ) -> LetterWords:
     """Tokens that are words: ASCII letters with an optional leading space.
 
-    ValueError if `limit` or `test_share` is out of range, NotEvaluable if no word remains.
-
-    Parameters
-    ----------
-    corpus : Corpus, optional
-        Keep only tokens that occur in it, the most frequent first (ties: the lower token id).
-        Without it, the whole vocabulary in a random order.
-    limit : int, optional
-        Keep only so many, the first of that order.
-    test_share : float in (0, 1)
-        Share of the words, drawn at random, on which probes and SAEs are scored.
-    seed : int
-        Of the random order and of the split.
+    With a corpus, only tokens that occur in it, the most frequent first (ties: the lower token id); without
+    it, the whole vocabulary in a random order. `limit` keeps the first of that order. `test_share` is the
+    share of the words, drawn at random, on which probes and SAEs are scored. ValueError if one of these two
+    is out of range, NotEvaluable if no word remains.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}; expected a positive number, or None for all words.")
@@ -131,18 +122,9 @@ def harvest_words(
     if it has one. ValueError if `activations_at` refuses the hook or the precision, NotEvaluable if no
     word is a single token behind the prefix.
 
-    Parameters
-    ----------
-    hook_name : str
-        Such as `blocks.4.hook_resid_post`.
-    shots : sequence of str
-        Example words of the prefix, the same for all words; may be empty.
-    batch_size : int
-        Words per forward pass.
-    key_value_cache : bool
-        Run the prefix only once; much faster. False is for models without such a cache.
-    precision : "float32" or "bfloat16"
-        Of the model's matrix products, as in `c2r_core.data.forward.activations`.
+    `shots` are the example words of the prefix, the same for all words; there may be none. A batch is so many
+    words. With `key_value_cache` the prefix is run only once, which is much faster; False is for models
+    without such a cache. `precision` is that of `forward.activations`.
     """
     prefix = "".join(f"{shot} has the first letter: {shot[0].upper()}\n" for shot in shots)
     examples = {shot.lower() for shot in shots}

@@ -118,12 +118,9 @@ def summary(committed: Path, executed: Path) -> tuple[str, bool]:
             lines.append(f"  DIFFERS, {'committed' if line in before else 'this run'}: {line}")
         as_committed &= before == now
         lines.append(f"  notebook {run_path}, numbers {run_path.with_suffix('.json')}")
-    lines += ["", claims_text(every), ""]
-    lines.append(
-        "Every verdict is as committed."
-        if as_committed
-        else "Some verdicts are NOT as committed: see the lines marked DIFFERS or not run."
-    )
+    differ = "Some verdicts are NOT as committed: see the lines marked DIFFERS or not run."
+    outcome = "Every verdict is as committed." if as_committed else differ
+    lines += ["", claims_text(every), "", outcome]
     return "\n".join(lines), as_committed
 
 

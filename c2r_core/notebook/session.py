@@ -89,18 +89,10 @@ class Session:
         Not judged in smoke. An interval without ends (NaN), as of a single seed, cannot carry a claim
         and is printed as a lead. ValueError if `about` or `subject` is unknown, or as `judge_interval`.
 
-        Parameters
-        ----------
-        text : str
-            What is claimed, without measured digits.
-        interval : (mean, low, high), such as `statistics.Interval`, or None if not evaluable
-        n : str
-            What the interval is over, such as "5 seeds".
-        reason : str
-            Why the bound is where it is.
-        **bound
-            One of `at_least` (for the lower end), `at_most` (for the upper) and
-            `between=(low, high)` (for both).
+        `text` has no measured digits. The interval is (mean, low, high), such as `statistics.Interval`, or
+        None if not evaluable; `n` says what it is over, such as "5 seeds", and `reason` why the bound is
+        where it is. The bound is one of `at_least` (for the lower end), `at_most` (for the upper) and
+        `between=(low, high)` (for both).
         """
         for value, known in ((about, ABOUT), (subject, SUBJECTS)):
             if value not in known:
@@ -170,18 +162,8 @@ class Session:
 def start(notebook: str, profile: str = "default", seed: int = 0, device: str = "auto") -> Session:
     """Check a notebook's parameters, seed everything, and set threads and the figures' style.
 
-    ValueError if a parameter does not exist or is out of range.
-
-    Parameters
-    ----------
-    notebook : str
-        The notebook's name without .ipynb; names its results file.
-    profile : str
-        A profile of profiles.yml.
-    seed : int
-        Not negative.
-    device : str
-        "cpu", "cuda", "cuda:1", or "auto": cuda where there is one, else cpu.
+    The notebook's name, without .ipynb, names its results file. The device is "cpu", "cuda", "cuda:1", or
+    "auto": cuda where there is one, else cpu. ValueError if a parameter does not exist or is out of range.
     """
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise ValueError(f"seed must be a whole number from 0 on, got {seed!r}")
