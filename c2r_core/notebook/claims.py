@@ -8,6 +8,7 @@ part, since the third digit of a trained metric moves between processors.
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Iterable, Sequence
@@ -62,14 +63,10 @@ class Verdict(NamedTuple):
         parts = [] if hidden else [f"measured {self.measured}"]
         if self.expectation:
             parts.append(("expected " if self.kind == "claim" else "") + self.expectation)
-        body = ", ".join(parts)
-        notes = [f"n = {self.n}"] if self.n else []
-        notes += [f"because {self.reason}"] if self.reason else []
-        return (
-            f"{head}{of} {self.text}"
-            + (f": {body}" if body else "")
-            + "".join(f"; {note}" for note in notes)
-        )
+        body = f": {', '.join(parts)}" if parts else ""
+        n = f"; n = {self.n}" if self.n else ""
+        reason = f"; because {self.reason}" if self.reason else ""
+        return f"{head}{of} {self.text}{body}{n}{reason}"
 
 
 class Line(NamedTuple):
@@ -81,7 +78,7 @@ class Line(NamedTuple):
 
     @property
     def printed(self) -> str:
-        """The line without what was measured."""
+        """The line as it was printed."""
         return f"[{' '.join(filter(None, (self.kind, self.verdict)))}] {self.text}"
 
     @property
@@ -107,32 +104,17 @@ def judge(
     equals: Any = None,
     tolerance: float = 0.0,
 ) -> Verdict:
-    """Compare a measured value with one expectation; bounds are inclusive.
+    """Compare a measured value with one expectation; bounds are inclusive, NaN and None never hold.
 
-    A NaN or None (not evaluable) never holds.
-
-    Parameters
-    ----------
-    kind : {"check", "guard"}
-        An identity, or a test that the instrument works.
-    text : str
-        What is expected, without measured digits.
-    value : number, bool or str
-        What was measured. Without any bound it must be a bool.
-    tolerance : float
-        Allowed absolute difference; only with `equals`.
-
-    Raises
-    ------
-    ValueError
-        If more than one bound is given, or none for a value that is not a bool.
+    `text` says what is expected, without measured digits. `tolerance` is the allowed absolute difference
+    from `equals`. ValueError if more than one bound is given, or none for a value that is not a bool.
     """
-    bounds = (at_least, at_most, between, equals)
-    if sum(bound is not None for bound in bounds) > 1:
+    bounds = _bounds(at_least, at_most, between)
+    if len(bounds) + (equals is not None) > 1 + (between is not None):
         raise ValueError(f"{kind} {text!r} has more than one bound; make it several")
     value = value.item() if hasattr(value, "item") else value
     value = math.nan if value is None else value
-    if any(bound is not None for bound in (at_least, at_most, between)):
+    if bounds:
         expectation, holds = _within((value, value), at_least, at_most, between)
     elif isinstance(equals, str | bool):
         holds, expectation = value == equals, f"equal to {equals}"
@@ -146,7 +128,6 @@ def judge(
             f"{kind} {text!r} has a value of type {type(value).__name__} and no bound; "
             "give at_least, at_most, between or equals, or a bool"
         )
-    bounds = [b for b in (at_least, at_most, *(between or ())) if b is not None]
     measured = "" if isinstance(value, bool) else _rounded([value], bounds)[0]
     return Verdict(kind, text, expectation, value, _holds(holds), measured)
 
@@ -161,17 +142,11 @@ def judge_interval(
 ) -> Verdict:
     """Judge a claim by the end of an interval that is nearer to its bound; NaN or None never holds.
 
-    Parameters
-    ----------
-    interval : (mean, low, high), such as `statistics.Interval`, or None
-        None where it could not be evaluated.
-
-    Raises
-    ------
-    ValueError
-        If not exactly one bound is given, or the interval has no two ends.
+    The interval is (mean, low, high), such as `statistics.Interval`, or None if it could not be evaluated.
+    ValueError if not exactly one bound is given, or the interval has no two ends.
     """
-    if sum(bound is not None for bound in (at_least, at_most, between)) != 1:
+    bounds = _bounds(at_least, at_most, between)
+    if len(bounds) != 1 + (between is not None):
         raise ValueError(f"claim {text!r} needs exactly one of at_least, at_most and between")
     values = [math.nan] * 3 if interval is None else [_number(value) for value in interval]
     if len(values) != 3:
@@ -179,7 +154,6 @@ def judge_interval(
             f"claim {text!r} rests on {len(values)} numbers; expected an interval (mean, low, high)"
         )
     expectation, holds = _within(tuple(values[1:]), at_least, at_most, between)
-    bounds = [b for b in (at_least, at_most, *(between or ())) if b is not None]
     return Verdict("claim", text, expectation, values, _holds(holds), shown(values, bounds))
 
 
@@ -202,12 +176,8 @@ def counted(lines: Iterable[Line]) -> dict[tuple[str, str], tuple[int, int]]:
     """How many claims were held and how many failed, by (about, subject)."""
     verdicts = [(line.about, line.verdict) for line in lines if line.about]
     return {
-        (about, subject): tuple(
-            sum(v == ((about, subject), verdict) for v in verdicts)
-            for verdict in ("holds", "FAILS")
-        )
-        for about in ABOUT
-        for subject in SUBJECTS
+        of: (verdicts.count((of, "holds")), verdicts.count((of, "FAILS")))
+        for of in itertools.product(ABOUT, SUBJECTS)
     }
 
 
@@ -217,6 +187,12 @@ def _without_ends(values: Sequence[float]) -> bool:
 
 def _number(value: Any) -> float:
     return math.nan if value is None else float(value)
+
+
+def _bounds(
+    at_least: float | None, at_most: float | None, between: tuple[float, float] | None
+) -> list[float]:
+    return [bound for bound in (at_least, at_most, *(between or ())) if bound is not None]
 
 
 def _holds(holds: bool) -> str:
@@ -232,9 +208,8 @@ def _within(
     """The expectation in words, and whether both ends meet it."""
     low, high = ends
     if between is not None:
-        return f"between {between[0]:g} and {between[1]:g}", low >= between[0] and high <= between[
-            1
-        ]
+        least, most = between
+        return f"between {least:g} and {most:g}", low >= least and high <= most
     if at_least is not None:
         return f"at least {at_least:g}", low >= at_least
     return f"at most {at_most:g}", high <= at_most

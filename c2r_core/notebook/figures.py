@@ -2,12 +2,15 @@
 
 An arm has one colour, marker and label in every figure (`ARMS`). Arms differ by marker and by
 lightness as well as by colour, so that figures read in grey.
+
+`label` and `labels` are what the axes say, units included; `ax` is a new figure's if not given.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from typing import NamedTuple
+import itertools
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -47,9 +50,10 @@ _NAMES = (
     ("product",),
     ("co-activation",),
 )
+_LOOKS = tuple(zip(COLOURS, MARKERS, LINES * 2, strict=True))
 ARMS: dict[str, Style] = {
     name: Style(colour, marker, name, line)
-    for names, colour, marker, line in zip(_NAMES, COLOURS, MARKERS, LINES * 2, strict=True)
+    for names, (colour, marker, line) in zip(_NAMES, _LOOKS, strict=True)
     for name in names
 } | {"group lasso": Style("#4d4d4d", "*", "group lasso", ":")}
 """What an arm looks like, by its name; one dictionary for all figures."""
@@ -57,17 +61,14 @@ ARMS: dict[str, Style] = {
 
 def styles(names: Iterable[Hashable]) -> dict[Hashable, Style]:
     """A style for every name: its own if it is an arm's, else the next that no name here has."""
-    names = list(dict.fromkeys(names))
+    names = dict.fromkeys(names)
     own = {name: ARMS[name] for name in names if name in ARMS}
-    free = [
-        look
-        for look in zip(COLOURS, MARKERS, LINES * 2, strict=True)
-        if look[0] not in {style.colour for style in own.values()}
-    ]
-    others = [name for name in names if name not in own]
+    taken = {style.colour for style in own.values()}
+    free = itertools.cycle(look for look in _LOOKS if look[0] not in taken)
+    others = (name for name in names if name not in own)
     return own | {
-        name: Style(*free[i % len(free)][:2], str(name), free[i % len(free)][2])
-        for i, name in enumerate(others)
+        name: Style(colour, marker, str(name), line)
+        for name, (colour, marker, line) in zip(others, free, strict=False)
     }
 
 
@@ -99,19 +100,14 @@ def panels(n: int, *, width: float = 3.4, height: float = 3.2) -> list[Axes]:
 def plot_arms(table: pd.DataFrame, metric: str, *, label: str, ax: Axes | None = None) -> Axes:
     """One metric of every arm: a mark for each run, a bar across at their mean.
 
-    Parameters
-    ----------
-    table : DataFrame with the columns `arm` and `metric`, one row per run
-    label : str
-        What the axis says, unit included.
+    The table has the columns `arm` and `metric`, one row per run.
     """
     ax = ax or panels(1)[0]
     looks = styles(table["arm"])
     for position, (arm, look) in enumerate(looks.items()):
-        _marks_and_mean(ax, table.loc[table["arm"] == arm, metric], position, 0.3, look)
-    ax.set_xticks(range(len(looks)), list(looks), rotation=20, ha="right")
+        _marks_and_mean(ax, table.loc[table["arm"] == arm, metric], position, 0.3, look, 0.15)
+    _name_places(ax, looks, rotation=20, ha="right")
     ax.set(ylabel=label, ylim=(min(0.0, ax.get_ylim()[0]), None), xlim=(-0.6, len(looks) - 0.4))
-    ax.grid(axis="x", visible=False)
     return ax
 
 
@@ -120,41 +116,29 @@ def plot_grouped(
 ) -> Axes:
     """One metric of every group and arm: a mark for each run, arms side by side within a group.
 
-    Parameters
-    ----------
-    table : DataFrame with the columns `group`, `arm` and `metric`, one row per run
-    group : str
-        Column whose values become the places along the axis, in order of appearance.
-    label : str
-        What the axis says, unit included.
+    The table has the columns `group`, `arm` and `metric`, one row per run; groups are in order of appearance.
     """
     ax = ax or panels(1, width=9)[0]
     groups, looks = list(dict.fromkeys(table[group])), styles(table["arm"])
     width = 0.66 / max(3, len(looks))
-    for position, (arm, look) in enumerate(looks.items()):
+    for aside, (arm, look) in zip(_side_by_side(len(looks)), looks.items(), strict=True):
         for place, name in enumerate(groups):
-            rows = table[(table["arm"] == arm) & (table[group] == name)]
-            place += (position - (len(looks) - 1) / 2) * width
-            _marks_and_mean(
-                ax, rows[metric], place, width * 0.4, look, spread=0, first=name == groups[0]
-            )
+            values = table.loc[(table["arm"] == arm) & (table[group] == name), metric]
+            look = look if place == 0 else look._replace(label=None)  # once in the legend
+            _marks_and_mean(ax, values, place + aside * width, width * 0.4, look)
     for edge in range(1, len(groups)):
         ax.axvline(edge - 0.5, color="0.9", linewidth=1)
-    ax.set_xticks(range(len(groups)), groups)
+    _name_places(ax, groups)
     ax.set(ylabel=label, xlim=(-0.5, len(groups) - 0.5))
-    ax.grid(axis="x", visible=False)
     return _legend_beside(ax)
 
 
 def _marks_and_mean(
-    ax: Axes, values: pd.Series, place: float, half: float, look: Style, *, spread=0.15, first=True
+    ax: Axes, values: pd.Series, place: float, half: float, look: Style, spread: float = 0
 ) -> None:
     values = values.to_numpy(dtype=float)
-    offsets = (
-        np.linspace(-spread, spread, len(values)) if len(values) > 1 else np.zeros(len(values))
-    )
-    label = look.label if first else None
-    ax.scatter(place + offsets, values, s=32, label=label, zorder=3, **look.mark)
+    places = place + (np.linspace(-spread, spread, len(values)) if len(values) > 1 else 0 * values)
+    ax.scatter(places, values, s=32, label=look.label, zorder=3, **look.mark)
     if len(values):
         ax.hlines(values.mean(), place - half, place + half, color=look.colour, linewidth=2)
 
@@ -171,19 +155,20 @@ def plot_lines(
 ) -> Axes:
     """One line of y against x for every value of `by`: means over rows of equal `order`.
 
-    Parameters
-    ----------
-    table : DataFrame with the columns `by`, `x`, `y` and `order`
-    labels : what the two axes say, units included
-    order : str, optional
-        Column along which points are joined; x itself, on a logarithmic scale, if not given.
+    Points are joined along `order`, a column; along x itself, on a logarithmic scale, if it is not given.
     """
     ax = ax or panels(1, width=5)[0]
     for name, look in styles(table[by]).items():
-        columns = list(dict.fromkeys([x, y]))
-        points = table[table[by] == name].groupby(order or x)[columns].mean(numeric_only=True)
-        points = points.sort_index() if order else points.drop(columns=x).reset_index()
-        ax.plot(points[x], points[y], look.line, markersize=6, label=look.label, **look.mark)
+        rows = table[table[by] == name].groupby(order or x)
+        points = rows[y].mean()
+        ax.plot(
+            rows[x].mean() if order else points.index,
+            points,
+            look.line,
+            markersize=6,
+            label=look.label,
+            **look.mark,
+        )
     ax.set(xlabel=labels[0], ylabel=labels[1], xscale="linear" if order else "log")
     if order:
         ax.locator_params(axis="x", nbins=4)
@@ -199,13 +184,7 @@ def plot_points(
     labels: tuple[str, str],
     ax: Axes | None = None,
 ) -> Axes:
-    """One column against another, a mark for every row, told apart by a third.
-
-    Parameters
-    ----------
-    table : DataFrame with the columns `x`, `y` and `by`
-    labels : what the two axes say, units included
-    """
+    """One column against another, a mark for every row, told apart by a third, `by`."""
     ax = ax or panels(1)[0]
     numbers = pd.api.types.is_numeric_dtype(table[by])
     for name, look in styles(sorted(table[by]) if numbers else table[by]).items():
@@ -220,21 +199,16 @@ def plot_points(
 def plot_effects(table: pd.DataFrame, *, label: str, ax: Axes | None = None) -> Axes:
     """Values with 95 % intervals, one below the other, the first at the top.
 
-    Parameters
-    ----------
-    table : DataFrame with the columns `name`, `mean`, `low` and `high`, and perhaps `arm`
-    label : str
-        What the axis says, unit included.
+    The table has the columns `name`, `mean`, `low` and `high`, and perhaps `arm`.
     """
     ax = ax or panels(1)[0]
     names = list(dict.fromkeys(table["name"]))
     looks = styles(table["arm"]) if "arm" in table else {None: ARMS["baseline"]}
-    for position, (arm, look) in enumerate(looks.items()):
+    for aside, (arm, look) in zip(_side_by_side(len(looks)), looks.items(), strict=True):
         rows = table if arm is None else table[table["arm"] == arm]
-        places = rows["name"].map(names.index) + (position - (len(looks) - 1) / 2) * 0.22
-        reach = [rows["mean"] - rows["low"], rows["high"] - rows["mean"]]
+        places = rows["name"].map(names.index) + aside * 0.22
         line = {"linestyle": "", "label": look.label, **look.mark}
-        ax.errorbar(rows["mean"], places, xerr=reach, capsize=3, **line)
+        ax.errorbar(rows["mean"], places, xerr=_reach(rows), capsize=3, **line)
     ax.axvline(0, **GREY)
     ax.set_yticks(range(len(names)), names)
     ax.set(xlabel=label, ylim=(len(names) - 0.4, -0.6))
@@ -247,19 +221,15 @@ def plot_intervals(
 ) -> Axes:
     """Means with 95 % intervals against a weight on a logarithmic axis, a line for every group.
 
-    Parameters
-    ----------
-    table : DataFrame with the columns `by`, `x`, `mean`, `low` and `high`
-    labels : what the two axes say, units included
+    The table has the columns `by`, `x`, `mean`, `low` and `high`.
     """
     ax = ax or panels(1)[0]
     looks = styles(table[by])
-    for position, (name, look) in enumerate(looks.items()):
+    for aside, (name, look) in zip(_side_by_side(len(looks)), looks.items(), strict=True):
         rows = table[table[by] == name]
-        aside = 1.06 ** (position - (len(looks) - 1) / 2)  # or bars would hide each other
-        reach = [rows["mean"] - rows["low"], rows["high"] - rows["mean"]]
+        places = rows[x] * 1.06**aside  # or bars would hide each other
         line = {"linestyle": look.line, "label": look.label, **look.mark}
-        ax.errorbar(rows[x] * aside, rows["mean"], yerr=reach, capsize=2, **line)
+        ax.errorbar(places, rows["mean"], yerr=_reach(rows), capsize=2, **line)
     ax.axhline(0, **GREY)
     ax.set(xlabel=labels[0], ylabel=labels[1], xscale="log")
     values = sorted(table[x].unique())
@@ -271,19 +241,14 @@ def plot_intervals(
 def plot_pairs(table: pd.DataFrame, *, by: str, label: str, ax: Axes | None = None) -> Axes:
     """A value for every row and arm, the arms of a row joined, rows sorted by their difference.
 
-    Parameters
-    ----------
-    table : DataFrame with the columns `arm`, `by`, `value`
-        One row per arm and, say, letter. What is sorted by is the second arm minus the first.
-    by : str
-        Column of what is compared pair by pair.
+    The table has the columns `arm`, `by` (such as "letter") and `value`, one row for each pair of the
+    former. What is sorted by is the second arm minus the first.
     """
     ax = ax or panels(1, width=9)[0]
     looks = styles(table["arm"])
     wide = table.pivot(index=by, columns="arm", values="value")[list(looks)]
-    arms = list(looks)
-    if len(arms) > 1:
-        wide = wide.loc[(wide[arms[1]] - wide[arms[0]]).sort_values().index]
+    if len(looks) > 1:
+        wide = wide.loc[(wide.iloc[:, 1] - wide.iloc[:, 0]).sort_values().index]
     ax.vlines(range(len(wide)), wide.min(axis=1), wide.max(axis=1), color="0.75", linewidth=2)
     for arm, look in looks.items():
         ax.scatter(range(len(wide)), wide[arm], label=look.label, zorder=3, **look.mark)
@@ -303,20 +268,10 @@ def plot_matrix(
 ) -> Axes:
     """A small matrix of cosines with its numbers written into the cells, colours centred at 0."""
     ax = ax or panels(1)[0]
-    sns.heatmap(
-        np.asarray(values),
-        ax=ax,
-        vmin=-1,
-        vmax=1,
-        cmap="RdBu_r",
-        annot=True,
-        fmt=f".{decimals}f",
-        annot_kws={"size": 8},
-        linewidths=0.5,
-        xticklabels=list(columns),
-        yticklabels=list(rows),
-        cbar_kws={"label": label},
-    )
+    colours = {"vmin": -1, "vmax": 1, "cmap": "RdBu_r", "cbar_kws": {"label": label}}
+    numbers = {"annot": True, "fmt": f".{decimals}f", "annot_kws": {"size": 8}}
+    names = {"xticklabels": list(columns), "yticklabels": list(rows)}
+    sns.heatmap(np.asarray(values), ax=ax, linewidths=0.5, **colours, **numbers, **names)
     ax.tick_params(axis="y", rotation=0)
     ax.set_xticks(ax.get_xticks(), list(columns), rotation=30, ha="right")
     return ax
@@ -325,17 +280,16 @@ def plot_matrix(
 def plot_firing(shares: Mapping[str, Sequence[float]], groups: Sequence[str], ax=None) -> Axes:
     """How often a parent's latent fires while its parent is on, by which child is on with it."""
     ax = ax or panels(1, width=7)[0]
-    width = 0.8 / len(shares)
-    for position, ((name, values), look) in enumerate(
-        zip(shares.items(), styles(shares).values(), strict=True)
+    looks, width = styles(shares), 0.8 / len(shares)
+    hatches = itertools.cycle(("", "//", ".."))
+    for aside, (name, values), hatch in zip(
+        _side_by_side(len(shares)), shares.items(), hatches, strict=False
     ):
-        places = np.arange(len(groups)) + (position - (len(shares) - 1) / 2) * width
-        hatch = ("", "//", "..")[position % 3]
-        bars = {"color": look.colour, "hatch": hatch, "edgecolor": "white", "label": name}
+        places = np.arange(len(groups)) + aside * width
+        bars = {"color": looks[name].colour, "hatch": hatch, "edgecolor": "white", "label": name}
         ax.bar(places, values, width * 0.92, **bars)
-    ax.set_xticks(range(len(groups)), groups)
+    _name_places(ax, groups)
     ax.set(ylabel="share of samples in which\nthe parent's latent fires", ylim=(0, 1.05))
-    ax.grid(axis="x", visible=False)
     return _legend_beside(ax)
 
 
@@ -348,10 +302,7 @@ PAIR_PENALTIES: dict[str, tuple[str, Callable[[Tensor, Tensor], Tensor]]] = {
 
 
 def plot_pair_penalties(axes: Sequence[Axes] | None = None) -> list[Axes]:
-    """Penalty of a pair, and the force on its first latent, by how its energy is shared.
-
-    The force is the derivative with respect to the first latent's norm.
-    """
+    """Penalty of a pair, and its derivative by the first latent's norm, by how its energy is shared."""
     left, right = axes or panels(2, width=4.6)
     share = torch.linspace(0, 1, 101, dtype=torch.float64)
     for arm, (label, penalty) in PAIR_PENALTIES.items():
@@ -388,11 +339,26 @@ def plot_cumulative(
     """Cumulative distribution of a value over latents, one curve an arm."""
     ax = ax or panels(1, width=7)[0]
     for (name, one), look in zip(values.items(), styles(values).values(), strict=True):
-        ordered = np.sort(np.asarray(one))
-        height = np.arange(1, len(ordered) + 1) / len(ordered)
-        ax.plot(ordered, height, look.line, color=look.colour, label=name, linewidth=2)
+        height = np.arange(1, len(one) + 1) / len(one)
+        ax.plot(
+            np.sort(np.asarray(one)), height, look.line, color=look.colour, label=name, linewidth=2
+        )
     ax.set(xlabel=label, ylabel="share of latents at or below", ylim=(0, 1))
     return _legend_beside(ax)
+
+
+def _side_by_side(n: int) -> np.ndarray:
+    """Offsets of n things about 0, one apart."""
+    return np.arange(n) - (n - 1) / 2
+
+
+def _reach(rows: pd.DataFrame) -> list[pd.Series]:
+    return [rows["mean"] - rows["low"], rows["high"] - rows["mean"]]
+
+
+def _name_places(ax: Axes, names: Collection[Hashable], **text: Any) -> None:
+    ax.set_xticks(range(len(names)), list(names), **text)
+    ax.grid(axis="x", visible=False)
 
 
 def _legend_beside(ax: Axes) -> Axes:

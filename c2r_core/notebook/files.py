@@ -28,13 +28,7 @@ _LINK = re.compile(r"\]\(([^)#\s]+)[^)]*\)")
 
 
 def read(path: Path) -> NotebookNode:
-    """The notebook as nbformat reads it.
-
-    Raises
-    ------
-    ValueError
-        If the file is not a notebook.
-    """
+    """The notebook as nbformat reads it; ValueError if the file is none."""
     try:
         return nbformat.read(path, as_version=4)
     except (nbformat.reader.NotJSONError, nbformat.ValidationError) as error:
@@ -43,14 +37,13 @@ def read(path: Path) -> NotebookNode:
 
 def parameter_names(notebook: NotebookNode) -> list[str]:
     """Names that the cell tagged `parameters` assigns, in order; empty without such a cell."""
-    names = []
-    for cell in notebook.cells:
-        for statement in ast.parse(cell.source).body if "parameters" in _tags(cell) else ():
-            if isinstance(statement, ast.Assign):
-                names += [target.id for target in statement.targets if isinstance(target, ast.Name)]
-            elif isinstance(statement, ast.AnnAssign):
-                names.append(statement.target.id)
-    return names
+    return [
+        node.id
+        for cell in notebook.cells
+        if "parameters" in _tags(cell)
+        for node in ast.walk(ast.parse(cell.source))
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+    ]
 
 
 def verdicts(notebook: NotebookNode) -> list[Line]:
@@ -65,17 +58,10 @@ def canonical(notebook: NotebookNode) -> str:
     widgets' metadata, the interpreter's version and injected parameters; joins the pieces of one
     stream.
     """
-    kept = nbformat.v4.new_notebook(
-        metadata={
-            "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
-            "language_info": {"name": "python"},
-        },
-        cells=[
-            _canonical_cell(cell)
-            for cell in notebook.cells
-            if "injected-parameters" not in _tags(cell)
-        ],
-    )
+    python = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    metadata = {"kernelspec": python, "language_info": {"name": "python"}}
+    cells = [_canonical_cell(c) for c in notebook.cells if "injected-parameters" not in _tags(c)]
+    kept = nbformat.v4.new_notebook(metadata=metadata, cells=cells)
     return nbformat.writes(kept).rstrip("\n") + "\n"
 
 

@@ -24,10 +24,7 @@ from c2r_core.artefacts.profiles import load_profile, profile_names
 from c2r_core.notebook import files as notebook_files
 from c2r_core.notebook.claims import Line, counted
 
-KERNEL_ENVIRONMENT = {
-    "TQDM_DISABLE": "1",
-    "PYDEVD_DISABLE_FILE_VALIDATION": "1",
-}
+KERNEL_ENVIRONMENT = {"TQDM_DISABLE": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
 """Where a notebook runs unattended, progress bars and a debugger's remarks would be outputs."""
 
 
@@ -39,21 +36,13 @@ def run(notebook: Path, out: Path, parameters: Mapping[str, Any] | None = None) 
     """Execute a notebook in a process of its own, in its own folder, and write it to `out`.
 
     `out` appears only when every cell has run. After a failure, the notebook with its traceback is
-    beside it as `*.failed.ipynb`.
-
-    Raises
-    ------
-    FileNotFoundError
-        If there is no such notebook.
-    ValueError
-        If a parameter is not among the notebook's, or the profile does not exist.
-    NotebookFailed
-        If a cell raises, or the kernel dies.
+    beside it as `*.failed.ipynb`. FileNotFoundError if there is no such notebook, ValueError if it has no
+    such parameter or the profile does not exist, NotebookFailed if a cell raises or the kernel dies.
     """
     import papermill
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
 
-    parameters = dict(parameters or {})
+    parameters = parameters or {}
     if not notebook.is_file():
         raise FileNotFoundError(f"there is no notebook {notebook}")
     known = notebook_files.parameter_names(notebook_files.read(notebook))
@@ -78,7 +67,8 @@ def run(notebook: Path, out: Path, parameters: Mapping[str, Any] | None = None) 
                 cwd=str(notebook.parent),
                 kernel_name="python3",
                 language="python",
-                config=_sockets_in(sockets),
+                # Reach the kernel through files, not TCP: works without even a loopback network.
+                config=Config({"KernelManager": {"transport": "ipc", "ip": f"{sockets}/kernel"}}),
                 extra_arguments=["--log-level=CRITICAL"],
                 progress_bar=False,
             )
@@ -86,11 +76,6 @@ def run(notebook: Path, out: Path, parameters: Mapping[str, Any] | None = None) 
         part.replace(failed)
         raise NotebookFailed(f"{notebook} failed; the traceback is in {failed}\n{error}") from error
     part.replace(out)
-
-
-def _sockets_in(folder: str) -> Config:
-    """Reach the kernel through files, not TCP: works where not even a loopback network is up."""
-    return Config({"KernelManager": {"transport": "ipc", "ip": f"{folder}/kernel"}})
 
 
 def refresh(notebook: Path, work_folder: Path = Path("runs/refresh")) -> None:
@@ -106,14 +91,9 @@ def refresh(notebook: Path, work_folder: Path = Path("runs/refresh")) -> None:
 
 
 def summary(committed: Path, executed: Path) -> tuple[str, bool]:
-    """Every verdict and lead under `default`, a count of the claims, and whether all is as committed.
+    """Every verdict and lead, a count of the claims, and whether all is as committed.
 
-    Parameters
-    ----------
-    committed : Path
-        Folder of the notebooks as committed, with outputs.
-    executed : Path
-        Folder with the same notebooks as just executed.
+    `committed` is the folder of the notebooks with outputs, `executed` that of the same as just executed.
     """
     lines: list[str] = []
     every: list[Line] = []
@@ -138,12 +118,9 @@ def summary(committed: Path, executed: Path) -> tuple[str, bool]:
             lines.append(f"  DIFFERS, {'committed' if line in before else 'this run'}: {line}")
         as_committed &= before == now
         lines.append(f"  notebook {run_path}, numbers {run_path.with_suffix('.json')}")
-    lines += ["", claims_text(every), ""]
-    lines.append(
-        "Every verdict is as committed."
-        if as_committed
-        else "Some verdicts are NOT as committed: see the lines marked DIFFERS or not run."
-    )
+    differ = "Some verdicts are NOT as committed: see the lines marked DIFFERS or not run."
+    outcome = "Every verdict is as committed." if as_committed else differ
+    lines += ["", claims_text(every), "", outcome]
     return "\n".join(lines), as_committed
 
 

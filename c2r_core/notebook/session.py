@@ -48,12 +48,7 @@ class Session:
     def record(self, **values: Any) -> None:
         """Keep measured values for the results file: numbers, arrays, dataclasses, nested or not.
 
-        Raises
-        ------
-        ValueError
-            If a name was recorded before.
-        TypeError
-            If a value cannot be written as JSON.
+        ValueError if a name was recorded before, TypeError if a value cannot be written as JSON.
         """
         for name, value in values.items():
             if name in self._records:
@@ -65,15 +60,9 @@ class Session:
     def check(self, text: str, value: Any, **bound: Any) -> None:
         """Print whether an identity holds; judged in every profile.
 
-        Parameters
-        ----------
-        text : str
-            What must be so, without measured digits.
-        value : number, bool or str
-            What was measured.
-        **bound
-            One of `at_least`, `at_most`, `between=(low, high)`, `equals` (with `tolerance`);
-            none for a bool. See `claims.judge`.
+        `text` says what must be so, without measured digits; `value` is what was measured, a number, bool
+        or str. The bound is one of `at_least`, `at_most`, `between=(low, high)` and `equals` (with
+        `tolerance`), and none for a bool. ValueError as `claims.judge`.
         """
         self._judged(judge("check", text, value, **bound))
 
@@ -98,27 +87,12 @@ class Session:
         """Print whether an interval lies on one side of a bound: a statement about the world.
 
         Not judged in smoke. An interval without ends (NaN), as of a single seed, cannot carry a claim
-        and is printed as a lead.
+        and is printed as a lead. ValueError if `about` or `subject` is unknown, or as `judge_interval`.
 
-        Parameters
-        ----------
-        text : str
-            What is claimed, without measured digits.
-        interval : (mean, low, high), such as `statistics.Interval`, or None if not evaluable
-        n : str
-            What the interval is over, such as "5 seeds".
-        reason : str
-            Why the bound is where it is.
-        about : {"toy", "language model"}
-        subject : {"C²R", "others"}
-        **bound
-            One of `at_least` (for the lower end), `at_most` (for the upper) and
-            `between=(low, high)` (for both).
-
-        Raises
-        ------
-        ValueError
-            If `about` or `subject` is none of these, or as `claims.judge_interval`.
+        `text` has no measured digits. The interval is (mean, low, high), such as `statistics.Interval`, or
+        None if not evaluable; `n` says what it is over, such as "5 seeds", and `reason` why the bound is
+        where it is. The bound is one of `at_least` (for the lower end), `at_most` (for the upper) and
+        `between=(low, high)` (for both).
         """
         for value, known in ((about, ABOUT), (subject, SUBJECTS)):
             if value not in known:
@@ -153,22 +127,10 @@ class Session:
     ) -> dict[str, Any]:
         """Every cell of a study at this notebook's profile, seed and device: {name: values}.
 
-        Current cells are read, the others computed, as the variable C2R_CELLS says ("kept",
-        "anew" or "commit"; see `artefacts.cells`).
-
-        Parameters
-        ----------
-        study : str
-            A name in `experiments.STUDIES`.
-        live : bool
-            Compute every cell here and now, and neither read nor write a file.
-        only : callable, optional
-            Which cells, by name; all without it.
-
-        Raises
-        ------
-        ValueError
-            If there is no such study.
+        Current cells are read, the others computed, as the variable C2R_CELLS says ("kept", "anew" or
+        "commit"; see `artefacts.cells`). `live` computes every cell here and now, and neither reads nor
+        writes a file; `only` says which cells, by name. ValueError if `experiments.STUDIES` has no such
+        study.
         """
         from c2r_core.artefacts.cells import compute, read_or_compute
         from c2r_core.experiments import cells
@@ -187,34 +149,21 @@ class Session:
                 "notebook": self.notebook,
                 "claims": [plain(verdict._asdict()) for verdict in self._verdicts],
                 "records": self._records,
-                "provenance": self._provenance(time.monotonic() - self._started),
+                "provenance": provenance(
+                    profile=self.profile.name,
+                    seed=self.seed,
+                    device=self.device,
+                    seconds=time.monotonic() - self._started,
+                ),
             },
-        )
-
-    def _provenance(self, seconds: float) -> dict[str, Any]:
-        return provenance(
-            profile=self.profile.name, seed=self.seed, device=self.device, seconds=seconds
         )
 
 
 def start(notebook: str, profile: str = "default", seed: int = 0, device: str = "auto") -> Session:
     """Check a notebook's parameters, seed everything, and set threads and the figures' style.
 
-    Parameters
-    ----------
-    notebook : str
-        The notebook's name without .ipynb; names its results file.
-    profile : str
-        A profile of profiles.yml.
-    seed : int
-        Not negative.
-    device : str
-        "cpu", "cuda", "cuda:1", or "auto": cuda where there is one, else cpu.
-
-    Raises
-    ------
-    ValueError
-        If one of them does not exist or is out of range.
+    The notebook's name, without .ipynb, names its results file. The device is "cpu", "cuda", "cuda:1", or
+    "auto": cuda where there is one, else cpu. ValueError if a parameter does not exist or is out of range.
     """
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise ValueError(f"seed must be a whole number from 0 on, got {seed!r}")
@@ -234,10 +183,7 @@ def _usable_device(device: str) -> str:
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     kind = device.partition(":")[0]
-    available = {
-        "cpu": True,
-        "cuda": torch.cuda.is_available(),
-    }
+    available = {"cpu": True, "cuda": torch.cuda.is_available()}
     if kind not in available:
         raise ValueError(unknown_name("device", device, ["auto", *available]))
     if not available[kind]:

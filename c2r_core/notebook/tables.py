@@ -30,9 +30,7 @@ def paired_seeds(
 ) -> Paired:
     """Arm − scale · baseline over the seeds.
 
-    Parameters
-    ----------
-    table : DataFrame with the columns `arm`, `seed` and the value; rows of equal arm and seed are averaged
+    The table has the columns `arm`, `seed` and the value; rows of equal arm and seed are averaged.
     """
     pair = _pairs(table, ["seed"], value, arm, baseline)
     return Paired(_interval(pair, arm, baseline, scale), _count(len(pair), "seed"))
@@ -49,13 +47,8 @@ def paired_items(
 ) -> Paired:
     """Arm − scale · baseline over the seeds if there are at least MIN_SEEDS, else over items.
 
-    Only items that both arms have for a seed count.
-
-    Parameters
-    ----------
-    table : DataFrame with the columns `arm`, `seed`, `item` and the value
-    item : str
-        What a row is about, such as "letter"; names n.
+    Only items that both arms have for a seed count. The table has the columns `arm`, `seed`, `item` (what a
+    row is about, such as "letter", which names n) and the value.
     """
     pair = _pairs(table, ["seed", item], value, arm, baseline)
     n_seeds = len(pair.index.unique("seed"))

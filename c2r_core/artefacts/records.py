@@ -1,0 +1,54 @@
+"""Dataclasses of tensors and JSON's values that are written to a folder and read again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import ClassVar, Self
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from c2r_core.artefacts.files import whole_folder
+
+_FORMAT_VERSION = 1
+
+
+class Record:
+    """Base of a dataclass whose fields are tensors, numbers, texts, or tuples of the latter two."""
+
+    FILES: ClassVar[str]
+    """Name of its two files, without their endings."""
+
+    def save(self, folder: Path | str) -> None:
+        """Write FILES.safetensors and FILES.json into a folder, replacing it as a whole."""
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        others = {name: value for name, value in vars(self).items() if name not in tensors}
+        text = json.dumps({"format_version": _FORMAT_VERSION, **others})
+        with whole_folder(folder) as part:
+            save_file(tensors, part / f"{self.FILES}.safetensors")
+            (part / f"{self.FILES}.json").write_text(text, encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path | str) -> Self:
+        """Read what `save` wrote.
+
+        FileNotFoundError if the folder lacks one of the files, ValueError if they are in another format.
+        """
+        tensors, others = (
+            Path(folder) / f"{cls.FILES}{kind}" for kind in (".safetensors", ".json")
+        )
+        for file in (others, tensors):
+            if not file.is_file():
+                raise FileNotFoundError(
+                    f"{folder} has no {file.name}; expected a folder written by {cls.__name__}.save."
+                )
+        values = json.loads(others.read_text(encoding="utf-8"))
+        version = values.pop("format_version", None)
+        if version != _FORMAT_VERSION:
+            raise ValueError(
+                f"{folder} holds a {cls.__name__} of format {version}; this code reads {_FORMAT_VERSION}. "
+                "Make it anew."
+            )
+        values = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+        return cls(**load_file(tensors), **values)
