@@ -1,6 +1,6 @@
 """Confidence intervals of means and of paired differences, rank correlations, trade-offs.
 
-All functions raise ValueError for sequences of different lengths, for too few values, and for NaN or infinity.
+All functions raise ValueError for sequences of different lengths, too few values, NaN or infinity.
 """
 
 from __future__ import annotations
@@ -96,8 +96,8 @@ def _checked(least: int, of_what: str, *sequences: Sequence[float] | np.ndarray)
     shapes = [row.shape for row in rows]
     if len(set(shapes)) > 1 or rows[0].ndim != 1 or len(rows[0]) < least:
         raise ValueError(
-            f"Got values of shapes {', '.join(map(str, shapes))}; expected sequences of equal length with at "
-            f"least {of_what}."
+            f"Got values of shapes {', '.join(map(str, shapes))}; expected sequences of equal length "
+            f"with at least {of_what}."
         )
     if not np.isfinite(rows).all():
         raise ValueError(

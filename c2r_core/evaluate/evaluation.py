@@ -73,7 +73,7 @@ def evaluate(
     options : Options
         The profile of sizes, seed, device, and what some metrics need.
 
-    Raises FileNotFoundError, ValueError if there is nothing to measure or to measure on: no such SAE,
+    Raises FileNotFoundError or ValueError if there is nothing to measure or to measure on: no such SAE,
     model, hook, corpus, profile or metric; or if the SAE was trained on the very documents that are held
     out here.
     """

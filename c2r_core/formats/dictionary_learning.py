@@ -75,7 +75,7 @@ class Layout(NamedTuple):
     """How a class of dictionary is stored and read."""
 
     names: tuple[str, ...]
-    """Tensors of the encoder, the decoder, the decoder's bias, and what the activation takes, in its order."""
+    """Of the encoder, the decoder, the decoder's bias, and what the activation takes, in its order."""
     activation: Callable[..., nn.Module]
     centred: bool = True
     """As in `InferenceSAE`."""
