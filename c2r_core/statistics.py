@@ -1,8 +1,11 @@
-"""Confidence intervals of means and of paired differences, rank correlations, trade-offs."""
+"""Confidence intervals of means and of paired differences, rank correlations, trade-offs.
+
+All functions raise ValueError for sequences of different lengths, too few values, NaN or infinity.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -22,45 +25,18 @@ class Interval(NamedTuple):
 def paired_interval(
     arm: Sequence[float], baseline: Sequence[float], *, scale: float = 1.0, level: float = 0.95
 ) -> Interval:
-    """Interval of the mean of arm − scale · baseline, paired by seed (Student's t).
+    """Interval of the mean of arm − scale · baseline, paired by seed (Student's t), of two pairs or more.
 
-    Parameters
-    ----------
-    arm, baseline : sequences of float of equal length
-        Entry i of both is the same seed on the same data.
-    scale : float
-        ½ asks whether the arm at least halves the baseline: it does if `high` is at most 0.
-    level : float
-        Coverage of the interval.
-
-    Raises
-    ------
-    ValueError
-        If the lengths differ, there are fewer than two pairs, or a value is not finite.
+    Entry i of both is the same seed on the same data. A scale of ½ asks whether the arm at least halves the
+    baseline: it does if `high` is at most 0.
     """
-    first, second = np.asarray(arm, dtype=float), np.asarray(baseline, dtype=float)
-    if first.shape != second.shape or first.ndim != 1 or len(first) < 2:
-        raise ValueError(
-            f"Got {first.shape} and {second.shape} values; expected two sequences of equal length "
-            "with at least two pairs, or there is no spread to measure."
-        )
+    first, second = _checked(2, "two pairs", arm, baseline)
     return mean_interval(first - scale * second, level=level)
 
 
 def mean_interval(values: Sequence[float] | np.ndarray, *, level: float = 0.95) -> Interval:
-    """Interval of the mean of at least two independent values (Student's t).
-
-    Raises
-    ------
-    ValueError
-        If there are fewer than two values, or one is not finite.
-    """
-    values = np.asarray(values, dtype=float)
-    if len(values) < 2 or not np.isfinite(values).all():
-        raise ValueError(
-            f"Got {values.tolist()}; expected at least two finite values. Leave out what was not "
-            "evaluable, in pairs."
-        )
+    """Interval of the mean of at least two independent values (Student's t)."""
+    (values,) = _checked(2, "two values", values)
     mean = float(values.mean())
     error = float(values.std(ddof=1)) / len(values) ** 0.5
     half_width = float(stats.t.ppf(0.5 + level / 2, len(values) - 1)) * error
@@ -70,24 +46,9 @@ def mean_interval(values: Sequence[float] | np.ndarray, *, level: float = 0.95) 
 def rank_correlation(
     x: Sequence[float], y: Sequence[float], *, level: float = 0.95, seed: int = 0
 ) -> Interval:
-    """Spearman's rank correlation, with a bootstrap interval over the pairs (2000 draws).
-
-    Raises
-    ------
-    ValueError
-        If the lengths differ, there are fewer than five pairs, or a value is not finite.
-    """
-    first, second = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
-    if first.shape != second.shape or first.ndim != 1 or len(first) < 5:
-        raise ValueError(
-            f"Got {first.shape} and {second.shape} values; expected two sequences of equal length with "
-            "at least five pairs."
-        )
-    if not (np.isfinite(first).all() and np.isfinite(second).all()):
-        raise ValueError("A value is NaN or infinite; leave out what was not evaluable, in pairs.")
-    draws = [_spearman(first[rows], second[rows]) for rows in _resamples(len(first), seed)]
-    low, high = np.nanquantile(draws, [0.5 - level / 2, 0.5 + level / 2])
-    return Interval(_spearman(first, second), float(low), float(high))
+    """Spearman's rank correlation of at least five pairs, with a bootstrap interval (2000 draws of pairs)."""
+    columns = _checked(5, "five pairs", x, y)
+    return _bootstrap(lambda rows: _spearman(*rows), columns, level, seed)
 
 
 def rank_correlation_lead(
@@ -98,73 +59,26 @@ def rank_correlation_lead(
     level: float = 0.95,
     seed: int = 0,
 ) -> Interval:
-    """By how much |rank correlation| of x with y is ahead of that of its rival, on the same resamples.
+    """By how much |rank correlation| of x with y is ahead of that of its rival, on the same resamples."""
 
-    Raises
-    ------
-    ValueError
-        As `rank_correlation`.
-    """
-    rank_correlation(x, y), rank_correlation(rival, y)  # for their checks
-    columns = np.array([x, rival, y], dtype=float)
+    def lead(rows: np.ndarray) -> float:
+        return abs(_spearman(rows[0], rows[2])) - abs(_spearman(rows[1], rows[2]))
 
-    def lead(values: np.ndarray) -> float:
-        return abs(_spearman(values[0], values[2])) - abs(_spearman(values[1], values[2]))
-
-    draws = [lead(columns[:, rows]) for rows in _resamples(columns.shape[1], seed)]
-    low, high = np.nanquantile(draws, [0.5 - level / 2, 0.5 + level / 2])
-    return Interval(lead(columns), float(low), float(high))
-
-
-def _spearman(x: np.ndarray, y: np.ndarray) -> float:
-    """NaN where one of them does not vary."""
-    ranks = stats.rankdata(x), stats.rankdata(y)
-    spread = ranks[0].std() * ranks[1].std()
-    return float(np.cov(*ranks, bias=True)[0, 1] / spread) if spread else float("nan")
-
-
-def _resamples(n: int, seed: int) -> np.ndarray:
-    return np.random.default_rng(seed).integers(n, size=(N_RESAMPLES, n))
+    return _bootstrap(lead, _checked(5, "five pairs", x, rival, y), level, seed)
 
 
 def cost_at(failure: Sequence[float], cost: Sequence[float], target: float) -> float:
     """Cost at which a trade-off first brings a failure down to a target, linear between its points.
 
-    Two metrics trade against each other while a weight sweeps from nothing to too much.
+    Two metrics trade against each other while a weight sweeps from nothing to too much; both have one entry
+    a point, in order of the weight. The failure is what should be low, such as absorption; the cost such as
+    FVU, or the weight itself, for the weight that is needed. Returned is the first point's cost if that is at
+    the target already, and NaN, not evaluable, if no point is.
 
-    Parameters
-    ----------
-    failure : sequence of float
-        What should be low, such as absorption: one entry a point, in order of the weight.
-    cost : sequence of float of equal length
-        What it costs, such as FVU; or the weight itself, for the weight that is needed.
-    target : float
-
-    Returns
-    -------
-    float
-        The first point's cost if that is at the target already; NaN, not evaluable, if no point is.
-
-    Raises
-    ------
-    ValueError
-        If the lengths differ, there is no point, or a value is not finite.
-
-    Examples
-    --------
     >>> round(cost_at(failure=[0.4, 0.2, 0.0], cost=[0.0, 0.1, 0.5], target=0.1), 6)
     0.3
     """
-    failure, cost = np.asarray(failure, dtype=float), np.asarray(cost, dtype=float)
-    if failure.shape != cost.shape or failure.ndim != 1 or not len(failure):
-        raise ValueError(
-            f"Got {failure.shape} failures and {cost.shape} costs; expected two sequences of "
-            "equal length with at least one point."
-        )
-    if not (np.isfinite(failure).all() and np.isfinite(cost).all()):
-        raise ValueError(
-            f"Got failures {failure.tolist()} and costs {cost.tolist()}; expected finite values."
-        )
+    failure, cost = _checked(1, "one point", failure, cost)
     reached = np.flatnonzero(failure <= target)
     if not len(reached):
         return float("nan")
@@ -174,3 +88,37 @@ def cost_at(failure: Sequence[float], cost: Sequence[float], target: float) -> f
     first = last - 1
     share = (failure[first] - target) / (failure[first] - failure[last])
     return float(cost[first] + share * (cost[last] - cost[first]))
+
+
+def _checked(least: int, of_what: str, *sequences: Sequence[float] | np.ndarray) -> np.ndarray:
+    """The sequences as rows of float64."""
+    rows = [np.asarray(values, dtype=float) for values in sequences]
+    shapes = [row.shape for row in rows]
+    if len(set(shapes)) > 1 or rows[0].ndim != 1 or len(rows[0]) < least:
+        raise ValueError(
+            f"Got values of shapes {', '.join(map(str, shapes))}; expected sequences of equal length "
+            f"with at least {of_what}."
+        )
+    if not np.isfinite(rows).all():
+        raise ValueError(
+            f"A value is NaN or infinite in {[row.tolist() for row in rows]}; leave out what was not "
+            "evaluable, in pairs."
+        )
+    return np.array(rows)
+
+
+def _spearman(x: np.ndarray, y: np.ndarray) -> float:
+    """NaN where one of them does not vary."""
+    ranks = stats.rankdata(x), stats.rankdata(y)
+    spread = ranks[0].std() * ranks[1].std()
+    return float(np.cov(*ranks, bias=True)[0, 1] / spread) if spread else float("nan")
+
+
+def _bootstrap(
+    statistic: Callable[[np.ndarray], float], rows: np.ndarray, level: float, seed: int
+) -> Interval:
+    n = rows.shape[1]
+    draws = np.random.default_rng(seed).integers(n, size=(N_RESAMPLES, n))
+    found = [statistic(rows[:, drawn]) for drawn in draws]
+    low, high = np.nanquantile(found, [0.5 - level / 2, 0.5 + level / 2])
+    return Interval(statistic(rows), float(low), float(high))

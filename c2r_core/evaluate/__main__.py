@@ -50,11 +50,11 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         evaluation = prepare(
             given.path,
-            model=given.model,
-            hook_name=given.hook,
-            corpus=given.corpus,
-            metrics=given.metrics,
-            options=_options(given, kept),
+            given.model,
+            given.hook,
+            given.corpus,
+            given.metrics,
+            _options(given, kept),
         )
     except (ValueError, OSError) as error:
         print(f"No report: {error}", file=sys.stderr)

@@ -39,7 +39,6 @@ def strongest_contexts(
     ----------
     sae : AnySAE
         Takes raw activations: for an SAE of this package, what `fold_norm_factor` returns.
-    store : ActivationStore
     tokenizer : PreTrainedTokenizerBase
         Of the model that the store was harvested from: `model.tokenizer`.
     latent : int
@@ -47,10 +46,7 @@ def strongest_contexts(
     n : int
         At most so many; fewer where the latent fires on fewer tokens.
 
-    Raises
-    ------
-    ValueError
-        If there is no such latent.
+    Raises ValueError if there is no such latent.
     """
     d_sae = len(sae.W_dec)
     if not 0 <= latent < d_sae:
@@ -80,11 +76,11 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         inputs = prepare(
             given.path,
-            model=given.model,
-            hook_name=given.hook,
-            corpus=given.corpus,
-            metrics=["reconstruction"],
-            options=Options(profile=given.profile),
+            given.model,
+            given.hook,
+            given.corpus,
+            ["reconstruction"],
+            Options(profile=given.profile),
         ).inputs
         tokenizer = inputs.language_model.tokenizer
         for latent in given.latents:

@@ -73,16 +73,11 @@ def evaluate(
     options : Options
         The profile of sizes, seed, device, and what some metrics need.
 
-    Raises
-    ------
-    FileNotFoundError, ValueError
-        If there is nothing to measure or to measure on: no such SAE, model, hook, corpus, profile or
-        metric; or if the SAE was trained on the very documents that are held out here.
+    Raises FileNotFoundError or ValueError if there is nothing to measure or to measure on: no such SAE,
+    model, hook, corpus, profile or metric; or if the SAE was trained on the very documents that are held
+    out here.
     """
-    prepared = prepare(
-        sae, model=model, hook_name=hook_name, corpus=corpus, metrics=metrics, options=options
-    )
-    return prepared.measure()
+    return prepare(sae, model, hook_name, corpus, metrics, options).measure()
 
 
 @dataclass(frozen=True)
@@ -109,11 +104,8 @@ class Evaluation:
                     kept.add(name, record)
             records[name] = record
         made = provenance(profile="", seed=0, device=options.device, seconds=0.0)
-        unwanted = (
-            "seconds",
-            "profile",
-            "seed",
-        )  # would differ between equal runs, or are settings
+        # These would differ between equal runs, or are settings.
+        unwanted = ("seconds", "profile", "seed")
         return checked_report(
             Report(
                 sae=self._sae(),
@@ -180,12 +172,11 @@ class Evaluation:
 
 def prepare(
     sae: AnySAE | str | Path,
-    *,
-    model: str | TransformerBridge | None = None,
-    hook_name: str | None = None,
-    corpus: str | Path | Corpus | None = None,
-    metrics: str | Iterable[str] | None = None,
-    options: Options = Options(),  # noqa: B008
+    model: str | TransformerBridge | None,
+    hook_name: str | None,
+    corpus: str | Path | Corpus | None,
+    metrics: str | Iterable[str] | None,
+    options: Options,
 ) -> Evaluation:
     """The evaluation that `evaluate` makes, not yet measured; parameters and errors are the same."""
     given = [name for name, value in vars(options).items() if value is not None]

@@ -25,31 +25,31 @@ SCHEMA_VERSION = 2
 Values = TypeVar("Values")
 
 
-@dataclass(frozen=True)
-class Evaluated(Generic[Values]):
-    """A metric that was measured."""
+class Described:
+    """What the schema takes its descriptions from: the texts under the fields."""
 
     __pydantic_config__ = REPORT_CONFIG
+
+
+@dataclass(frozen=True)
+class Evaluated(Described, Generic[Values]):
+    """A metric that was measured."""
 
     values: Values
     status: Literal["evaluated"] = "evaluated"
 
 
 @dataclass(frozen=True)
-class NotEvaluated:
+class NotEvaluated(Described):
     """A metric that this SAE, model or corpus does not allow."""
-
-    __pydantic_config__ = REPORT_CONFIG
 
     reason: str
     status: Literal["not evaluable"] = "not evaluable"
 
 
 @dataclass(frozen=True)
-class SAEDescription:
+class SAEDescription(Described):
     """Which SAE was measured."""
-
-    __pydantic_config__ = REPORT_CONFIG
 
     format: str
     """`c2r`, `sae_lens`, `dictionary_learning`, or `in memory`."""
@@ -64,20 +64,16 @@ class SAEDescription:
 
 
 @dataclass(frozen=True)
-class ModelDescription:
+class ModelDescription(Described):
     """Where the activations come from."""
-
-    __pydantic_config__ = REPORT_CONFIG
 
     name: str
     hook_name: str
 
 
 @dataclass(frozen=True)
-class TextDescription:
+class TextDescription(Described):
     """The documents that were read: the held-out side of the project's split, and nothing else."""
-
-    __pydantic_config__ = REPORT_CONFIG
 
     corpus: str
     fingerprint: str
@@ -95,10 +91,8 @@ class TextDescription:
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(Described):
     """Everything else that decides the values."""
-
-    __pydantic_config__ = REPORT_CONFIG
 
     profile: str
     metrics: list[str]
@@ -129,10 +123,8 @@ Records = TypeVar("Records", bound=Mapping[str, Any])
 
 
 @dataclass(frozen=True)
-class Report(Generic[Records]):
+class Report(Described, Generic[Records]):
     """What one evaluation found: `report["reconstruction"].fvu`, `report.headline()`."""
-
-    __pydantic_config__ = REPORT_CONFIG
 
     sae: SAEDescription
     model: ModelDescription | None
@@ -149,12 +141,7 @@ class Report(Generic[Records]):
     def __getitem__(self, name: str) -> Any:
         """A metric's own report.
 
-        Raises
-        ------
-        KeyError
-            If the metric was not asked for.
-        NotEvaluable
-            If it could not be evaluated.
+        Raises KeyError if the metric was not asked for. Raises NotEvaluable if it could not be evaluated.
         """
         if name not in self.metrics:
             asked = ", ".join(self.metrics)
@@ -209,10 +196,7 @@ def write_report(report: Report, file: str | Path) -> None:
 def read_report(file: str | Path) -> Report:
     """What `write_report` wrote. Metrics that are not registered here stay plain mappings.
 
-    Raises
-    ------
-    ValueError
-        If the file is no report of this version.
+    Raises ValueError if the file is no report of this version.
     """
     return checked_report(read_json(Path(file)))
 

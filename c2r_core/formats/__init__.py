@@ -60,14 +60,9 @@ def open_sae(folder: str | Path, device: str | torch.device = "cpu") -> OpenedSA
     The format is recognised by the names of its files. Every SAE comes back ready for raw
     activations: an own SAE with its normalising factor folded in.
 
-    Raises
-    ------
-    FileNotFoundError
-        If the folder does not exist or holds no SAE of a known format; the message lists which files
-        were looked for, and which were there.
-    ValueError
-        If the folder fits several formats, or holds an SAE that is damaged or cannot be represented
-        exactly.
+    Raises FileNotFoundError if the folder does not exist or holds no SAE of a known format; the message
+    lists which files were looked for, and which were there. Raises ValueError if the folder fits several
+    formats, or holds an SAE that is damaged or cannot be represented exactly.
     """
     folder = Path(folder).expanduser()
     if not folder.is_dir():

@@ -16,10 +16,10 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from c2r_core.formats.inference import Gated, InferenceSAE, JumpReLU, ReLU, TopK, take
 
@@ -29,11 +29,8 @@ CONFIG, WEIGHTS = "config.json", "ae.pt"
 def read(folder: Path, config: Mapping[str, Any]) -> tuple[InferenceSAE, str]:
     """The SAE of a dictionary_learning folder and the name of its class, as in its config.
 
-    Raises
-    ------
-    ValueError
-        If the class is unknown (the message lists the known ones), the file holds anything but
-        tensors, or the tensors do not fit the config.
+    Raises ValueError if the class is unknown (the message lists the known ones), the file holds anything
+    but tensors, or the tensors do not fit the config.
     """
     trainer = config.get("trainer")
     if not isinstance(trainer, Mapping) or "dict_class" not in trainer:
@@ -53,7 +50,7 @@ def read(folder: Path, config: Mapping[str, Any]) -> tuple[InferenceSAE, str]:
     ):
         raise ValueError(f"{folder / WEIGHTS} is no state dict: expected tensors by name.")
     tensors = {name: tensor.detach() for name, tensor in tensors.items()}
-    sae = CLASSES[dict_class](tensors, trainer)
+    sae = _built(dict_class, tensors, trainer)
     said = (trainer.get("activation_dim"), trainer.get("dict_size"))
     if None not in said and said != tuple(sae.W_enc.shape):
         raise ValueError(
@@ -74,75 +71,56 @@ def stated(config: Mapping[str, Any]) -> dict[str, str]:
     return {name: str(value) for name, value in names.items() if value is not None}
 
 
-def _auto_encoder(tensors: dict[str, Tensor], trainer: Mapping[str, Any]) -> InferenceSAE:
-    names = ("encoder.weight", "encoder.bias", "decoder.weight", "bias")
-    encoder, b_enc, decoder, bias = take(tensors, *names, file=WEIGHTS)
-    norms = decoder.norm(dim=0)
-    norms = torch.where(norms > 0, norms, 1.0)  # a column of zeros cannot get norm 1
-    if torch.allclose(norms, torch.ones_like(norms)):
-        norms = torch.ones_like(norms)
-    return InferenceSAE(
-        encoder.T * norms, (decoder / norms).T, bias, ReLU(b_enc * norms), centred=True
-    )
+class Layout(NamedTuple):
+    """How a class of dictionary is stored and read."""
+
+    names: tuple[str, ...]
+    """Of the encoder, the decoder, the decoder's bias, and what the activation takes, in its order."""
+    activation: Callable[..., nn.Module]
+    centred: bool = True
+    """As in `InferenceSAE`."""
+    unused: tuple[str, ...] = ()
+    """Tensors that the file may hold beside these, with no part in encode and decode."""
 
 
-def _auto_encoder_new(tensors: dict[str, Tensor], trainer: Mapping[str, Any]) -> InferenceSAE:
-    names = ("encoder.weight", "encoder.bias", "decoder.weight", "decoder.bias")
-    encoder, b_enc, decoder, b_dec = take(tensors, *names, file=WEIGHTS)
-    return InferenceSAE(encoder.T, decoder.T, b_dec, ReLU(b_enc), centred=False)
-
-
-def _gated(tensors: dict[str, Tensor], trainer: Mapping[str, Any]) -> InferenceSAE:
-    names = ("encoder.weight", "decoder.weight", "decoder_bias", "gate_bias", "r_mag", "mag_bias")
-    encoder, decoder, b_dec, *gate = take(tensors, *names, file=WEIGHTS)
-    return InferenceSAE(encoder.T, decoder.T, b_dec, Gated(*gate), centred=True)
-
-
-def _jump_relu(tensors: dict[str, Tensor], trainer: Mapping[str, Any]) -> InferenceSAE:
-    names = ("W_enc", "W_dec", "b_dec", "b_enc", "threshold")
-    W_enc, W_dec, b_dec, b_enc, threshold = take(tensors, *names, file=WEIGHTS)
-    return InferenceSAE(W_enc, W_dec, b_dec, JumpReLU(b_enc, threshold), centred=False)
-
-
-def _top_k(tensors: dict[str, Tensor], trainer: Mapping[str, Any]) -> InferenceSAE:
-    # The threshold, kept for another way of encoding, is not used; older files lack it.
-    tensors.pop("threshold", None)
-    k = _checked_k(tensors, trainer)
-    names = ("encoder.weight", "encoder.bias", "decoder.weight", "b_dec")
-    encoder, b_enc, decoder, b_dec = take(tensors, *names, file=WEIGHTS)
-    return InferenceSAE(encoder.T, decoder.T, b_dec, TopK(b_enc, k), centred=True)
-
-
-def _batch_top_k(tensors: dict[str, Tensor], trainer: Mapping[str, Any]) -> InferenceSAE:
-    _checked_k(tensors, trainer)
-    names = ("encoder.weight", "encoder.bias", "decoder.weight", "b_dec", "threshold")
-    encoder, b_enc, decoder, b_dec, threshold = take(tensors, *names, file=WEIGHTS)
-    return InferenceSAE(encoder.T, decoder.T, b_dec, JumpReLU(b_enc, threshold), centred=True)
-
-
-def _matryoshka(tensors: dict[str, Tensor], trainer: Mapping[str, Any]) -> InferenceSAE:
-    _checked_k(tensors, trainer)
-    tensors.pop("group_sizes", None)  # all groups are active when it is loaded
-    names = ("W_enc", "W_dec", "b_dec", "b_enc", "threshold")
-    W_enc, W_dec, b_dec, b_enc, threshold = take(tensors, *names, file=WEIGHTS)
-    return InferenceSAE(W_enc, W_dec, b_dec, JumpReLU(b_enc, threshold), centred=True)
-
-
-def _checked_k(tensors: dict[str, Tensor], trainer: Mapping[str, Any]) -> int | None:
-    """k of the config, which must be that of the file if both give one."""
-    in_file = int(tensors.pop("k")) if "k" in tensors else None
-    k = trainer.get("k", in_file)
-    if in_file not in (None, k):
-        raise ValueError(f"{CONFIG} says k = {k}; {WEIGHTS} says {in_file}.")
-    return k
-
-
-CLASSES: dict[str, Callable[[dict[str, Tensor], Mapping[str, Any]], InferenceSAE]] = {
-    "AutoEncoder": _auto_encoder,
-    "AutoEncoderNew": _auto_encoder_new,
-    "AutoEncoderTopK": _top_k,
-    "BatchTopKSAE": _batch_top_k,
-    "GatedAutoEncoder": _gated,
-    "JumpReluAutoEncoder": _jump_relu,
-    "MatryoshkaBatchTopKSAE": _matryoshka,
+MATRICES = ("encoder.weight", "decoder.weight")
+PLAIN = ("W_enc", "W_dec", "b_dec", "b_enc", "threshold")
+CLASSES = {
+    "AutoEncoder": Layout((*MATRICES, "bias", "encoder.bias"), ReLU),
+    "AutoEncoderNew": Layout((*MATRICES, "decoder.bias", "encoder.bias"), ReLU, centred=False),
+    # TopK's threshold is kept for another way of encoding; older files lack it.
+    "AutoEncoderTopK": Layout(
+        (*MATRICES, "b_dec", "encoder.bias"), TopK, unused=("k", "threshold")
+    ),
+    "BatchTopKSAE": Layout(
+        (*MATRICES, "b_dec", "encoder.bias", "threshold"), JumpReLU, unused=("k",)
+    ),
+    "GatedAutoEncoder": Layout(
+        (*MATRICES, "decoder_bias", "gate_bias", "r_mag", "mag_bias"), Gated
+    ),
+    "JumpReluAutoEncoder": Layout(PLAIN, JumpReLU, centred=False),
+    # All groups are active when a Matryoshka dictionary is loaded.
+    "MatryoshkaBatchTopKSAE": Layout(PLAIN, JumpReLU, unused=("k", "group_sizes")),
 }
+
+
+def _built(dict_class: str, tensors: dict[str, Tensor], trainer: Mapping[str, Any]) -> InferenceSAE:
+    layout = CLASSES[dict_class]
+    if "k" in layout.unused:
+        in_file = int(tensors["k"]) if "k" in tensors else None
+        k = trainer.get("k", in_file)
+        if in_file not in (None, k):
+            raise ValueError(f"{CONFIG} says k = {k}; {WEIGHTS} says {in_file}.")
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in layout.unused}
+    encoder, decoder, b_dec, *rest = take(tensors, *layout.names, file=WEIGHTS)
+    if layout.names[:2] == MATRICES:
+        encoder, decoder = encoder.T, decoder.T
+    if dict_class == "AutoEncoder":
+        norms = decoder.norm(dim=1)
+        norms = torch.where(norms > 0, norms, 1.0)  # a row of zeros cannot get norm 1
+        if torch.allclose(norms, torch.ones_like(norms)):
+            norms = torch.ones_like(norms)
+        encoder, decoder, rest = encoder * norms, decoder / norms[:, None], [rest[0] * norms]
+    if layout.activation is TopK:
+        rest.append(k)
+    return InferenceSAE(encoder, decoder, b_dec, layout.activation(*rest), centred=layout.centred)

@@ -21,10 +21,7 @@ class InferenceSAE(nn.Module):
     centred : bool
         Whether b_dec is subtracted from x before the encoder (b = b_dec) or not (b = 0).
 
-    Raises
-    ------
-    ValueError
-        If the shapes do not fit each other; a transposed decoder is named as such.
+    Raises ValueError if the shapes do not fit each other; a transposed decoder is named as such.
     """
 
     W_enc: Tensor
@@ -69,25 +66,31 @@ class InferenceSAE(nn.Module):
         return feature_acts @ self.W_dec + self.b_dec
 
 
-class ReLU(nn.Module):
-    """relu(p + b_enc)."""
+class Activation(nn.Module):
+    """An activation with its biases, in the order of `names`."""
 
-    def __init__(self, b_enc: Tensor) -> None:
+    names: tuple[str, ...] = ("b_enc",)
+
+    def __init__(self, *biases: Tensor) -> None:
         super().__init__()
-        self.register_buffer("b_enc", b_enc)
+        for name, bias in zip(self.names, biases, strict=True):
+            self.register_buffer(name, bias)
+
+
+class ReLU(Activation):
+    """relu(p + b_enc)."""
 
     def forward(self, projection: Tensor) -> Tensor:
         return (projection + self.b_enc).relu()
 
 
-class TopK(nn.Module):
+class TopK(Activation):
     """The k largest of relu(p + b_enc) in each sample."""
 
     def __init__(self, b_enc: Tensor, k: int) -> None:
-        super().__init__()
+        super().__init__(b_enc)
         if isinstance(k, bool) or not isinstance(k, int) or k < 1:
             raise ValueError(f"k is {k!r}; expected a positive integer.")
-        self.register_buffer("b_enc", b_enc)
         self.k = k
 
     def forward(self, projection: Tensor) -> Tensor:
@@ -95,27 +98,20 @@ class TopK(nn.Module):
         return torch.zeros_like(projection).scatter(-1, kept.indices, kept.values.relu())
 
 
-class JumpReLU(nn.Module):
+class JumpReLU(Activation):
     """relu(z) where z = p + b_enc exceeds the threshold, one for each latent or one for all."""
 
-    def __init__(self, b_enc: Tensor, threshold: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("b_enc", b_enc)
-        self.register_buffer("threshold", threshold)
+    names = ("b_enc", "threshold")
 
     def forward(self, projection: Tensor) -> Tensor:
         pre_acts = projection + self.b_enc
         return pre_acts.relu() * (pre_acts > self.threshold)
 
 
-class Gated(nn.Module):
+class Gated(Activation):
     """relu(exp(r_mag) p + b_mag) where p + b_gate is positive."""
 
-    def __init__(self, b_gate: Tensor, r_mag: Tensor, b_mag: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("b_gate", b_gate)
-        self.register_buffer("r_mag", r_mag)
-        self.register_buffer("b_mag", b_mag)
+    names = ("b_gate", "r_mag", "b_mag")
 
     def forward(self, projection: Tensor) -> Tensor:
         magnitude = (self.r_mag.exp() * projection + self.b_mag).relu()
@@ -125,11 +121,8 @@ class Gated(nn.Module):
 def take(tensors: dict[str, Tensor], *names: str, file: str) -> list[Tensor]:
     """The tensors of the given names, which must be all that a file holds.
 
-    Raises
-    ------
-    ValueError
-        If one is missing, or the file holds another: then it is not of the architecture that the
-        config names, and what the other tensor does would be lost.
+    Raises ValueError if one is missing, or the file holds another: then it is not of the architecture that
+    the config names, and what the other tensor does would be lost.
     """
     if set(tensors) != set(names):
         raise ValueError(

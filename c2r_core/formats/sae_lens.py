@@ -38,11 +38,8 @@ ARCHITECTURES = (
 def read(folder: Path, config: Mapping[str, Any]) -> tuple[InferenceSAE, str]:
     """The SAE of a SAELens folder and the name of its architecture, as in its config.
 
-    Raises
-    ------
-    ValueError
-        If the SAE cannot be represented exactly (the message says which setting forbids it), or the
-        tensors do not fit the config.
+    Raises ValueError if the SAE cannot be represented exactly (the message says which setting forbids it),
+    or the tensors do not fit the config.
     """
     architecture, k = _architecture(config)
     _refuse_what_decode_cannot_undo(config)

@@ -144,7 +144,6 @@ def measure_scr(
 
     Parameters
     ----------
-    pooled : PooledActs
     labels : mapping from a name to a Tensor of int, shape (n,)
         1, 0, or −1 for unknown.
     pairs : sequence of (str, str)
@@ -152,10 +151,7 @@ def measure_scr(
     seed : int
         Of the splits by document and of the balancing.
 
-    Raises
-    ------
-    NotEvaluable
-        If no pair has enough passages and a bias to undo.
+    Raises NotEvaluable if no pair has enough passages and a bias to undo.
     """
     rows = []
     for target, unwanted in [role for a, b in pairs for role in ((a, b), (b, a))]:
@@ -218,16 +214,12 @@ def measure_tpp(pooled: PooledActs, labels: Mapping[str, Tensor], *, seed: int =
 
     Parameters
     ----------
-    pooled : PooledActs
     labels : mapping from a class's name to a Tensor of int, shape (n,)
         1, 0, or −1 for unknown.
     seed : int
         Of the splits by document and of the balancing.
 
-    Raises
-    ------
-    NotEvaluable
-        If fewer than two classes have enough passages.
+    Raises NotEvaluable if fewer than two classes have enough passages.
     """
     rows, reasons = {}, {}
     for name, of_class in labels.items():

@@ -55,10 +55,7 @@ def decoder_summary(W_dec: Tensor, live: Tensor | None = None) -> Decoder:
     live : Tensor of bool, shape (d_sae,), optional
         Latents that count; None takes all.
 
-    Raises
-    ------
-    NotEvaluable
-        If fewer than two latents are live, or a row is not finite.
+    Raises NotEvaluable if fewer than two latents are live, or a row is not finite.
     """
     rows = (W_dec if live is None else W_dec[live.to(W_dec.device)]).detach().float()
     if not rows.isfinite().all():

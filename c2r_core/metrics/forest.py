@@ -7,14 +7,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Generator, Tensor
 
 from c2r_core.data.forest import GatedForest
 from c2r_core.errors import NotEvaluable
 from c2r_core.losses import nearest_neighbours
 from c2r_core.metrics.reconstruction import evaluate_reconstruction
-from c2r_core.metrics.toy import trained_scale
+from c2r_core.metrics.toy import detection, mean_matched, trained_scale
 from c2r_core.saes.interface import AnySAE
 
 AT_ONCE = 1024
@@ -86,7 +85,6 @@ def evaluate_forest(
     ----------
     sae : any object with encode, decode and W_dec
         One of this package as `train` leaves it (it takes x · sae.norm_factor) or folded; any other takes x.
-    forest : GatedForest
     n_samples : int
         Fresh samples, at least 1024.
     generator : torch.Generator
@@ -94,12 +92,8 @@ def evaluate_forest(
     band_edges : sequence of float
         Rising rates; a band without features is left out.
 
-    Raises
-    ------
-    ValueError
-        If fewer samples are asked for.
-    NotEvaluable
-        If no latent fires: nothing can be measured.
+    Raises ValueError if fewer samples are asked for. Raises NotEvaluable if no latent fires: nothing can be
+    measured.
     """
     if n_samples < AT_ONCE:
         raise ValueError(f"n_samples is {n_samples}; expected at least {AT_ONCE}.")
@@ -121,21 +115,21 @@ def evaluate_forest(
         raise NotEvaluable(
             "No latent fires on the samples; the SAE is dead and cannot be measured."
         )
-    absolute = cosines.abs().numpy()
-    matched = absolute[linear_sum_assignment(absolute, maximize=True)]
     absorption, n_parents = counts.absorption(cosines.amax(0) > 0.5)
-    hits, present = counts.latent_hits, counts.present[nearest_feature]
+    precision, recall, f1 = detection(
+        counts.latent_hits, counts.fired, counts.present[nearest_feature]
+    )
     return ForestReport(
         l0=reconstruction.l0,
         true_l0=float(counts.present.sum() / reconstruction.total_tokens_eval_reconstruction),
         fvu=reconstruction.fvu,
         shrinkage=reconstruction.l2_ratio,
         live_share=reconstruction.frac_alive,
-        mcc=float(matched.mean()),
+        mcc=mean_matched(cosines.abs()),
         uniqueness=len(nearest_feature.unique()) / len(rows),
-        precision=float((hits / counts.fired.clamp(min=1)).mean()),
-        recall=float((hits / present.clamp(min=1)).mean()),
-        f1=float((2 * hits / (counts.fired + present).clamp(min=1)).mean()),
+        precision=float(precision.mean()),
+        recall=float(recall.mean()),
+        f1=float(f1.mean()),
         near_duplicates=float((nearest_neighbours(rows).cosine > 0.7).double().mean()),
         absorption=absorption,
         n_parents_evaluated=n_parents,
@@ -181,7 +175,8 @@ class _Counts:
 def _bands(
     forest: GatedForest, cosines: Tensor, counts: _Counts, edges: Sequence[float]
 ) -> tuple[FrequencyBand, ...]:
-    f1 = 2 * counts.feature_hits / (counts.fired[counts.best_latent] + counts.present).clamp(min=1)
+    fired = counts.fired[counts.best_latent]
+    _, _, f1 = detection(counts.feature_hits, fired, counts.present)
     best, rates = cosines.amax(0).double(), forest.firing_rates.cpu()
     bands = []
     for low, high in zip(edges, edges[1:], strict=False):

@@ -73,10 +73,7 @@ def measure_meta_sae(W_dec: Tensor, *, steps: int = 1000, seed: int = 0) -> Meta
     seed : int
         Of the meta-SAE, of the order of the rows, and of the random rows.
 
-    Raises
-    ------
-    NotEvaluable
-        If rows are NaN or infinite, or fewer than 64 are not zero.
+    Raises NotEvaluable if rows are NaN or infinite, or fewer than 64 are not zero.
     """
     if not W_dec.isfinite().all():
         raise NotEvaluable("A NaN or an infinity is among the decoder rows.")

@@ -96,7 +96,6 @@ def model_preservation(
 
     Parameters
     ----------
-    model : TransformerBridge
     sae : any object with encode and decode
         Takes raw activations, each row on its own.
     tokens : Tensor of int, shape (n_contexts, context_size)
@@ -114,13 +113,9 @@ def model_preservation(
     precision : "float32" or "bfloat16"
         Of the model's matrix products, as in `activations`.
 
-    Raises
-    ------
-    NotEvaluable
-        If no token is replaced, or the SAE returns another shape, NaN or infinite values.
-    ValueError
-        If `tokens` has no two-dimensional shape with contexts of two tokens or more, or if
-        `activations` refuses the hook or the precision.
+    Raises NotEvaluable if no token is replaced, or the SAE returns another shape, NaN or infinite values.
+    Raises ValueError if `tokens` has no two-dimensional shape with contexts of two tokens or more, or if
+    `activations` refuses the hook or the precision.
     """
     if tokens.ndim != 2 or tokens.shape[0] < 1 or tokens.shape[1] < 2:
         raise ValueError(

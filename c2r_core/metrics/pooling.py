@@ -50,14 +50,10 @@ def pool(sae: AnySAE, passages: Passages, *, chunk_size: int = 2048) -> PooledAc
     ----------
     sae : any object with encode, decode and W_dec
         Takes raw activations; rows of W_dec may have any norm.
-    passages : Passages
     chunk_size : int
         About so many tokens are in memory at a time.
 
-    Raises
-    ------
-    NotEvaluable
-        If the SAE is made for another width, or gives NaN or infinite activations.
+    Raises NotEvaluable if the SAE is made for another width, or gives NaN or infinite activations.
     """
     from scipy.sparse import csr_array, vstack
 
@@ -111,10 +107,7 @@ def task_rows(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Row numbers of balanced training and test passages, from different documents.
 
-    Raises
-    ------
-    NotEvaluable
-        If a class has fewer than `least` passages on a side.
+    Raises NotEvaluable if a class has fewer than `least` passages on a side.
     """
     is_test = split_by_document(documents, labels, seed)
     groups = {c: labels == c for c in (0, 1)}
@@ -149,10 +142,7 @@ def balanced(
 ) -> np.ndarray:
     """As many rows of each group (a mask) as the smallest has among these, drawn with the seed.
 
-    Raises
-    ------
-    NotEvaluable
-        If a group has fewer than `least` rows.
+    Raises NotEvaluable if a group has fewer than `least` rows.
     """
     members = {name: (mask & among).nonzero()[:, 0] for name, mask in groups.items()}
     smallest = min(map(len, members.values()))

@@ -87,16 +87,12 @@ def probe_sparsely(
 
     Parameters
     ----------
-    pooled : PooledActs
     labels : mapping from a task's name to a Tensor of int, shape (n,)
         1, 0, or −1 for passages that the task leaves out.
     seed : int
         Of the split by document and of the balancing.
 
-    Raises
-    ------
-    NotEvaluable
-        If no label has enough passages.
+    Raises NotEvaluable if no label has enough passages.
     """
     rows = []
     for task, of_task in labels.items():

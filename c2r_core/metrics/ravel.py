@@ -152,10 +152,7 @@ def entity_task(
     Answers are judged among the attribute's values, by their first token; a value that shares it with
     another counts as not known.
 
-    Raises
-    ------
-    NotEvaluable
-        If fewer than two attributes have 20 entities that the model tells.
+    Raises NotEvaluable if fewer than two attributes have 20 entities that the model tells.
     """
     subjects = sorted(set.intersection(*(set(known) for known in entities.values.values())))
     made = {
@@ -224,17 +221,13 @@ def measure_ravel(sae: AnySAE, task: EntityTask, *, n_pairs: int = N_PAIRS, seed
     ----------
     sae : any object with encode, decode and W_dec
         Takes raw activations; rows of W_dec may have any norm.
-    task : EntityTask
     n_pairs : int
         Pairs (base, source) for each attribute and question, drawn anew for choosing and for scoring.
     seed : int
         Of the halves of the entities and of the pairs.
 
-    Raises
-    ------
-    NotEvaluable
-        If the SAE is made for another width, or gives NaN or infinite activations; if two attributes always
-        go together.
+    Raises NotEvaluable if the SAE is made for another width, or gives NaN or infinite activations; if two
+    attributes always go together.
     """
     acts = {name: encode(sae, asked.activations) for name, asked in task.asked.items()}
     rows = sae.W_dec.detach().float().cpu()

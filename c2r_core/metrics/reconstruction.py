@@ -108,11 +108,8 @@ def evaluate_reconstruction(sae: AnySAE, chunks: Iterable[Tensor]) -> tuple[Reco
     density : Tensor of float64, shape (d_sae,), on the CPU
         Share of tokens on which each latent fires.
 
-    Raises
-    ------
-    NotEvaluable
-        If there are no tokens, if all activations are equal (nothing can be explained), or if
-        something is not finite.
+    Raises NotEvaluable if there are no tokens, if all activations are equal (nothing can be explained), or
+    if something is not finite.
     """
     device = sae.W_dec.device
     n, fires = 0, torch.zeros(sae.W_dec.shape[0], dtype=torch.float64, device=device)

@@ -62,6 +62,18 @@ def trained_scale(sae: AnySAE) -> float:
     return float(getattr(sae, "norm_factor", 1.0))
 
 
+def mean_matched(cosines: Tensor) -> float:
+    """Mean cosine over the one-to-one matching of rows and columns with the largest sum."""
+    values = cosines.numpy()
+    return float(values[linear_sum_assignment(values, maximize=True)].mean())
+
+
+def detection(hits: Tensor, fires: Tensor, present: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Precision, recall and F1 from counts, hits in float64; 0 where there is nothing to divide by."""
+    precision, recall = hits / fires.clamp(min=1), hits / present.clamp(min=1)
+    return precision, recall, 2 * hits / (fires + present).clamp(min=1)
+
+
 @torch.no_grad()
 def evaluate_toy(sae: AnySAE, tree: FeatureTree, sample: ToySample) -> ToyReport:
     """Measure one SAE trained on `ToyBatches(tree, ...)`; each value is defined at its field.
@@ -70,14 +82,10 @@ def evaluate_toy(sae: AnySAE, tree: FeatureTree, sample: ToySample) -> ToyReport
     ----------
     sae : any object with encode, decode and W_dec
         One of this package as `train` leaves it (it takes x · sae.norm_factor) or folded; any other takes x.
-    tree : FeatureTree
     sample : ToySample
         Held-out samples, x not normalised.
 
-    Raises
-    ------
-    NotEvaluable
-        If no latent fires on the sample: nothing can be measured.
+    Raises NotEvaluable if no latent fires on the sample: nothing can be measured.
     """
     x = sample.x * trained_scale(sae)
     reconstruction, _ = evaluate_reconstruction(sae, [x])
@@ -87,25 +95,24 @@ def evaluate_toy(sae: AnySAE, tree: FeatureTree, sample: ToySample) -> ToyReport
         raise NotEvaluable("No latent fires on the sample; the SAE is dead and cannot be measured.")
     directions = tree.directions.cpu()
     rows = torch.nn.functional.normalize(sae.W_dec.detach().float().cpu(), dim=-1)
-    absolute = (rows @ directions.T).abs().numpy()
-    matched = absolute[linear_sum_assignment(absolute, maximize=True)]
+    absolute = (rows @ directions.T).abs()
     rows = rows[live]
     cosines = rows @ directions.T
     best = cosines.argmax(0)
     own = acts[:, live][:, best]
     on, fires = sample.features.cpu() > 0, own > 0
-    hits, n_fires, n_on = ((fires & on).sum(0).double(), fires.sum(0), on.sum(0))
+    precision, recall, f1 = detection((fires & on).sum(0).double(), fires.sum(0), on.sum(0))
     latents = (cosines > 0.6).sum(0).double()
     nearest = nearest_neighbours(rows).cosine if len(rows) > 1 else torch.tensor([torch.nan])
     silent_with_child, silent_alone = _silence(tree, on, fires)
     child_cosines = cosines[best[tree.children], torch.arange(tree.n_parents).unsqueeze(1)]
     return ToyReport(
-        mcc=float(matched.mean()),
-        recovery=float((absolute.max(0) > 0.9).mean()),
+        mcc=mean_matched(absolute),
+        recovery=float((absolute.numpy().max(0) > 0.9).mean()),
         uniqueness=len(cosines.argmax(1).unique()) / len(rows),
-        detector_precision=float((hits / n_fires.clamp(min=1)).mean()),
-        detector_recall=float((hits / n_on.clamp(min=1)).mean()),
-        detector_f1=float((2 * hits / (n_fires + n_on).clamp(min=1)).mean()),
+        detector_precision=float(precision.mean()),
+        detector_recall=float(recall.mean()),
+        detector_f1=float(f1.mean()),
         detector_best_f1=float(_best_f1(own, on).mean()),
         latents_per_feature=float(latents.mean()),
         latents_per_parent=float(latents[: tree.n_parents].mean()),
