@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from statistics import fmean, median, stdev
 from typing import TYPE_CHECKING, Any
 
+import pandas as pd
 import torch
 
 from c2r_core.artefacts.cells import Cell
@@ -44,7 +45,6 @@ from c2r_core.metrics.letter_probes import (
 from c2r_core.seeds import mix_seeds
 
 if TYPE_CHECKING:
-    import pandas as pd
     from scipy.sparse import csr_array
 
 
@@ -88,7 +88,6 @@ def cells(profile: Profile, seed: int = 0, device: str = "cpu") -> list[Cell]:
         study.cell(
             f"{title}, {name}",
             measure,
-            inputs=sources.inputs(),
             arm=arm,
             protocol=protocol,
             splits=profile.evaluation.word_splits,
@@ -188,8 +187,6 @@ def protocol_table(
     Columns: the mean absorbed fraction of each arm; for the first arm the F1 of the letters' own latents, and
     on how many training words of its letter the best one fires (median over letters, mean over splits).
     """
-    import pandas as pd
-
     rows = []
     for protocol in PROTOCOLS:
         means = {arm: fmean(of_protocol(values, arm, protocol, "fraction")) for arm in arms}
@@ -215,8 +212,6 @@ def reliability_table(
     two standard errors of the mean over the splits. Splits share words, so that is a lower bound; letters
     and training seeds are not in it.
     """
-    import pandas as pd
-
     first, rows = of_protocol(values, arms[0], protocol, score), []
     for arm in arms:
         own = of_protocol(values, arm, protocol, score)

@@ -8,15 +8,14 @@ profile's tokens and steps: their absorption is for comparing blocks and k, not 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pandas as pd
 
 from c2r_core.artefacts.cells import Cell
 from c2r_core.artefacts.profiles import Profile, training_seeds
 from c2r_core.experiments.language_model import Sources, arm_of, metric_cell, records
 from c2r_core.experiments.study import Study
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 BLOCKS = {"smollm2-135m": (2, 4, 8, 12, 16, 20, 24), "random-2-layer": (0, 1)}
 """By language model; another one's is the block of the profile's hook alone."""
@@ -60,8 +59,6 @@ def title(block: int, k: int) -> str:
 
 def blocks_table(values: Mapping[str, Any], profile: Profile) -> pd.DataFrame:
     """One row per block and k; NaN where no letter can be measured."""
-    import pandas as pd
-
     rows = []
     for block, k in _points(profile):
         found = {}

@@ -13,16 +13,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pandas as pd
 
 from c2r_core.artefacts.cells import State, look
 from c2r_core.artefacts.names import slug
 from c2r_core.artefacts.profiles import Profile, training_seeds
 from c2r_core.experiments import blocks, cells, parity, validation
 from c2r_core.experiments.language_model import metric_table, standard_arms
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 STUDIES = ("language_model", "agreement", "validation", "blocks", "parity")
 WORST = ("missing", "stale", "current")

@@ -45,7 +45,7 @@ def cells(profile: Profile, seed: int = 0, device: str = "cpu") -> list[Cell]:
     sources = Sources(profile)
     study = Study("examples", profile, training_seeds(1, seed), device)
     return [
-        study.cell(f"{title}, {kind}", measure, inputs=sources.inputs(), arm=arm, sources=sources)
+        study.cell(f"{title}, {kind}", measure, arm=arm, sources=sources)
         for title, arm in standard_arms(sources.lm, device).items()
         for kind, measure in KINDS.items()
     ]

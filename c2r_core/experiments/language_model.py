@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pandas as pd
+
 from c2r_core.artefacts.cache import cached
 from c2r_core.artefacts.cells import Cell
 from c2r_core.artefacts.names import slug
@@ -30,7 +32,6 @@ from c2r_core.saes import SAE, create_sae, fold_norm_factor, load_sae, save_sae
 from c2r_core.training import C2R, Orthogonality, TrainConfig, train, weight_from_strength
 
 if TYPE_CHECKING:
-    import pandas as pd
     from transformer_lens.model_bridge import TransformerBridge
 
 _READ = (
@@ -264,7 +265,6 @@ def metric_cell(
         f"{title}, seed {study.seeds[0]}{label}",
         measure,
         modules=[METRICS[metric].measure.__module__ for metric in metrics],
-        inputs=sources.inputs(),
         arm=arm,
         metrics=metrics,
         sources=sources,
@@ -330,8 +330,6 @@ def metric_table(
     titles : iterable of str
         The arms.
     """
-    import pandas as pd
-
     rows: dict[tuple[str, int], dict[str, Any]] = {}
     for column, path in columns.items():
         metric, *inner = path.split(".")
@@ -346,8 +344,6 @@ def item_table(
     values: Mapping[str, Any], metric: str, items: str, titles: Iterable[str]
 ) -> pd.DataFrame:
     """Arm, seed, and the fields of each item of a list in a metric's report, such as its letters."""
-    import pandas as pd
-
     return pd.DataFrame(
         {"arm": arm, "seed": seed} | item
         for (arm, seed), found in records(values, metric, titles).items()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
+import pandas as pd
 import torch
 
 from c2r_core.artefacts.cells import Cell
@@ -29,15 +30,12 @@ from c2r_core.experiments.language_model import (
     trained,
     training_store,
 )
-from c2r_core.experiments.study import Study
-from c2r_core.experiments.toy import arm_table, c2r_of, toy_arm, toy_cell
+from c2r_core.experiments.study import NamedArm, Study, arm_table
+from c2r_core.experiments.toy import c2r_of, toy_arm, toy_cells
 from c2r_core.losses import c2r_from_norms
 from c2r_core.metrics.reconstruction import streamed
 from c2r_core.saes import SAE
 from c2r_core.statistics import cost_at
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 TOY_ARCHITECTURE = "batch_topk"
 RULES = {"same λ": 0.0, "λ ∝ 1/√B": 0.5, "λ ∝ 1/B": 1.0}
@@ -49,22 +47,12 @@ _CHUNK = 8192
 def cells(profile: Profile, seed: int = 0, device: str = "cpu") -> list[Cell]:
     """The toys' points; then, on the language model, norms by batch size and runs at other batch sizes."""
     strength, sources = profile.strength, Sources(profile)
-    study = Study("strength", profile, training_seeds(strength.toy_seeds, seed), device)
-    made = [
-        toy_cell(
-            study,
-            f"{name}, {point:g}",
-            toy_arm(toy, TOY_ARCHITECTURE, c2r_of(toy, point)),
-        )
-        for name, toy in toy_settings(profile.toy, strength).items()
-        for point in strength.strengths
-    ]
+    made = toy_cells("strength", _toy_arms(profile), profile, strength.toy_seeds, seed, device)
     first, *others = training_seeds(strength.seeds, seed)
     made.append(
         Study("strength", profile, [first], device).cell(
             "norms",
             measure_norms,
-            inputs=sources.inputs(),
             arm=standard_arms(sources.lm, device)["baseline"],
             sources=sources,
             sizes=_NormSizes.of(strength),
@@ -78,7 +66,6 @@ def cells(profile: Profile, seed: int = 0, device: str = "cpu") -> list[Cell]:
                 study.cell(
                     f"B = {batch_size}, {title}, seed {one}",
                     measure_similarities,
-                    inputs=sources.inputs(),
                     arm=arm,
                     sources=sources,
                     groups=strength.groups,
@@ -103,44 +90,26 @@ def toy_settings(toy: ToyProfile, strength: StrengthProfile) -> dict[str, ToyPro
     return settings
 
 
-def strength_table(values: Mapping[str, Any], profile: Profile) -> pd.DataFrame:
-    """BatchTopK with C²R at every strength in every setting.
+def _toy_arms(profile: Profile) -> Iterator[NamedArm]:
+    for name, toy in toy_settings(profile.toy, profile.strength).items():
+        for point in profile.strength.strengths:
+            penalty = c2r_of(toy, point)
+            about = {"arm": name, "strength": point, "weight": penalty.weight}
+            yield NamedArm(f"{name}, {point:g}", toy_arm(toy, TOY_ARCHITECTURE, penalty), about)
 
-    Returns
-    -------
-    DataFrame with `arm` (the setting), `strength`, `weight` (λ), seed and the fields of `ToyReport`
-    """
-    about = {
-        slug(f"{name}, {point:g}"): {
-            "arm": name,
-            "strength": point,
-            "weight": c2r_of(toy, point).weight,
-        }
-        for name, toy in toy_settings(profile.toy, profile.strength).items()
-        for point in profile.strength.strengths
-    }
-    return arm_table(values, about)
+
+def strength_table(values: Mapping[str, Any], profile: Profile) -> pd.DataFrame:
+    """BatchTopK with C²R: `arm` (the setting), `strength`, `weight` (λ), seed, fields of `ToyReport`."""
+    return arm_table(values, _toy_arms(profile))
 
 
 def needed_weights(table: pd.DataFrame, failure: str, target: float) -> pd.DataFrame:
     """Smallest strength, and λ, that brings the mean failure down to a target in each setting.
 
-    Parameters
-    ----------
-    table : DataFrame
-        From `strength_table`.
-    failure : str
-        Column that should be low; averaged over seeds.
-    target : float
-
-    Returns
-    -------
-    DataFrame with `arm`, `strength`, `weight`
-        Interpolated on a logarithmic scale; NaN where no point reaches the target, and where the
-        first one has reached it already, since then the smallest is not known.
+    The failure is a column of a `strength_table`, averaged over seeds. Columns: `arm`, `strength`, `weight`,
+    interpolated on a logarithmic scale; NaN where no point reaches the target, and where the first one has
+    reached it already, since then the smallest is not known.
     """
-    import pandas as pd
-
     rows = []
     for arm, points in table.groupby("arm", sort=False):
         means = points.groupby("strength")[[failure, "weight"]].mean().sort_index()
@@ -328,8 +297,6 @@ def batch_size_table(values: Mapping[str, Any], profile: Profile, seed: int = 0)
 
     `relative` is `similarity` over that of the baseline of equal batch size, seed and group.
     """
-    import pandas as pd
-
     rows = []
     for one in training_seeds(profile.strength.seeds, seed):
         for batch_size, title in batch_size_arms(profile, "cpu"):

@@ -12,7 +12,9 @@ that is silent on a word can erase nothing there.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
+
+import pandas as pd
 
 from c2r_core.artefacts.cells import Cell
 from c2r_core.artefacts.profiles import LanguageModelProfile, Profile, training_seeds
@@ -25,9 +27,6 @@ from c2r_core.experiments.language_model import (
 )
 from c2r_core.experiments.study import Study
 from c2r_core.statistics import paired_interval, rank_correlation, rank_correlation_lead
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 METRICS = ("reconstruction", "absorption", "assignment_consistency", "use")
 
@@ -91,8 +90,6 @@ def cells(profile: Profile, seed: int = 0, device: str = "cpu") -> list[Cell]:
 
 def validation_table(values: Mapping[str, Any], lm: LanguageModelProfile) -> pd.DataFrame:
     """One row an SAE: what it is, its measurements, and how use fails; NaN where not evaluable."""
-    import pandas as pd
-
     rows = []
     for spec in specs(lm):
         found = {name: records(values, name, [spec.title]) for name in METRICS}
@@ -157,8 +154,6 @@ def correlation_table(saes: pd.DataFrame, k: int) -> pd.DataFrame:
     DataFrame with `saes`, `failure`, `predictor`, `mean`, `low`, `high` and `lead`, `lead_low`,
     `lead_high` (of |rank correlation|, consistency's minus the rival's), all with 95 % intervals
     """
-    import pandas as pd
-
     saes, rows = saes.dropna(subset=[*PREDICTORS, *FAILURES.values()]), []
     for group, members in (("all", saes), (f"k = {k}", saes[saes["k"] == k])):
         if len(members) < 5:
@@ -194,8 +189,6 @@ def pairs(saes: pd.DataFrame) -> pd.DataFrame:
     C²R at the highest strength of the list. The columns are ALIKE, `penalty`, `common` (whether the other
     penalty has this SAE too), and the differences of EFFECTS.
     """
-    import pandas as pd
-
     c2r, ort = saes["c2r_strength"], saes["orthogonality_weight"]
     plain = saes[(c2r == 0) & (ort == 0)].set_index(ALIKE)
     treated = {
@@ -216,8 +209,6 @@ def paired_effects(changes: pd.DataFrame) -> pd.DataFrame:
     One row per comparison and measurement: penalty, name, n_pairs, mean, low, high (95 %, Student's t over
     architectures, widths and k). `changes` is of `pairs`, or some of its rows, such as one width's.
     """
-    import pandas as pd
-
     common, rows = changes[changes["common"]], []
     by = {penalty: of.set_index(ALIKE).sort_index() for penalty, of in common.groupby("penalty")}
     for column, name in EFFECTS.items():
