@@ -24,17 +24,11 @@ from c2r_core.artefacts.names import slug
 from c2r_core.artefacts.profiles import Profile, training_seeds
 from c2r_core.data.words import LETTERS, FirstLetterTask
 from c2r_core.errors import NotEvaluable
-from c2r_core.experiments.language_model import (
-    LanguageModelArm,
-    Sources,
-    inputs_of,
-    standard_arms,
-    trained,
-    training_store,
-)
+from c2r_core.experiments.language_model import Sources, of_trained, standard_arms
 from c2r_core.experiments.study import Study
 from c2r_core.metrics.absorption import AbsorptionFirstLetter, evaluate_first_letter
 from c2r_core.metrics.encoding import encode_sparse
+from c2r_core.metrics.inputs import Inputs
 from c2r_core.metrics.letter_probes import (
     PROBE_EPOCHS,
     LetterSplit,
@@ -98,20 +92,12 @@ def cells(profile: Profile, seed: int = 0, device: str = "cpu") -> list[Cell]:
     ]
 
 
-def measure(
-    arm: LanguageModelArm,
-    protocol: Protocol,
-    splits: int,
-    sources: Sources,
-    seeds: Sequence[int],
-    device: str,
-) -> list[dict[str, Any]]:
+@of_trained
+def measure(inputs: Inputs, protocol: Protocol, splits: int) -> list[dict[str, Any]]:
     """The scores of each split of the words, and what latents were taken for the letters' own.
 
     A split in which no letter can be measured has the reason instead.
     """
-    sae = trained(arm, training_store(sources.lm, device), seeds[0], device)
-    inputs = inputs_of(sae, sources, device)
     rows = []
     for number in range(splits):
         task = split(letters(inputs), protocol, number)
@@ -169,9 +155,6 @@ def scores(
         "fires_on": float(median(fires)),
         "letters": float(len(measured)),
     }
-
-
-# -- tables -------------------------------------------------------------------------------------
 
 
 def of_protocol(values: Mapping[str, Any], arm: str, protocol: str, score: str) -> list[float]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -242,6 +242,19 @@ def inputs_of(sae: SAE, sources: Sources, device: str = "cpu") -> Inputs:
     )
 
 
+def of_trained(measure: Callable[..., Any]) -> Callable[..., Any]:
+    """A measure of an SAE's `Inputs` as a cell's: of the arm's SAE of the first seed."""
+
+    @functools.wraps(measure)
+    def of_arm(
+        arm: LanguageModelArm, sources: Sources, seeds: Sequence[int], device: str, **given: Any
+    ) -> Any:
+        sae = trained(arm, training_store(sources.lm, device), seeds[0], device)
+        return measure(inputs_of(sae, sources, device), **given)
+
+    return of_arm
+
+
 # -- cells --------------------------------------------------------------------------------------
 
 
@@ -321,14 +334,7 @@ def metric_table(
 ) -> pd.DataFrame:
     """Arm, seed, and the columns asked for; a metric that was not evaluable leaves NaN.
 
-    Parameters
-    ----------
-    values : mapping
-        {name: values} of the study's cells.
-    columns : mapping of str
-        By the column's name, where its number is: "reconstruction.fvu", "use.sae.mean_erased", …
-    titles : iterable of str
-        The arms.
+    Columns say by name where a number is: "reconstruction.fvu", "use.sae.mean_erased", …; titles are arms.
     """
     rows: dict[tuple[str, int], dict[str, Any]] = {}
     for column, path in columns.items():

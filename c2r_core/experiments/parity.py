@@ -132,9 +132,6 @@ def measure(
     }
 
 
-# -- SAELens ------------------------------------------------------------------------------------
-
-
 def trained_by_saelens(
     arm: LanguageModelArm, store: ActivationStore, seed: int
 ) -> tuple[AnySAE, float]:
@@ -236,9 +233,6 @@ def check_learning_rates(config: TrainConfig, recipe: SAETrainerConfig) -> None:
             )
         optimiser.step()
         scheduler.step()
-
-
-# -- tables -------------------------------------------------------------------------------------
 
 
 def parity_table(values: Mapping[str, Any], seed: int = 0) -> pd.DataFrame:

@@ -25,7 +25,7 @@ from c2r_core.experiments.language_model import (
     LanguageModelArm,
     Sources,
     arm_of,
-    inputs_of,
+    of_trained,
     standard_arms,
     trained,
     training_store,
@@ -33,6 +33,7 @@ from c2r_core.experiments.language_model import (
 from c2r_core.experiments.study import NamedArm, Study, arm_table
 from c2r_core.experiments.toy import c2r_of, toy_arm, toy_cells
 from c2r_core.losses import c2r_from_norms
+from c2r_core.metrics.inputs import Inputs
 from c2r_core.metrics.reconstruction import streamed
 from c2r_core.saes import SAE
 from c2r_core.statistics import cost_at
@@ -169,9 +170,7 @@ def measure_norms(
 def norm_rows(blocks: FiringBlocks, sizes: _NormSizes) -> list[dict[str, Any]]:
     """Mean batch norms by firing rate and batch size.
 
-    Returns
-    -------
-    records with `arm` (the group by firing rate), `rate` (its median), `batch_size`, `firings`
+    Records have `arm` (the group by firing rate), `rate` (its median), `batch_size`, `firings`
     (expected in a batch, at that rate), `norm` (the median of n_i over the root mean square of the
     latent's activations), and `slope`, `slope_low`, `slope_high` (median and quartiles of the slope
     of log n_i on log B over all batch sizes)
@@ -210,13 +209,8 @@ def penalty_exponent(sae: SAE, blocks: FiringBlocks, batch_sizes: Sequence[int])
     """Slope of the logarithm of C²R (α = 1) on log B for an SAE that does not change.
 
     The loss is linear in the norms, so that its mean over batches follows from their means. λ in
-    proportion to B to the power of minus this keeps the penalty of this SAE as it is.
-
-    Parameters
-    ----------
-    blocks : FiringBlocks
-        Of this SAE.
-    batch_sizes : sequence of at least two int
+    proportion to B to the power of minus this keeps the penalty of this SAE as it is. `blocks` are its own;
+    at least two batch sizes.
     """
     W_dec = sae.W_dec.cpu().double()
     norms = mean_batch_norms(blocks, batch_sizes) * torch.linalg.vector_norm(W_dec, dim=-1)
@@ -273,13 +267,11 @@ def batch_size_arms(profile: Profile, device: str) -> dict[tuple[int, str], Lang
     return arms
 
 
-def measure_similarities(
-    arm: LanguageModelArm, sources: Sources, groups: int, seeds: Sequence[int], device: str
-) -> list[dict[str, float]]:
+@of_trained
+def measure_similarities(inputs: Inputs, groups: int) -> list[dict[str, float]]:
     """Mean s_i of each group of latents by firing rate on held-out tokens, with FVU, L0 and live share."""
-    sae = trained(arm, training_store(sources.lm, device), seeds[0], device)
-    report, density = streamed(inputs_of(sae, sources, device))
-    similarities = neighbour_similarities(sae.W_dec, density > 0)
+    report, density = streamed(inputs)
+    similarities = neighbour_similarities(inputs.sae.W_dec, density > 0)
     whole = {"fvu": report.fvu, "l0": report.l0, "live_share": report.frac_alive}
     return [
         {
@@ -312,20 +304,10 @@ def batch_size_table(values: Mapping[str, Any], profile: Profile, seed: int = 0)
 
 
 def distance_from_reference(table: pd.DataFrame, reference: int) -> pd.DataFrame:
-    """How far each rule's effect is from the reference's, in factors, by group.
+    """How far each rule's effect is from the reference's, in factors: `batch_size`, `arm`, `group`, `factor`.
 
-    Parameters
-    ----------
-    table : DataFrame
-        From `batch_size_table`.
-    reference : int
-        Batch size of the reference.
-
-    Returns
-    -------
-    DataFrame with `batch_size`, `arm`, `group` and `factor`
-        `relative` over that of C²R at the reference batch size; 1 is an equal effect, more is less
-        effect.
+    From a `batch_size_table`: `relative` over that of C²R at the reference batch size. 1 is an equal effect,
+    more is less effect.
     """
     own = table[(table["batch_size"] == reference) & (table["arm"] == "C²R")]
     goal = own.set_index("group")["relative"]

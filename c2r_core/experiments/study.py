@@ -43,9 +43,9 @@ class Study:
         """The cell with what `measure(seeds=…, device=…, **given)` returns.
 
         Its name is the `slug` of a title. Measure is a function of a module: with what it reaches, and
-        `modules`, which reading imports cannot find, it is the code that the cell rests on. What is given are
-        the cell's settings: JSON, dataclasses, profile sections, or objects with a method `settings()`; one with
-        a method `inputs()` has the fingerprints of the model and text that are read.
+        `modules`, which reading imports cannot find, it is the code that the cell rests on. What is given
+        are the cell's settings: JSON, dataclasses, profile sections, or objects with a method `settings()`;
+        one with a method `inputs()` has the fingerprints of the model and text that are read.
         """
         seeds, inputs = list(self.seeds), {}
         for value in given.values():

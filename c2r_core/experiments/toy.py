@@ -37,9 +37,6 @@ def arms(toy: ToyProfile) -> Iterator[NamedArm]:
             yield NamedArm(f"{title}, {arm}", toy_arm(toy, name, penalty), about)
 
 
-# -- arms ---------------------------------------------------------------------------------------
-
-
 def feature_tree(toy: ToyProfile) -> FeatureTree:
     """The profile's features."""
     names = FeatureTree.__dataclass_fields__.keys() - {"seed"}
@@ -76,16 +73,8 @@ def standard_arms(toy: ToyProfile, architecture: str) -> dict[str, Regulariser |
     }
 
 
-# -- cells --------------------------------------------------------------------------------------
-
-
 def toy_cells(
-    name: str,
-    arms: Iterable[NamedArm],
-    profile: Profile,
-    n_seeds: int,
-    seed: int,
-    device: str,
+    name: str, arms: Iterable[NamedArm], profile: Profile, n_seeds: int, seed: int, device: str
 ) -> list[Cell]:
     """The cells of a study on trees: for each arm a list of `ToyReport`s, one a seed."""
     study = Study(name, profile, training_seeds(n_seeds, seed), device)
@@ -105,9 +94,6 @@ def measure(arm: Arm, samples: int, seeds: Sequence[int], device: str) -> list[d
 def evaluation_sample(features: FeatureTree, samples: int) -> ToySample:
     """The samples on which all SAEs on these features are measured."""
     return features.sample(samples, torch.Generator().manual_seed(EVALUATION_SEED))
-
-
-# -- tables -------------------------------------------------------------------------------------
 
 
 def toy_table(values: Mapping[str, Any], architecture: str, toy: ToyProfile) -> pd.DataFrame:

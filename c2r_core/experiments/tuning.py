@@ -116,13 +116,7 @@ def tune_sparsity(
 
 
 def tune(
-    arm: Arm,
-    penalty: str,
-    on: str,
-    by: str,
-    samples: int,
-    seeds: Sequence[int],
-    device: str,
+    arm: Arm, penalty: str, on: str, by: str, samples: int, seeds: Sequence[int], device: str
 ) -> dict[str, Any]:
     """What was tried, by rising weight, means over the seeds; the best weight, and if it is on an edge."""
 
