@@ -106,8 +106,8 @@ def read_or_compute(cell: Cell, mode: str | None = None) -> Any:
 
     The mode "kept" takes the committed cell if it is current, else one in `runs/` that is, else computes it
     into `runs/`; "anew" does not look at committed ones; "commit" computes what is not current and writes it
-    to `results/`. Without one, $C2R_CELLS or "kept". Cells of `smoke` are never committed. A committed file that
-    was edited by hand is an EditedCellError, which names it.
+    to `results/`. Without one, $C2R_CELLS or "kept". Cells of `smoke` are never committed. A committed file
+    that was edited by hand is an EditedCellError, which names it.
     """
     mode = mode or os.environ.get("C2R_CELLS") or "kept"
     if mode not in MODES:
