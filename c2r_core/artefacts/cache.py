@@ -41,28 +41,12 @@ def cached(
     versions of torch, transformers and transformer_lens. Two processes that want the same artefact
     build it once. A build that fails or is killed leaves nothing that could be taken for an artefact.
 
-    Parameters
-    ----------
-    kind : str
-        Sort of artefact, such as "activations" or "sae": the name of the sub-folder.
-    key : mapping
-        Everything else that decides the content, in JSON's types: configuration, seed, resolved
-        precision, fingerprint of the data. It is kept beside the artefact in `key.json`.
-    build : callable
-        Takes an empty folder and writes the artefact into it.
-    code : sequence of str
-        Entries, as `fingerprints` takes them, beside those that CODE has for the kind. With neither,
-        all code counts.
-    resumable : bool
-        `build` can go on from what an earlier build, killed or failed, left in its folder; so that
-        is kept instead of removed.
-
-    Raises
-    ------
-    TypeError
-        If the key is not plain JSON.
-    OSError
-        If the disk is full; it says where, and how to move the cache.
+    The kind, such as "activations" or "sae", names the sub-folder. The key is all else that decides the
+    content, in JSON's types (else it is a TypeError): configuration, seed, resolved precision, fingerprint of
+    the data; it is kept beside the artefact in `key.json`. `code` has entries, as `fingerprints` takes them,
+    beside those that CODE has for the kind; with neither, all code counts. A resumable build can go on from
+    what an earlier one, killed or failed, left in its folder; so that is kept instead of removed. An OSError
+    about a full disk says where, and how to move the cache.
     """
     entries = sorted({*CODE.get(kind, ()), *code}) or all_modules()
     described = {
@@ -121,11 +105,9 @@ def _libraries() -> dict[str, str]:
 
 
 def prune(dry_run: bool = False) -> tuple[int, int]:
-    """Remove what the code that is there now would no longer find, and remains of dead builds.
+    """Remove what no code here would find, and remains of dead builds.
 
-    Returns
-    -------
-    entries removed and bytes freed; with `dry_run`, those that would be
+    Returns how many entries and bytes are gone, or with `dry_run` would be.
     """
     removed = freed = 0
     for folder in sorted(cache_dir().glob("*/*")):

@@ -88,12 +88,7 @@ def state(cell: Cell, folder: Path | None = None) -> State:
 def look(cell: Cell) -> tuple[State, Any]:
     """State and values of the committed cell, current or stale, without computing; else of that in `runs/`.
 
-    Under C2R_CELLS=anew, of that in `runs/` alone.
-
-    Raises
-    ------
-    EditedCellError
-        If the committed file was edited by hand.
+    Under C2R_CELLS=anew, of that in `runs/` alone. A file edited by hand is an EditedCellError.
     """
     folders = [runs_dir(cell.profile)]
     if os.environ.get("C2R_CELLS") != "anew":
@@ -109,18 +104,10 @@ def look(cell: Cell) -> tuple[State, Any]:
 def read_or_compute(cell: Cell, mode: str | None = None) -> Any:
     """The cell's values, as read from JSON whether kept or computed.
 
-    Parameters
-    ----------
-    cell : Cell
-    mode : str, optional
-        "kept" takes the committed cell if it is current, else one in `runs/` that is, else computes
-        it into `runs/`; "anew" does not look at committed ones; "commit" computes what is not current
-        and writes it to `results/`. Cells of `smoke` are never committed. Without one, $C2R_CELLS or "kept".
-
-    Raises
-    ------
-    EditedCellError
-        If the committed file was edited by hand; it names the file.
+    The mode "kept" takes the committed cell if it is current, else one in `runs/` that is, else computes it
+    into `runs/`; "anew" does not look at committed ones; "commit" computes what is not current and writes it
+    to `results/`. Without one, $C2R_CELLS or "kept". Cells of `smoke` are never committed. A committed file
+    that was edited by hand is an EditedCellError, which names it.
     """
     mode = mode or os.environ.get("C2R_CELLS") or "kept"
     if mode not in MODES:
@@ -153,10 +140,7 @@ def _write(cell: Cell, target: Path) -> Any:
     content["values"] = compute(cell)
     content["digest"] = _digest(content)
     content["provenance"] = provenance(
-        profile=cell.profile,
-        seed=cell.seed,
-        device=cell.device,
-        seconds=time.monotonic() - started,
+        profile=cell.profile, seed=cell.seed, device=cell.device, seconds=time.monotonic() - started
     )
     write_json(target, content)
     return content["values"]

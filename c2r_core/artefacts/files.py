@@ -36,20 +36,9 @@ class DiskFullError(OSError):
 def whole_folder(folder: str | Path, *, replace: bool = True) -> Iterator[Path]:
     """A scratch folder to fill, which becomes `folder` only when the block ends without an error.
 
-    Parameters
-    ----------
-    folder : str or Path
-        Its parents are made.
-    replace : bool
-        Whether a folder already there is replaced, at that moment and as a whole; after an error it is as it
-        was before. If not, only an empty one may be there.
-
-    Raises
-    ------
-    FileExistsError
-        If there is a folder that may not be replaced, be it made by another process meanwhile.
-    DiskFullError
-        If the disk is full.
+    Its parents are made. A folder already there is replaced, at that moment and as a whole; after an error it
+    is as it was before. If it may not be replaced, it must be empty, else it is a FileExistsError, also if
+    another process made it meanwhile. A full disk is a DiskFullError.
     """
     folder = Path(folder)
     with _scratch(folder) as part:
@@ -82,11 +71,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     """A scratch file to write, which becomes `path` only when the block ends without an error.
 
     A file already there is replaced at that moment; after an error it is as it was before. Parents are made.
-
-    Raises
-    ------
-    DiskFullError
-        If the disk is full.
+    A full disk is a DiskFullError.
     """
     path = Path(path)
     with _scratch(path) as part:

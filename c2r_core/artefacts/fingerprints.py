@@ -25,10 +25,7 @@ BY_DEFINITION = f"{ROOT}.experiments."
 def fingerprints(entries: Iterable[str]) -> dict[str, str]:
     """A hash of every module that the entries reach, by name; comments and docstrings do not count.
 
-    Raises
-    ------
-    ModuleNotFoundError
-        If an entry, or what it imports, is not there.
+    A ModuleNotFoundError says if an entry, or what it imports, is not there.
     """
     seen: dict[str, str] = {}
     waiting = list(entries)

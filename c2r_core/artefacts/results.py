@@ -32,13 +32,7 @@ def runs_dir(profile: str) -> Path:
 
 
 def plain(value: Any) -> Any:
-    """`value` in JSON's own types; NaN and infinities become null, tensors become lists.
-
-    Raises
-    ------
-    TypeError
-        If the value has no such form.
-    """
+    """`value` in JSON's own types, else a TypeError; NaN and infinities become null, tensors become lists."""
     if isinstance(value, BaseModel):
         return plain(value.model_dump())
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -69,13 +63,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """What `write_json` wrote.
-
-    Raises
-    ------
-    ValueError
-        If the file is not JSON.
-    """
+    """What `write_json` wrote; a ValueError if the file is not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:

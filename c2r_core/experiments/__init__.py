@@ -7,13 +7,12 @@ A study is a module with `cells(profile, seed=0, device="cpu")`. `c2r run STUDY`
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
 
 from c2r_core.errors import needs_extra
 
 needs_extra("evaluate", "pandas", "pydantic", "scipy", "sklearn")
 
-from c2r_core.artefacts.cells import Cell, read_or_compute
+from c2r_core.artefacts.cells import Cell
 from c2r_core.artefacts.names import unknown_name
 from c2r_core.artefacts.profiles import Profile
 
@@ -48,8 +47,3 @@ def cells(study: str, profile: Profile, seed: int = 0, device: str = "cpu") -> l
     if study not in STUDIES:
         raise ValueError(unknown_name("study", study, STUDIES))
     return import_module(STUDIES[study]).cells(profile, seed, device)
-
-
-def values(study: str, profile: Profile, seed: int = 0, device: str = "cpu") -> dict[str, Any]:
-    """{name: values} of all cells of a study: those that are current are read, others computed."""
-    return {cell.name: read_or_compute(cell) for cell in cells(study, profile, seed, device)}

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pandas as pd
 
 from c2r_core.artefacts.cells import Cell
-from c2r_core.artefacts.names import slug
-from c2r_core.artefacts.profiles import Profile, ToyProfile, training_seeds
-from c2r_core.experiments.study import Study
-from c2r_core.experiments.synthetic import Arm
-from c2r_core.experiments.toy import ARCHITECTURES, arm_table, standard_arms, toy_arm, toy_cell
+from c2r_core.artefacts.profiles import Profile, ToyProfile
+from c2r_core.experiments.study import NamedArm, arm_table
+from c2r_core.experiments.toy import ARCHITECTURES, standard_arms, toy_arm, toy_cells
 from c2r_core.training import create_regulariser
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 TITLES = {
     "unweighted_sum": "unweighted sum",
@@ -27,29 +24,21 @@ TITLES = {
 
 def cells(profile: Profile, seed: int = 0, device: str = "cpu") -> list[Cell]:
     """Baseline, C²R, OrtSAE and the ablations, on the two architectures of notebook 03."""
-    study = Study("ablations", profile, training_seeds(profile.toy.comparison_seeds, seed), device)
-    return [
-        toy_cell(study, f"{architecture}, {arm}", how)
-        for (architecture, arm), how in _arms(profile.toy).items()
-    ]
+    n_seeds = profile.toy.comparison_seeds
+    return toy_cells("ablations", _arms(profile.toy), profile, n_seeds, seed, device)
 
 
-def _arms(toy: ToyProfile) -> dict[tuple[str, str], Arm]:
-    arms = {}
+def _arms(toy: ToyProfile) -> Iterator[NamedArm]:
     for name, title in ARCHITECTURES.items():
         ablated = {
             TITLES[ablation]: create_regulariser(ablation, weight=weights[name])
             for ablation, weights in toy.ablation_weight.items()
         }
-        for arm, regulariser in (standard_arms(toy, name) | ablated).items():
-            arms[title, arm] = toy_arm(toy, name, regulariser)
-    return arms
+        for arm, penalty in (standard_arms(toy, name) | ablated).items():
+            about = {"architecture": title, "arm": arm}
+            yield NamedArm(f"{title}, {arm}", toy_arm(toy, name, penalty), about)
 
 
 def ablation_table(values: Mapping[str, Any], toy: ToyProfile) -> pd.DataFrame:
     """Architecture, arm, seed and the fields of `ToyReport`."""
-    about = {
-        slug(f"{architecture}, {arm}"): {"architecture": architecture, "arm": arm}
-        for architecture, arm in _arms(toy)
-    }
-    return arm_table(values, about)
+    return arm_table(values, _arms(toy))

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from statistics import fmean, median, stdev
 from typing import TYPE_CHECKING, Any
 
+import pandas as pd
 import torch
 
 from c2r_core.artefacts.cells import Cell
@@ -23,17 +24,11 @@ from c2r_core.artefacts.names import slug
 from c2r_core.artefacts.profiles import Profile, training_seeds
 from c2r_core.data.words import LETTERS, FirstLetterTask
 from c2r_core.errors import NotEvaluable
-from c2r_core.experiments.language_model import (
-    LanguageModelArm,
-    Sources,
-    inputs_of,
-    standard_arms,
-    trained,
-    training_store,
-)
+from c2r_core.experiments.language_model import Sources, of_trained, standard_arms
 from c2r_core.experiments.study import Study
 from c2r_core.metrics.absorption import AbsorptionFirstLetter, evaluate_first_letter
 from c2r_core.metrics.encoding import encode_sparse
+from c2r_core.metrics.inputs import Inputs
 from c2r_core.metrics.letter_probes import (
     PROBE_EPOCHS,
     LetterSplit,
@@ -44,7 +39,6 @@ from c2r_core.metrics.letter_probes import (
 from c2r_core.seeds import mix_seeds
 
 if TYPE_CHECKING:
-    import pandas as pd
     from scipy.sparse import csr_array
 
 
@@ -88,7 +82,6 @@ def cells(profile: Profile, seed: int = 0, device: str = "cpu") -> list[Cell]:
         study.cell(
             f"{title}, {name}",
             measure,
-            inputs=sources.inputs(),
             arm=arm,
             protocol=protocol,
             splits=profile.evaluation.word_splits,
@@ -99,20 +92,12 @@ def cells(profile: Profile, seed: int = 0, device: str = "cpu") -> list[Cell]:
     ]
 
 
-def measure(
-    arm: LanguageModelArm,
-    protocol: Protocol,
-    splits: int,
-    sources: Sources,
-    seeds: Sequence[int],
-    device: str,
-) -> list[dict[str, Any]]:
+@of_trained
+def measure(inputs: Inputs, protocol: Protocol, splits: int) -> list[dict[str, Any]]:
     """The scores of each split of the words, and what latents were taken for the letters' own.
 
     A split in which no letter can be measured has the reason instead.
     """
-    sae = trained(arm, training_store(sources.lm, device), seeds[0], device)
-    inputs = inputs_of(sae, sources, device)
     rows = []
     for number in range(splits):
         task = split(letters(inputs), protocol, number)
@@ -172,9 +157,6 @@ def scores(
     }
 
 
-# -- tables -------------------------------------------------------------------------------------
-
-
 def of_protocol(values: Mapping[str, Any], arm: str, protocol: str, score: str) -> list[float]:
     """One score of an arm, in every split; NaN where no letter could be measured."""
     return [row.get(score, math.nan) for row in values[slug(f"{arm}, {protocol}")]]
@@ -188,8 +170,6 @@ def protocol_table(
     Columns: the mean absorbed fraction of each arm; for the first arm the F1 of the letters' own latents, and
     on how many training words of its letter the best one fires (median over letters, mean over splits).
     """
-    import pandas as pd
-
     rows = []
     for protocol in PROTOCOLS:
         means = {arm: fmean(of_protocol(values, arm, protocol, "fraction")) for arm in arms}
@@ -215,8 +195,6 @@ def reliability_table(
     two standard errors of the mean over the splits. Splits share words, so that is a lower bound; letters
     and training seeds are not in it.
     """
-    import pandas as pd
-
     first, rows = of_protocol(values, arms[0], protocol, score), []
     for arm in arms:
         own = of_protocol(values, arm, protocol, score)

@@ -11,7 +11,9 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pandas as pd
 
 from c2r_core.artefacts.cells import Cell
 from c2r_core.artefacts.names import slug
@@ -29,13 +31,10 @@ from c2r_core.experiments.language_model import (
 from c2r_core.experiments.study import Study
 from c2r_core.experiments.synthetic import Arm
 from c2r_core.experiments.synthetic import trained as trained_on_toy
-from c2r_core.experiments.toy import ARCHITECTURES, evaluation_sample, standard_arms, toy_arm
+from c2r_core.experiments.toy import ARCHITECTURES, evaluation_sample
+from c2r_core.experiments.toy import arms as toy_arms
 from c2r_core.metrics.agreement import compare_saes
 from c2r_core.metrics.assignment import toy_assignment
-from c2r_core.statistics import Interval, paired_interval
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 PAIRS = ("seeds", "seeds and documents")
 OTHER_SEED = 1000  # added to a pair's first seed; no other run has these
@@ -47,16 +46,7 @@ def cells(profile: Profile, seed: int = 0, device: str = "cpu") -> list[Cell]:
     """Toy arms, then pairs of runs on the language model."""
     toy, sources = profile.toy, Sources(profile)
     study = Study("agreement", profile, training_seeds(toy.seeds, seed), device)
-    made = [
-        study.cell(
-            f"{title}, {name}",
-            measure_toy,
-            arm=toy_arm(toy, architecture, regulariser),
-            samples=toy.evaluation_samples,
-        )
-        for architecture, title in ARCHITECTURES.items()
-        for name, regulariser in standard_arms(toy, architecture).items()
-    ]
+    made = study.cells(toy_arms(toy), measure_toy, samples=toy.evaluation_samples)
     for one in training_seeds(profile.language_model.seeds, seed):
         study = Study("agreement", profile, [one, one + OTHER_SEED], device)
         for title, arm in arms(profile, device).items():
@@ -65,7 +55,6 @@ def cells(profile: Profile, seed: int = 0, device: str = "cpu") -> list[Cell]:
                     f"{title}, seed {one}, {pair}",
                     measure_pair,
                     modules=["c2r_core.metrics.agreement"],
-                    inputs=sources.inputs(),
                     arm=arm,
                     pair=pair,
                     sources=sources,
@@ -141,8 +130,6 @@ def flat(report: Mapping[str, Any]) -> dict[str, float | None]:
 
 def toy_table(values: Mapping[str, Any], what: str) -> pd.DataFrame:
     """Architecture, arm, seed and the numbers of "consistency" or "agreement"."""
-    import pandas as pd
-
     return pd.DataFrame(
         {"architecture": architecture, "arm": arm} | row
         for architecture in ARCHITECTURES.values()
@@ -153,8 +140,6 @@ def toy_table(values: Mapping[str, Any], what: str) -> pd.DataFrame:
 
 def pair_table(values: Mapping[str, Any], profile: Profile, seed: int = 0) -> pd.DataFrame:
     """Arm, pair, seed and the main numbers of the language model's pairs."""
-    import pandas as pd
-
     rows = []
     for one in training_seeds(profile.language_model.seeds, seed):
         for title, pair in itertools.product(arms(profile), PAIRS):
@@ -162,14 +147,3 @@ def pair_table(values: Mapping[str, Any], profile: Profile, seed: int = 0) -> pd
             if record["status"] == "evaluated":
                 rows.append({"arm": title, "pair": pair, "seed": one} | flat(record["values"]))
     return pd.DataFrame(rows)
-
-
-def paired_gain(table: pd.DataFrame, metric: str, arm: str = "C²R") -> Interval:
-    """Interval of arm − baseline over the seeds; no ends with a single seed.
-
-    Rows of the toys' agreement that follow each other share a run, so their interval is only a guide.
-    """
-    wide = table.pivot(index="seed", columns="arm", values=metric)
-    if len(wide) < 2:
-        return Interval(float((wide[arm] - wide["baseline"]).mean()), float("nan"), float("nan"))
-    return paired_interval(wide[arm], wide["baseline"])

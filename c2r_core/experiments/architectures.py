@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pandas as pd
 
 from c2r_core.artefacts.cells import Cell
-from c2r_core.artefacts.names import slug
-from c2r_core.artefacts.profiles import Profile, ToyProfile, training_seeds
-from c2r_core.experiments.study import Study
-from c2r_core.experiments.toy import arm_table, standard_arms, toy_arm, toy_cell
-
-if TYPE_CHECKING:
-    import pandas as pd
+from c2r_core.artefacts.profiles import Profile, ToyProfile
+from c2r_core.experiments.study import NamedArm, arm_table
+from c2r_core.experiments.toy import standard_arms, toy_arm, toy_cells
 
 TITLES = {
     "relu": "ReLU",
@@ -29,27 +27,18 @@ TITLES = {
 
 def cells(profile: Profile, seed: int = 0, device: str = "cpu") -> list[Cell]:
     """Baseline, C²R and OrtSAE on each architecture."""
-    toy = profile.toy
-    study = Study("architectures", profile, training_seeds(toy.comparison_seeds, seed), device)
-    return [
-        toy_cell(study, name, toy_arm(toy, architecture, regulariser))
-        for name, (architecture, regulariser) in _arms(toy).items()
-    ]
+    n_seeds = profile.toy.comparison_seeds
+    return toy_cells("architectures", _arms(profile.toy), profile, n_seeds, seed, device)
 
 
-def _arms(toy: ToyProfile) -> dict[str, tuple]:
-    return {
-        f"{architecture}, {arm}": (architecture, regulariser)
-        for architecture in [*TITLES, *(toy.architectures.keys() - TITLES.keys())]
-        if architecture in toy.architectures
-        for arm, regulariser in standard_arms(toy, architecture).items()
-    }
+def _arms(toy: ToyProfile) -> Iterator[NamedArm]:
+    for name in [*TITLES, *(toy.architectures.keys() - TITLES.keys())]:
+        if name in toy.architectures:
+            for arm, penalty in standard_arms(toy, name).items():
+                about = {"architecture": TITLES.get(name, name), "arm": arm}
+                yield NamedArm(f"{name}, {arm}", toy_arm(toy, name, penalty), about)
 
 
 def architecture_table(values: Mapping[str, Any], toy: ToyProfile) -> pd.DataFrame:
     """Architecture (its title), arm, seed and the fields of `ToyReport`."""
-    about = {}
-    for name, (architecture, _) in _arms(toy).items():
-        arm = name.split(", ")[1]
-        about[slug(name)] = {"architecture": TITLES.get(architecture, architecture), "arm": arm}
-    return arm_table(values, about)
+    return arm_table(values, _arms(toy))

@@ -41,18 +41,8 @@ class FiringBlocks(NamedTuple):
 def firing_blocks(sae: AnySAE, chunks: Iterable[Tensor], size: int) -> FiringBlocks:
     """Encode samples and sum each latent's squared activations over blocks of `size` samples.
 
-    Parameters
-    ----------
-    sae : any object with encode and W_dec
-    chunks : iterable of Tensor, each (n, d_in)
-        Samples in random order, so that a block is a random batch; n is a multiple of `size`.
-    size : int
-        Samples in a block: the smallest batch of interest.
-
-    Raises
-    ------
-    ValueError
-        If there are no chunks, or one is no multiple of `size`.
+    Chunks are (n, d_in), in random order, so that a block is a random batch: the smallest of interest. A
+    ValueError says if there are none, or if an n is no multiple of `size`.
     """
     energies, fires, n = [], 0, 0
     for chunk in chunks:
@@ -68,18 +58,10 @@ def firing_blocks(sae: AnySAE, chunks: Iterable[Tensor], size: int) -> FiringBlo
 
 
 def mean_batch_norms(blocks: FiringBlocks, batch_sizes: Sequence[int]) -> Tensor:
-    """Mean of each latent's norm over a batch, for batches joined from neighbouring blocks.
+    """Mean of each latent's norm over a batch joined from neighbouring blocks: float64, (n_sizes, d_sae).
 
-    Parameters
-    ----------
-    blocks : FiringBlocks
-    batch_sizes : sequence of int
-        Multiples of `blocks.size`, at most as many samples as there are. What is left over after
-        the last whole batch is not used.
-
-    Returns
-    -------
-    Tensor of float64, shape (len(batch_sizes), d_sae)
+    Batch sizes are multiples of `blocks.size`, at most as many samples as there are, else it is a ValueError.
+    What is left over after the last whole batch is not used.
     """
     n_blocks = len(blocks.energies)
     norms = []
@@ -98,11 +80,7 @@ def mean_batch_norms(blocks: FiringBlocks, batch_sizes: Sequence[int]) -> Tensor
 def log_slopes(batch_sizes: Sequence[int], norms: Tensor) -> Tensor:
     """Least-squares slope of log norm on log batch size, (d_sae,); NaN for a latent that is silent.
 
-    Parameters
-    ----------
-    batch_sizes : sequence of at least two int
-    norms : Tensor, shape (len(batch_sizes), d_sae)
-        From `mean_batch_norms`.
+    Norms are (n_sizes, d_sae), from `mean_batch_norms`, of at least two sizes.
     """
     x = torch.tensor(batch_sizes, dtype=torch.float64).log()
     x = x - x.mean()
@@ -113,19 +91,9 @@ def log_slopes(batch_sizes: Sequence[int], norms: Tensor) -> Tensor:
 def rate_groups(rates: Tensor, n_groups: int, at_least: float = 0.0) -> list[Tensor]:
     """Indices of the latents that fire, in equally large groups from the rarest to the most frequent.
 
-    Parameters
-    ----------
-    rates : Tensor, shape (d_sae,)
-        Share of samples in which each latent fires.
-    n_groups : int
-    at_least : float
-        Latents that fire less often are left out, as are silent ones; with few firings a rate is
-        hardly known.
-
-    Raises
-    ------
-    ValueError
-        If fewer latents than groups are left.
+    Rates, (d_sae,), are shares of samples in which a latent fires. Latents with a rate below `at_least` are
+    left out, as are silent ones: with few firings a rate is hardly known. A ValueError says if fewer latents
+    than groups are left.
     """
     order = torch.argsort(rates, stable=True)
     order = order[(rates[order] > 0) & (rates[order] >= at_least)]
@@ -138,10 +106,7 @@ def rate_groups(rates: Tensor, n_groups: int, at_least: float = 0.0) -> list[Ten
 def neighbour_similarities(W_dec: Tensor, live: Tensor) -> Tensor:
     """s_i, the squared positive cosine with the nearest live neighbour; NaN where a latent is not live.
 
-    Parameters
-    ----------
-    W_dec : Tensor, shape (d_sae, d_in)
-    live : Tensor of bool, shape (d_sae,)
+    W_dec is (d_sae, d_in), `live` (d_sae,) of bool.
     """
     cosine = nearest_neighbours(W_dec[live].double()).cosine.cpu()
     similarities = torch.full((len(W_dec),), float("nan"), dtype=torch.float64)

@@ -8,15 +8,14 @@ profile's tokens and steps: their absorption is for comparing blocks and k, not 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pandas as pd
 
 from c2r_core.artefacts.cells import Cell
 from c2r_core.artefacts.profiles import Profile, training_seeds
-from c2r_core.experiments.language_model import Sources, arm_of, metric_cell, records
+from c2r_core.experiments.language_model import Sources, arm_of, metric_cell, metric_table
 from c2r_core.experiments.study import Study
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 BLOCKS = {"smollm2-135m": (2, 4, 8, 12, 16, 20, 24), "random-2-layer": (0, 1)}
 """By language model; another one's is the block of the profile's hook alone."""
@@ -58,22 +57,19 @@ def title(block: int, k: int) -> str:
     return f"block {block:02d}, k = {k}"
 
 
+COLUMNS = {
+    "fvu": "reconstruction.fvu",
+    "l0": "reconstruction.l0",
+    "letters": "absorption.num_good_probes",
+    "absorption": "absorption.mean_absorption_fraction_score",
+    "full_absorption": "absorption.mean_full_absorption_score",
+}
+
+
 def blocks_table(values: Mapping[str, Any], profile: Profile) -> pd.DataFrame:
     """One row per block and k; NaN where no letter can be measured."""
-    import pandas as pd
-
-    rows = []
-    for block, k in _points(profile):
-        found = {}
-        for metric, fields in {
-            "reconstruction": {"fvu": "fvu", "l0": "l0"},
-            "absorption": {
-                "letters": "num_good_probes",
-                "absorption": "mean_absorption_fraction_score",
-                "full_absorption": "mean_full_absorption_score",
-            },
-        }.items():
-            of = next(iter(records(values, metric, [title(block, k)]).values()), {})
-            found |= {column: of.get(field) for column, field in fields.items()}
-        rows.append({"block": block, "k": k} | found)
-    return pd.DataFrame(rows).astype({"letters": float, "absorption": float})
+    points = _points(profile)
+    titles = [title(block, k) for block, k in points]
+    measured = metric_table(values, COLUMNS, titles).set_index("arm").reindex(titles)
+    table = pd.DataFrame(points, columns=["block", "k"])
+    return table.join(measured[list(COLUMNS)].reset_index(drop=True))

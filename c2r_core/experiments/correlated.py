@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pandas as pd
 
 from c2r_core.artefacts.cells import Cell
-from c2r_core.artefacts.names import slug, unknown_name
-from c2r_core.artefacts.profiles import CorrelatedProfile, Profile, ToyProfile, training_seeds
-from c2r_core.experiments.study import Study
-from c2r_core.experiments.toy import arm_table, c2r_of, toy_arm, toy_cell
+from c2r_core.artefacts.names import unknown_name
+from c2r_core.artefacts.profiles import CorrelatedProfile, Profile, ToyProfile
+from c2r_core.experiments.study import NamedArm, arm_table
+from c2r_core.experiments.toy import c2r_of, toy_arm, toy_cells
 from c2r_core.statistics import paired_interval
-from c2r_core.training import Orthogonality, Regulariser
+from c2r_core.training import Orthogonality
 
-if TYPE_CHECKING:
-    import pandas as pd
+PENALTIES = ("C²R", "OrtSAE")
 
 
 def worlds(toy: ToyProfile, correlated: CorrelatedProfile) -> dict[str, ToyProfile]:
@@ -38,30 +39,26 @@ def worlds(toy: ToyProfile, correlated: CorrelatedProfile) -> dict[str, ToyProfi
 
 def cells(profile: Profile, seed: int = 0, device: str = "cpu") -> list[Cell]:
     """Baseline, and both penalties at shares of their weights, in every world."""
-    study = Study("correlated", profile, training_seeds(profile.correlated.seeds, seed), device)
-    return [
-        toy_cell(study, name, toy_arm(world, about["architecture"], penalty))
-        for name, world, penalty, about in _arms(profile)
-    ]
+    own = profile.correlated
+    arms = (arm for name in own.architectures for arm in _arms(profile, name))
+    return toy_cells("correlated", arms, profile, own.seeds, seed, device)
 
 
-def _arms(
-    profile: Profile,
-) -> Iterator[tuple[str, ToyProfile, Regulariser | None, dict[str, Any]]]:
-    """Name, world, penalty and what a table says about it."""
+def _arms(profile: Profile, architecture: str) -> Iterator[NamedArm]:
+    """Of one architecture; the baseline is there for both penalties, at share 0."""
     toy, correlated = profile.toy, profile.correlated
-    for architecture in correlated.architectures:
-        strength, weight = toy.c2r_strength[architecture], toy.orthogonality_weight[architecture]
-        for name, world in worlds(toy, correlated).items():
-            about = {"architecture": architecture, "world": name}
-            yield f"{architecture}, {name}, baseline", world, None, about
-            for share in correlated.shares:
-                for title, penalty in (
-                    ("C²R", c2r_of(world, share * strength)),
-                    ("OrtSAE", Orthogonality(share * weight)),
-                ):
-                    more = {"penalty": title, "share": share}
-                    yield f"{architecture}, {name}, {title} {share:g}", world, penalty, about | more
+    strength, weight = toy.c2r_strength[architecture], toy.orthogonality_weight[architecture]
+    for world, sizes in worlds(toy, correlated).items():
+        baseline = toy_arm(sizes, architecture, None)
+        for title in PENALTIES:
+            about = {"world": world, "penalty": title, "share": 0.0}
+            yield NamedArm(f"{architecture}, {world}, baseline", baseline, about)
+        for share in correlated.shares:
+            penalties = (c2r_of(sizes, share * strength), Orthogonality(share * weight))
+            for title, penalty in zip(PENALTIES, penalties, strict=True):
+                arm = toy_arm(sizes, architecture, penalty)
+                about = {"world": world, "penalty": title, "share": share}
+                yield NamedArm(f"{architecture}, {world}, {title} {share:g}", arm, about)
 
 
 def correlated_table(
@@ -72,17 +69,7 @@ def correlated_table(
     Shares are of the weights that were tuned on the tree, in the same way for both penalties. The
     baseline is there for both, at share 0.
     """
-    import pandas as pd
-
-    pieces = []
-    for name, _, penalty, about in _arms(profile):
-        if about["architecture"] == architecture:
-            own = [about] if penalty else [about | {"penalty": p, "share": 0.0} for p in PENALTIES]
-            pieces += [arm_table(values, {slug(name): columns}) for columns in own]
-    return pd.concat(pieces, ignore_index=True).drop(columns="architecture")
-
-
-PENALTIES = ("C²R", "OrtSAE")
+    return arm_table(values, _arms(profile, architecture))
 
 
 def differences_from_baseline(
@@ -90,26 +77,10 @@ def differences_from_baseline(
 ) -> pd.DataFrame:
     """95 % intervals of a metric minus the baseline's, paired by seed.
 
-    Parameters
-    ----------
-    table : DataFrame
-        From `correlated_table`.
-    metric : str
-    control : str, optional
-        A world whose difference, at the same penalty, share and seed, is taken off: what is left is
-        due to what the other worlds have and this one has not. Its own rows are 0.
-
-    Returns
-    -------
-    DataFrame with `world`, `penalty`, `share`, `mean`, `low` and `high`
-
-    Raises
-    ------
-    ValueError
-        If the table has no such control.
+    From a `correlated_table`; gives `world`, `penalty`, `share`, `mean`, `low` and `high`. Control is a world
+    whose difference, at the same penalty, share and seed, is taken off: what is left is due to what the other
+    worlds have and this one has not. Its own rows are 0. A ValueError says if there is no such world.
     """
-    import pandas as pd
-
     if control is not None and control not in set(table["world"]):
         raise ValueError(unknown_name("world", control, table["world"].unique()))
     columns = ["world", "penalty", "seed", "share"]

@@ -13,16 +13,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pandas as pd
 
 from c2r_core.artefacts.cells import State, look
 from c2r_core.artefacts.names import slug
 from c2r_core.artefacts.profiles import Profile, training_seeds
 from c2r_core.experiments import blocks, cells, parity, validation
 from c2r_core.experiments.language_model import metric_table, standard_arms
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 STUDIES = ("language_model", "agreement", "validation", "blocks", "parity")
 WORST = ("missing", "stale", "current")
@@ -73,8 +72,7 @@ class Evidence:
     def state(self, study: str, names: Iterable[str]) -> str:
         """The worst state among cells; a cell that the study does not have is missing."""
         missing = State("missing")
-        kinds = {self.states[study].get(name, missing).kind for name in names}
-        return next((kind for kind in WORST if kind in kinds), "missing")
+        return worst(self.states[study].get(name, missing).kind for name in names)
 
     def arms(self) -> pd.DataFrame:
         """One row a measurement: each arm's mean over seeds, and the row's state; index: measurement."""
@@ -134,19 +132,11 @@ def gather(profile: Profile, studies: Sequence[str] = STUDIES) -> Evidence:
 
 def worst(states: Iterable[str]) -> str:
     """The worst of some rows' states: that of a number which was computed from all of them."""
-    return next((kind for kind in WORST if kind in set(states)), "missing")
+    return min(states, key=WORST.index, default="missing")
 
 
 def marked(table: pd.DataFrame, column: str | None = None) -> pd.DataFrame:
-    """A table to be shown: without `state`, but with STALE or MISSING behind the row's name.
-
-    Parameters
-    ----------
-    table : DataFrame
-        With a column `state`.
-    column : str, optional
-        Where the mark goes; the index without one.
-    """
+    """A table to be shown: without `state`, but with STALE or MISSING behind `column`, or the index."""
     marks = table["state"].map(MARK)
     shown = table.drop(columns="state")
     if column is None:

@@ -15,14 +15,7 @@ from c2r_core.artefacts.cells import Cell
 from c2r_core.artefacts.names import slug
 from c2r_core.artefacts.profiles import Profile, training_seeds
 from c2r_core.errors import NotEvaluable
-from c2r_core.experiments.language_model import (
-    LanguageModelArm,
-    Sources,
-    inputs_of,
-    standard_arms,
-    trained,
-    training_store,
-)
+from c2r_core.experiments.language_model import Sources, of_trained, standard_arms
 from c2r_core.experiments.study import Study
 from c2r_core.losses import nearest_neighbours
 from c2r_core.metrics.absorption import evaluate_first_letter
@@ -45,7 +38,7 @@ def cells(profile: Profile, seed: int = 0, device: str = "cpu") -> list[Cell]:
     sources = Sources(profile)
     study = Study("examples", profile, training_seeds(1, seed), device)
     return [
-        study.cell(f"{title}, {kind}", measure, inputs=sources.inputs(), arm=arm, sources=sources)
+        study.cell(f"{title}, {kind}", measure, arm=arm, sources=sources)
         for title, arm in standard_arms(sources.lm, device).items()
         for kind, measure in KINDS.items()
     ]
@@ -56,16 +49,9 @@ def examples(values: Mapping[str, Any], kind: str, titles: Sequence[str]) -> dic
     return {title: values[slug(f"{title}, {kind}")] for title in titles}
 
 
-def _inputs(arm: LanguageModelArm, sources: Sources, seeds: Sequence[int], device: str) -> Inputs:
-    sae = trained(arm, training_store(sources.lm, device), seeds[0], device)
-    return inputs_of(sae, sources, device)
-
-
-def decoder_curves(
-    arm: LanguageModelArm, sources: Sources, seeds: Sequence[int], device: str
-) -> dict[str, list[float]]:
+@of_trained
+def decoder_curves(inputs: Inputs) -> dict[str, list[float]]:
     """Quantiles, from 0 to 1 in hundredths: cosine with the nearest live neighbour, and density."""
-    inputs = _inputs(arm, sources, seeds, device)
     _, density = streamed(inputs)
     live = density > 0
     cosine = nearest_neighbours(inputs.sae.W_dec[live.to(inputs.sae.W_dec.device)]).cosine.cpu()
@@ -76,11 +62,9 @@ def decoder_curves(
     }
 
 
-def contexts(
-    arm: LanguageModelArm, sources: Sources, seeds: Sequence[int], device: str
-) -> list[dict[str, Any]]:
+@of_trained
+def contexts(inputs: Inputs) -> list[dict[str, Any]]:
     """Latents of typical density: where they fire, and where they are silent though one may expect it."""
-    inputs = _inputs(arm, sources, seeds, device)
     _, density = streamed(inputs)
     typical = (density - TYPICAL_DENSITY).abs().argsort()[:N_LATENTS].tolist()
     return [_latent(firings_of(inputs), latent, inputs) for latent in typical]
@@ -93,11 +77,9 @@ def _latent(firings: Firings, latent: int, inputs: Inputs) -> dict[str, Any]:
     return about | {kind: [str(context) for context in of] for kind, of in kinds.items()}
 
 
-def detected(
-    arm: LanguageModelArm, sources: Sources, seeds: Sequence[int], device: str
-) -> list[dict[str, Any]]:
+@of_trained
+def detected(inputs: Inputs) -> list[dict[str, Any]]:
     """Latents from the most to the least predictable: score, the judge's words, contexts."""
-    inputs = _inputs(arm, sources, seeds, device)
     firings, decode = firings_of(inputs), inputs.language_model.tokenizer.decode
     try:
         report = measure_detection(firings, n_latents=inputs.sizes.detection_latents)
@@ -113,11 +95,9 @@ def detected(
     ]
 
 
-def absorbed_words(
-    arm: LanguageModelArm, sources: Sources, seeds: Sequence[int], device: str
-) -> dict[str, Any]:
+@of_trained
+def absorbed_words(inputs: Inputs) -> dict[str, Any]:
     """Words of the letter that is absorbed about half: which latent carries the letter, and how much."""
-    inputs = _inputs(arm, sources, seeds, device)
     split = letter_splits(inputs)[0]
     try:
         letters = evaluate_first_letter(inputs.sae, [split]).letters
@@ -135,12 +115,10 @@ def absorbed_words(
     }
 
 
+@of_trained
 @torch.no_grad()
-def used(
-    arm: LanguageModelArm, sources: Sources, seeds: Sequence[int], device: str
-) -> list[dict[str, Any]]:
+def used(inputs: Inputs) -> list[dict[str, Any]]:
     """Answers of the model before, after erasing a letter's latent, and after steering to another."""
-    inputs = _inputs(arm, sources, seeds, device)
     words, model = letter_splits(inputs)[0].task, inputs.language_model
     task = letter_use_task(model, words, precision=inputs.precision)
     return [vars(one) | {"line": str(one)} for one in use_examples(inputs.sae, task, N_LATENTS)]

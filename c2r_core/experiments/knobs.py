@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 
 from c2r_core.artefacts.cells import Cell
-from c2r_core.artefacts.names import slug, unknown_name
-from c2r_core.artefacts.profiles import Profile, ToyProfile, training_seeds
-from c2r_core.experiments.study import Study
+from c2r_core.artefacts.names import unknown_name
+from c2r_core.artefacts.profiles import Profile, ToyProfile
+from c2r_core.experiments.study import NamedArm, arm_table
 from c2r_core.experiments.synthetic import Arm
-from c2r_core.experiments.toy import arm_table, c2r_of, toy_arm, toy_cell
+from c2r_core.experiments.toy import c2r_of, toy_arm, toy_cells
 from c2r_core.statistics import Interval, cost_at, paired_interval
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 LABELS = {
     "alpha": "α = {:g}",
@@ -50,44 +48,34 @@ class Difference(NamedTuple):
     by_seed: list[float]
 
 
-class _Point(NamedTuple):
-    architecture: str
-    knob: str
-    value: float | None
-    strength: float
-
-    @property
-    def cell(self) -> str:
-        setting = "standard" if self.value is None else f"{self.knob} {self.value:g}"
-        return f"{self.architecture}, {setting}, {self.strength:g}"
-
-
 def cells(profile: Profile, seed: int = 0, device: str = "cpu") -> list[Cell]:
     """One cell a point: architecture, value of a knob, strength; the standard setting comes once."""
-    study = Study("knobs", profile, training_seeds(profile.knobs.seeds, seed), device)
-    points = {slug(point.cell): point for point in _points(profile)}
-    return [toy_cell(study, name, _arm(profile.toy, point)) for name, point in points.items()]
+    arms = (arm for architecture in profile.knobs.values for arm in _arms(profile, architecture))
+    return toy_cells("knobs", arms, profile, profile.knobs.seeds, seed, device)
 
 
-def _points(profile: Profile) -> Iterator[_Point]:
+def _arms(profile: Profile, architecture: str) -> Iterator[NamedArm]:
     """Every point of every setting; the standard one is the first setting of each knob."""
-    for architecture, knobs in profile.knobs.values.items():
-        for knob, values in knobs.items():
-            for value in [None, *values]:
-                for strength in [0.0, *profile.knobs.strengths[architecture]]:
-                    yield _Point(architecture, knob, value, strength)
+    for knob, values in profile.knobs.values[architecture].items():
+        if knob not in LABELS:
+            raise ValueError(unknown_name("knob", knob, LABELS))
+        for value in [None, *values]:
+            name = "standard" if value is None else f"{knob} {value:g}"
+            label = setting_label(knob, value, profile.toy)
+            for strength in [0.0, *profile.knobs.strengths[architecture]]:
+                arm = _arm(profile.toy, architecture, {knob: value}, strength)
+                about = {"knob": knob, "setting": label, "strength": strength}
+                yield NamedArm(f"{architecture}, {name}, {strength:g}", arm, about)
 
 
-def _arm(toy: ToyProfile, point: _Point) -> Arm:
-    if point.knob not in LABELS:
-        raise ValueError(unknown_name("knob", point.knob, LABELS))
-    setting = {} if point.value is None else {point.knob: point.value}
+def _arm(toy: ToyProfile, architecture: str, knobs: dict[str, Any], strength: float) -> Arm:
+    setting = {knob: value for knob, value in knobs.items() if value is not None}
     toy = toy.model_copy(update={"batch_size": setting.pop("batch_size", toy.batch_size)})
     for share in ("start", "warmup"):
         if share in setting:
             setting[share] = round(setting[share] * toy.steps)
-    penalty = c2r_of(toy, point.strength, **setting) if point.strength else None
-    return toy_arm(toy, point.architecture, penalty)
+    penalty = c2r_of(toy, strength, **setting) if strength else None
+    return toy_arm(toy, architecture, penalty)
 
 
 def knob_table(values: Mapping[str, Any], profile: Profile, architecture: str) -> pd.DataFrame:
@@ -96,15 +84,7 @@ def knob_table(values: Mapping[str, Any], profile: Profile, architecture: str) -
     The standard setting, α = 1 on every step from the first on with a search over all latents, is
     the first setting of each knob, under that knob's name for it.
     """
-    import pandas as pd
-
-    pieces = []
-    for point in _points(profile):
-        if point.architecture == architecture:
-            label = setting_label(point.knob, point.value, profile.toy)
-            about = {"knob": point.knob, "setting": label, "strength": point.strength}
-            pieces.append(arm_table(values, {slug(point.cell): about}))
-    return pd.concat(pieces, ignore_index=True)
+    return arm_table(values, _arms(profile, architecture))
 
 
 def setting_label(knob: str, value: float | None, toy: ToyProfile) -> str:
@@ -135,13 +115,7 @@ def costs_at_target(
 ) -> list[CostAtTarget]:
     """What each setting of a `knob_table` costs at a target, paired by seed with the standard one.
 
-    Parameters
-    ----------
-    failure : str
-        Column that should be low.
-    target : float
-    cost : str
-        Column of the cost; "strength" asks for the strength that is needed.
+    Failure is a column that should be low; cost is one too, "strength" asks for the strength that is needed.
     """
     found = []
     for knob, of_knob in table.groupby("knob", sort=False):
@@ -164,16 +138,9 @@ def costs_at_target(
 def differences_from_standard(
     table: pd.DataFrame, metric: str, strength: float
 ) -> dict[tuple[str, str], Difference]:
-    """A metric at one strength, each setting minus the standard one, paired by seed.
+    """By (knob, setting), a metric at one strength minus the standard setting's, paired by seed.
 
-    Returns
-    -------
-    dict from (knob, setting) to a Difference, without the standard settings
-
-    Raises
-    ------
-    ValueError
-        If the settings have no such point.
+    A ValueError says if no setting was run at this strength.
     """
     points = table[table["strength"] == strength]
     if points.empty:

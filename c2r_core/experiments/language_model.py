@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import pandas as pd
 
 from c2r_core.artefacts.cache import cached
 from c2r_core.artefacts.cells import Cell
@@ -30,7 +32,6 @@ from c2r_core.saes import SAE, create_sae, fold_norm_factor, load_sae, save_sae
 from c2r_core.training import C2R, Orthogonality, TrainConfig, train, weight_from_strength
 
 if TYPE_CHECKING:
-    import pandas as pd
     from transformer_lens.model_bridge import TransformerBridge
 
 _READ = (
@@ -241,6 +242,19 @@ def inputs_of(sae: SAE, sources: Sources, device: str = "cpu") -> Inputs:
     )
 
 
+def of_trained(measure: Callable[..., Any]) -> Callable[..., Any]:
+    """A measure of an SAE's `Inputs` as a cell's: of the arm's SAE of the first seed."""
+
+    @functools.wraps(measure)
+    def of_arm(
+        arm: LanguageModelArm, sources: Sources, seeds: Sequence[int], device: str, **given: Any
+    ) -> Any:
+        sae = trained(arm, training_store(sources.lm, device), seeds[0], device)
+        return measure(inputs_of(sae, sources, device), **given)
+
+    return of_arm
+
+
 # -- cells --------------------------------------------------------------------------------------
 
 
@@ -264,7 +278,6 @@ def metric_cell(
         f"{title}, seed {study.seeds[0]}{label}",
         measure,
         modules=[METRICS[metric].measure.__module__ for metric in metrics],
-        inputs=sources.inputs(),
         arm=arm,
         metrics=metrics,
         sources=sources,
@@ -321,17 +334,8 @@ def metric_table(
 ) -> pd.DataFrame:
     """Arm, seed, and the columns asked for; a metric that was not evaluable leaves NaN.
 
-    Parameters
-    ----------
-    values : mapping
-        {name: values} of the study's cells.
-    columns : mapping of str
-        By the column's name, where its number is: "reconstruction.fvu", "use.sae.mean_erased", …
-    titles : iterable of str
-        The arms.
+    Columns say by name where a number is: "reconstruction.fvu", "use.sae.mean_erased", …; titles are arms.
     """
-    import pandas as pd
-
     rows: dict[tuple[str, int], dict[str, Any]] = {}
     for column, path in columns.items():
         metric, *inner = path.split(".")
@@ -346,8 +350,6 @@ def item_table(
     values: Mapping[str, Any], metric: str, items: str, titles: Iterable[str]
 ) -> pd.DataFrame:
     """Arm, seed, and the fields of each item of a list in a metric's report, such as its letters."""
-    import pandas as pd
-
     return pd.DataFrame(
         {"arm": arm, "seed": seed} | item
         for (arm, seed), found in records(values, metric, titles).items()

@@ -45,6 +45,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -68,7 +69,6 @@ from c2r_core.saes.interface import AnySAE
 from c2r_core.training import TrainConfig
 
 if TYPE_CHECKING:
-    import pandas as pd
     from sae_lens.config import SAETrainerConfig
 
 TOLERANCE = 1.02
@@ -97,7 +97,6 @@ def cells(profile: Profile, seed: int = 0, device: str = "cpu") -> list[Cell]:
                     f"{architecture}, seed {one}, {library}",
                     measure,
                     modules=["c2r_core.metrics.reconstruction"],
-                    inputs=sources.inputs(),
                     arm=arm,
                     library=library,
                     sources=sources,
@@ -131,9 +130,6 @@ def measure(
         "seconds_per_step": seconds,
         "sae_lens_version": of_version,
     }
-
-
-# -- SAELens ------------------------------------------------------------------------------------
 
 
 def trained_by_saelens(
@@ -239,13 +235,8 @@ def check_learning_rates(config: TrainConfig, recipe: SAETrainerConfig) -> None:
         scheduler.step()
 
 
-# -- tables -------------------------------------------------------------------------------------
-
-
 def parity_table(values: Mapping[str, Any], seed: int = 0) -> pd.DataFrame:
     """Architecture, seed, the FVU of each library, their ratio, and whether it is within TOLERANCE."""
-    import pandas as pd
-
     rows = []
     for one, architecture in itertools.product(training_seeds(N_SEEDS, seed), ARCHITECTURES):
         names = {library: slug(f"{architecture}, seed {one}, {library}") for library in LIBRARIES}

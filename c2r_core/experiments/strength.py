@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
+import pandas as pd
 import torch
 
 from c2r_core.artefacts.cells import Cell
@@ -24,20 +25,18 @@ from c2r_core.experiments.language_model import (
     LanguageModelArm,
     Sources,
     arm_of,
-    inputs_of,
+    of_trained,
     standard_arms,
     trained,
     training_store,
 )
-from c2r_core.experiments.study import Study
-from c2r_core.experiments.toy import arm_table, c2r_of, toy_arm, toy_cell
+from c2r_core.experiments.study import NamedArm, Study, arm_table
+from c2r_core.experiments.toy import c2r_of, toy_arm, toy_cells
 from c2r_core.losses import c2r_from_norms
+from c2r_core.metrics.inputs import Inputs
 from c2r_core.metrics.reconstruction import streamed
 from c2r_core.saes import SAE
 from c2r_core.statistics import cost_at
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 TOY_ARCHITECTURE = "batch_topk"
 RULES = {"same λ": 0.0, "λ ∝ 1/√B": 0.5, "λ ∝ 1/B": 1.0}
@@ -49,22 +48,12 @@ _CHUNK = 8192
 def cells(profile: Profile, seed: int = 0, device: str = "cpu") -> list[Cell]:
     """The toys' points; then, on the language model, norms by batch size and runs at other batch sizes."""
     strength, sources = profile.strength, Sources(profile)
-    study = Study("strength", profile, training_seeds(strength.toy_seeds, seed), device)
-    made = [
-        toy_cell(
-            study,
-            f"{name}, {point:g}",
-            toy_arm(toy, TOY_ARCHITECTURE, c2r_of(toy, point)),
-        )
-        for name, toy in toy_settings(profile.toy, strength).items()
-        for point in strength.strengths
-    ]
+    made = toy_cells("strength", _toy_arms(profile), profile, strength.toy_seeds, seed, device)
     first, *others = training_seeds(strength.seeds, seed)
     made.append(
         Study("strength", profile, [first], device).cell(
             "norms",
             measure_norms,
-            inputs=sources.inputs(),
             arm=standard_arms(sources.lm, device)["baseline"],
             sources=sources,
             sizes=_NormSizes.of(strength),
@@ -78,7 +67,6 @@ def cells(profile: Profile, seed: int = 0, device: str = "cpu") -> list[Cell]:
                 study.cell(
                     f"B = {batch_size}, {title}, seed {one}",
                     measure_similarities,
-                    inputs=sources.inputs(),
                     arm=arm,
                     sources=sources,
                     groups=strength.groups,
@@ -103,44 +91,26 @@ def toy_settings(toy: ToyProfile, strength: StrengthProfile) -> dict[str, ToyPro
     return settings
 
 
-def strength_table(values: Mapping[str, Any], profile: Profile) -> pd.DataFrame:
-    """BatchTopK with C²R at every strength in every setting.
+def _toy_arms(profile: Profile) -> Iterator[NamedArm]:
+    for name, toy in toy_settings(profile.toy, profile.strength).items():
+        for point in profile.strength.strengths:
+            penalty = c2r_of(toy, point)
+            about = {"arm": name, "strength": point, "weight": penalty.weight}
+            yield NamedArm(f"{name}, {point:g}", toy_arm(toy, TOY_ARCHITECTURE, penalty), about)
 
-    Returns
-    -------
-    DataFrame with `arm` (the setting), `strength`, `weight` (λ), seed and the fields of `ToyReport`
-    """
-    about = {
-        slug(f"{name}, {point:g}"): {
-            "arm": name,
-            "strength": point,
-            "weight": c2r_of(toy, point).weight,
-        }
-        for name, toy in toy_settings(profile.toy, profile.strength).items()
-        for point in profile.strength.strengths
-    }
-    return arm_table(values, about)
+
+def strength_table(values: Mapping[str, Any], profile: Profile) -> pd.DataFrame:
+    """BatchTopK with C²R: `arm` (the setting), `strength`, `weight` (λ), seed, fields of `ToyReport`."""
+    return arm_table(values, _toy_arms(profile))
 
 
 def needed_weights(table: pd.DataFrame, failure: str, target: float) -> pd.DataFrame:
     """Smallest strength, and λ, that brings the mean failure down to a target in each setting.
 
-    Parameters
-    ----------
-    table : DataFrame
-        From `strength_table`.
-    failure : str
-        Column that should be low; averaged over seeds.
-    target : float
-
-    Returns
-    -------
-    DataFrame with `arm`, `strength`, `weight`
-        Interpolated on a logarithmic scale; NaN where no point reaches the target, and where the
-        first one has reached it already, since then the smallest is not known.
+    The failure is a column of a `strength_table`, averaged over seeds. Columns: `arm`, `strength`, `weight`,
+    interpolated on a logarithmic scale; NaN where no point reaches the target, and where the first one has
+    reached it already, since then the smallest is not known.
     """
-    import pandas as pd
-
     rows = []
     for arm, points in table.groupby("arm", sort=False):
         means = points.groupby("strength")[[failure, "weight"]].mean().sort_index()
@@ -200,9 +170,7 @@ def measure_norms(
 def norm_rows(blocks: FiringBlocks, sizes: _NormSizes) -> list[dict[str, Any]]:
     """Mean batch norms by firing rate and batch size.
 
-    Returns
-    -------
-    records with `arm` (the group by firing rate), `rate` (its median), `batch_size`, `firings`
+    Records have `arm` (the group by firing rate), `rate` (its median), `batch_size`, `firings`
     (expected in a batch, at that rate), `norm` (the median of n_i over the root mean square of the
     latent's activations), and `slope`, `slope_low`, `slope_high` (median and quartiles of the slope
     of log n_i on log B over all batch sizes)
@@ -241,13 +209,8 @@ def penalty_exponent(sae: SAE, blocks: FiringBlocks, batch_sizes: Sequence[int])
     """Slope of the logarithm of C²R (α = 1) on log B for an SAE that does not change.
 
     The loss is linear in the norms, so that its mean over batches follows from their means. λ in
-    proportion to B to the power of minus this keeps the penalty of this SAE as it is.
-
-    Parameters
-    ----------
-    blocks : FiringBlocks
-        Of this SAE.
-    batch_sizes : sequence of at least two int
+    proportion to B to the power of minus this keeps the penalty of this SAE as it is. `blocks` are its own;
+    at least two batch sizes.
     """
     W_dec = sae.W_dec.cpu().double()
     norms = mean_batch_norms(blocks, batch_sizes) * torch.linalg.vector_norm(W_dec, dim=-1)
@@ -304,13 +267,11 @@ def batch_size_arms(profile: Profile, device: str) -> dict[tuple[int, str], Lang
     return arms
 
 
-def measure_similarities(
-    arm: LanguageModelArm, sources: Sources, groups: int, seeds: Sequence[int], device: str
-) -> list[dict[str, float]]:
+@of_trained
+def measure_similarities(inputs: Inputs, groups: int) -> list[dict[str, float]]:
     """Mean s_i of each group of latents by firing rate on held-out tokens, with FVU, L0 and live share."""
-    sae = trained(arm, training_store(sources.lm, device), seeds[0], device)
-    report, density = streamed(inputs_of(sae, sources, device))
-    similarities = neighbour_similarities(sae.W_dec, density > 0)
+    report, density = streamed(inputs)
+    similarities = neighbour_similarities(inputs.sae.W_dec, density > 0)
     whole = {"fvu": report.fvu, "l0": report.l0, "live_share": report.frac_alive}
     return [
         {
@@ -328,8 +289,6 @@ def batch_size_table(values: Mapping[str, Any], profile: Profile, seed: int = 0)
 
     `relative` is `similarity` over that of the baseline of equal batch size, seed and group.
     """
-    import pandas as pd
-
     rows = []
     for one in training_seeds(profile.strength.seeds, seed):
         for batch_size, title in batch_size_arms(profile, "cpu"):
@@ -345,20 +304,10 @@ def batch_size_table(values: Mapping[str, Any], profile: Profile, seed: int = 0)
 
 
 def distance_from_reference(table: pd.DataFrame, reference: int) -> pd.DataFrame:
-    """How far each rule's effect is from the reference's, in factors, by group.
+    """How far each rule's effect is from the reference's, in factors: `batch_size`, `arm`, `group`, `factor`.
 
-    Parameters
-    ----------
-    table : DataFrame
-        From `batch_size_table`.
-    reference : int
-        Batch size of the reference.
-
-    Returns
-    -------
-    DataFrame with `batch_size`, `arm`, `group` and `factor`
-        `relative` over that of C²R at the reference batch size; 1 is an equal effect, more is less
-        effect.
+    From a `batch_size_table`: `relative` over that of C²R at the reference batch size. 1 is an equal effect,
+    more is less effect.
     """
     own = table[(table["batch_size"] == reference) & (table["arm"] == "C²R")]
     goal = own.set_index("group")["relative"]

@@ -3,42 +3,38 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pandas as pd
 import torch
 from torch import Tensor
 
 from c2r_core.artefacts.cells import Cell
-from c2r_core.artefacts.names import slug
 from c2r_core.artefacts.profiles import Profile, ToyProfile, training_seeds
 from c2r_core.data.toy import FeatureTree, ToySample
-from c2r_core.experiments.study import Study
+from c2r_core.experiments.study import NamedArm, Study, arm_table
 from c2r_core.experiments.synthetic import EVALUATION_SEED, Arm, trained
 from c2r_core.metrics.toy import evaluate_toy
 from c2r_core.saes import SAE
 from c2r_core.statistics import Interval, paired_interval
 from c2r_core.training import C2R, Orthogonality, Regulariser, TrainConfig, weight_from_strength
 
-if TYPE_CHECKING:
-    import pandas as pd
-
 ARCHITECTURES = {"relu": "ReLU", "batch_topk": "BatchTopK"}
 
 
 def cells(profile: Profile, seed: int = 0, device: str = "cpu") -> list[Cell]:
     """Baseline, C²R and OrtSAE on a ReLU SAE, which splits, and on BatchTopK, which absorbs."""
-    toy = profile.toy
-    study = Study("toy", profile, training_seeds(toy.seeds, seed), device)
-    return [
-        toy_cell(study, f"{title}, {name}", toy_arm(toy, architecture, regulariser))
-        for architecture, title in ARCHITECTURES.items()
-        for name, regulariser in standard_arms(toy, architecture).items()
-    ]
+    return toy_cells("toy", arms(profile.toy), profile, profile.toy.seeds, seed, device)
 
 
-# -- arms ---------------------------------------------------------------------------------------
+def arms(toy: ToyProfile) -> Iterator[NamedArm]:
+    """The study's arms, by architecture."""
+    for name, title in ARCHITECTURES.items():
+        for arm, penalty in standard_arms(toy, name).items():
+            about = {"architecture": title, "arm": arm}
+            yield NamedArm(f"{title}, {arm}", toy_arm(toy, name, penalty), about)
 
 
 def feature_tree(toy: ToyProfile) -> FeatureTree:
@@ -77,13 +73,12 @@ def standard_arms(toy: ToyProfile, architecture: str) -> dict[str, Regulariser |
     }
 
 
-# -- cells --------------------------------------------------------------------------------------
-
-
-def toy_cell(study: Study, name: str, arm: Arm) -> Cell:
-    """The cell of an arm on a tree: a list of `ToyReport`s, one a seed."""
-    samples = study.profile.toy.evaluation_samples
-    return study.cell(name, measure, arm=arm, samples=samples)
+def toy_cells(
+    name: str, arms: Iterable[NamedArm], profile: Profile, n_seeds: int, seed: int, device: str
+) -> list[Cell]:
+    """The cells of a study on trees: for each arm a list of `ToyReport`s, one a seed."""
+    study = Study(name, profile, training_seeds(n_seeds, seed), device)
+    return study.cells(arms, measure, samples=profile.toy.evaluation_samples)
 
 
 def measure(arm: Arm, samples: int, seeds: Sequence[int], device: str) -> list[dict[str, Any]]:
@@ -101,23 +96,11 @@ def evaluation_sample(features: FeatureTree, samples: int) -> ToySample:
     return features.sample(samples, torch.Generator().manual_seed(EVALUATION_SEED))
 
 
-# -- tables -------------------------------------------------------------------------------------
-
-
-def arm_table(values: Mapping[str, Any], about: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
-    """One row a cell and seed: what is said about the cell (arm, architecture, …), seed, metrics."""
-    import pandas as pd
-
-    return pd.DataFrame(
-        [dict(columns) | row for name, columns in about.items() for row in values[name]]
-    )
-
-
 def toy_table(values: Mapping[str, Any], architecture: str, toy: ToyProfile) -> pd.DataFrame:
     """Arm, seed and the fields of `ToyReport`, from the values of the study's cells."""
-    title = ARCHITECTURES[architecture]
-    arms = standard_arms(toy, architecture)
-    return arm_table(values, {slug(f"{title}, {arm}"): {"arm": arm} for arm in arms})
+    table = arm_table(values, arms(toy))
+    own = table[table["architecture"] == ARCHITECTURES[architecture]]
+    return own.drop(columns="architecture").reset_index(drop=True)
 
 
 def values_by_seed(table: pd.DataFrame, arm: str, metric: str) -> list[float]:

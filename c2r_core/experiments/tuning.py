@@ -18,7 +18,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pandas as pd
 
 from c2r_core.artefacts.cells import Cell
 from c2r_core.artefacts.names import slug
@@ -31,9 +33,6 @@ from c2r_core.experiments.synthetic import Arm
 from c2r_core.experiments.toy import measure as measure_toy
 from c2r_core.experiments.toy import toy_arm
 from c2r_core.training import Regulariser, create_regulariser, weight_from_strength
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 SEEDS = (0, 1, 2)
 POINTS, RATIO, EXTENSIONS = 7, 2.5, 4
@@ -117,13 +116,7 @@ def tune_sparsity(
 
 
 def tune(
-    arm: Arm,
-    penalty: str,
-    on: str,
-    by: str,
-    samples: int,
-    seeds: Sequence[int],
-    device: str,
+    arm: Arm, penalty: str, on: str, by: str, samples: int, seeds: Sequence[int], device: str
 ) -> dict[str, Any]:
     """What was tried, by rising weight, means over the seeds; the best weight, and if it is on an edge."""
 
@@ -185,8 +178,6 @@ def _best(tried: Sequence[dict[str, Any]], by: str) -> dict[str, Any]:
 
 def tuning_table(values: Mapping[str, Any], architectures: Sequence[str] = ABLATED) -> pd.DataFrame:
     """Penalty, architecture, weight, chosen (bool), and means over the tuning seeds; weight 0 is none."""
-    import pandas as pd
-
     return pd.DataFrame(
         {"penalty": penalty, "architecture": architecture, "chosen": row["weight"] == of["chosen"]}
         | row

@@ -12,7 +12,9 @@ that is silent on a word can erase nothing there.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
+
+import pandas as pd
 
 from c2r_core.artefacts.cells import Cell
 from c2r_core.artefacts.profiles import LanguageModelProfile, Profile, training_seeds
@@ -21,13 +23,10 @@ from c2r_core.experiments.language_model import (
     Sources,
     arm_of,
     metric_cell,
-    records,
+    metric_table,
 )
 from c2r_core.experiments.study import Study
 from c2r_core.statistics import paired_interval, rank_correlation, rank_correlation_lead
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 METRICS = ("reconstruction", "absorption", "assignment_consistency", "use")
 
@@ -86,43 +85,31 @@ def cells(profile: Profile, seed: int = 0, device: str = "cpu") -> list[Cell]:
     ]
 
 
-# -- tables -------------------------------------------------------------------------------------
+COLUMNS = {
+    "consistency": "assignment_consistency.mean_consistency",
+    "exception rate": "assignment_consistency.mean_exception_rate",
+    "no carrier": "assignment_consistency.mean_no_carrier_share",
+    "recall": "assignment_consistency.mean_recall",
+    "f1": "assignment_consistency.mean_f1",
+    "fvu": "reconstruction.fvu",
+    "l0": "reconstruction.l0",
+    "live latents": "reconstruction.num_alive",
+    "absorption": "absorption.mean_absorption_fraction_score",
+    "full absorption": "absorption.mean_full_absorption_score",
+    "erasing fails": "use.sae.mean_erased",
+    "steering fails": "use.sae.mean_steered",
+}
 
 
 def validation_table(values: Mapping[str, Any], lm: LanguageModelProfile) -> pd.DataFrame:
     """One row an SAE: what it is, its measurements, and how use fails; NaN where not evaluable."""
-    import pandas as pd
-
-    rows = []
-    for spec in specs(lm):
-        found = {name: records(values, name, [spec.title]) for name in METRICS}
-        of = {name: next(iter(of_one.values()), {}) for name, of_one in found.items()}
-        assigned, used = of["assignment_consistency"], of["use"].get("sae", {})
-        rows.append(
-            spec._asdict()
-            | {
-                "consistency": assigned.get("mean_consistency"),
-                "exception rate": assigned.get("mean_exception_rate"),
-                "no carrier": assigned.get("mean_no_carrier_share"),
-                "recall": assigned.get("mean_recall"),
-                "f1": assigned.get("mean_f1"),
-                "fvu": of["reconstruction"].get("fvu"),
-                "l0": of["reconstruction"].get("l0"),
-                "live latents": of["reconstruction"].get("num_alive"),
-                "absorption": of["absorption"].get("mean_absorption_fraction_score"),
-                "full absorption": of["absorption"].get("mean_full_absorption_score"),
-                "erasing fails": _not(used.get("mean_erased")),
-                "steering fails": _not(used.get("mean_steered")),
-            }
-        )
-    table = pd.DataFrame(rows)
-    table["steps"] = table["steps"].fillna(lm.steps)
-    numbers = [name for name in table.columns if name != "architecture"]
-    return table.astype(dict.fromkeys(numbers, float)).astype({"d_sae": int, "k": int})
-
-
-def _not(share: float | None) -> float | None:
-    return None if share is None else 1 - share
+    listed = list(specs(lm))
+    titles = [spec.title for spec in listed]
+    measured = metric_table(values, COLUMNS, titles).set_index("arm").reindex(titles)
+    table = pd.DataFrame(listed).join(measured[list(COLUMNS)].reset_index(drop=True))
+    for failure in FAILURES.values():
+        table[failure] = 1 - table[failure]
+    return table.fillna({"steps": lm.steps}).astype({"steps": float})
 
 
 CANDIDATE = "consistency"
@@ -145,20 +132,10 @@ FAILURES = {"erasing": "erasing fails", "steering": "steering fails"}
 def correlation_table(saes: pd.DataFrame, k: int) -> pd.DataFrame:
     """Rank correlations with failure over SAEs, and by how much consistency leads each rival.
 
-    Parameters
-    ----------
-    saes : DataFrame
-        From `validation_table`.
-    k : int
-        The SAEs of this k are also judged among themselves.
-
-    Returns
-    -------
-    DataFrame with `saes`, `failure`, `predictor`, `mean`, `low`, `high` and `lead`, `lead_low`,
-    `lead_high` (of |rank correlation|, consistency's minus the rival's), all with 95 % intervals
+    From a `validation_table`; the SAEs of this k are also judged among themselves. Columns: `saes`, `n`,
+    `failure`, `predictor`, `mean`, `low`, `high` and `lead`, `lead_low`, `lead_high` (of |rank correlation|,
+    consistency's minus the rival's), all with 95 % intervals.
     """
-    import pandas as pd
-
     saes, rows = saes.dropna(subset=[*PREDICTORS, *FAILURES.values()]), []
     for group, members in (("all", saes), (f"k = {k}", saes[saes["k"] == k])):
         if len(members) < 5:
@@ -194,8 +171,6 @@ def pairs(saes: pd.DataFrame) -> pd.DataFrame:
     C²R at the highest strength of the list. The columns are ALIKE, `penalty`, `common` (whether the other
     penalty has this SAE too), and the differences of EFFECTS.
     """
-    import pandas as pd
-
     c2r, ort = saes["c2r_strength"], saes["orthogonality_weight"]
     plain = saes[(c2r == 0) & (ort == 0)].set_index(ALIKE)
     treated = {
@@ -216,8 +191,6 @@ def paired_effects(changes: pd.DataFrame) -> pd.DataFrame:
     One row per comparison and measurement: penalty, name, n_pairs, mean, low, high (95 %, Student's t over
     architectures, widths and k). `changes` is of `pairs`, or some of its rows, such as one width's.
     """
-    import pandas as pd
-
     common, rows = changes[changes["common"]], []
     by = {penalty: of.set_index(ALIKE).sort_index() for penalty, of in common.groupby("penalty")}
     for column, name in EFFECTS.items():
