@@ -146,12 +146,13 @@ def evaluate_first_letter(
     """Splitting and absorption of every letter that has a good probe, in every split.
 
     The SAE takes raw activations (see `fold_norm_factor`), each row on its own. The splits are of the same
-    words, each with the probes trained on it. `seed` is of the order in which the selector sees the words, and of
-    the bootstrap. `chunk_size` words are encoded at a time: memory is as many rows of d_sae, and 8 bytes for
-    each activation that is not zero. `selector_batch_size` is in place of that of `train_letter_probes`.
+    words, each with the probes trained on it. `seed` is of the order in which the selector sees the words,
+    and of the bootstrap. `chunk_size` words are encoded at a time: memory is as many rows of d_sae, and 8
+    bytes for each activation that is not zero. `selector_batch_size` is in place of that of
+    `train_letter_probes`.
 
-    Raises NotEvaluable if SAE or probes are made for another width, if the SAE returns NaN or infinite values,
-    or if no letter can be measured.
+    Raises NotEvaluable if SAE or probes are made for another width, if the SAE returns NaN or infinite
+    values, or if no letter can be measured.
     """
     words = splits[0].task
     for split in splits:
@@ -171,7 +172,8 @@ def evaluate_first_letter(
 
 
 _Scores = tuple[np.ndarray, np.ndarray]
-"""One letter's test words in one split, (n,); and the fraction and fullness of each one's absorption, (n, 2)."""
+"""One letter's test words in one split, (n,); and the fraction and fullness of each one's absorption, (n, 2).
+"""
 
 
 def _score(

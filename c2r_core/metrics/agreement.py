@@ -135,16 +135,16 @@ def compare_saes(
 ) -> Agreement:
     """How far two SAEs, trained apart on the same kind of activations, agree.
 
-    Time is that of the matchings: one, and 2 · n_draws for the baselines, over all latents and again over the live
-    ones unless all are.
+    Time is that of the matchings: one, and 2 · n_draws for the baselines, over all latents and again over the
+    live ones unless all are.
 
-    Each SAE takes the chunks of held-out tokens, (n, d_in), as they are: fold the normalising factors in first. They
-    may differ in width; then PW-MCC is over as many pairs as the smaller has, its best ones, so compare it with that
-    of other pairs of the same widths only. The seed is of the random dictionaries, `n_draws` ≥ 2 for each
-    baseline; `exact_limit` is as in `match_latents`.
+    Each SAE takes the chunks of held-out tokens, (n, d_in), as they are: fold the normalising factors in
+    first. They may differ in width; then PW-MCC is over as many pairs as the smaller has, its best ones, so
+    compare it with that of other pairs of the same widths only. The seed is of the random dictionaries,
+    `n_draws` ≥ 2 for each baseline; `exact_limit` is as in `match_latents`.
 
-    Raises NotEvaluable if there are no tokens, or if an SAE gives NaN or infinite activations; ValueError for the
-    reasons that `match_latents` gives.
+    Raises NotEvaluable if there are no tokens, or if an SAE gives NaN or infinite activations; ValueError for
+    the reasons that `match_latents` gives.
     """
     if sae_a.W_dec.shape[1] != sae_b.W_dec.shape[1]:
         raise NotEvaluable(
@@ -187,8 +187,8 @@ def random_baseline(
 ) -> RandomBaseline:
     """The mean cosine that `match_latents` reaches on random rows of the same shapes, over `n_draws` ≥ 2.
 
-    With `same_covariance`, rows are drawn with the covariance, about 0, of each decoder's unit rows, instead of
-    uniformly on the sphere.
+    With `same_covariance`, rows are drawn with the covariance, about 0, of each decoder's unit rows, instead
+    of uniformly on the sphere.
     """
     if n_draws < 2:
         raise ValueError(f"n_draws is {n_draws}; expected at least 2, or there is no spread.")

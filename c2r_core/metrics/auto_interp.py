@@ -99,10 +99,11 @@ def measure_auto_interp(
     n_latents: int = 100,
     seed: int = 0,
 ) -> AutoInterp:
-    """Explain and judge latents that fire often enough, two requests each; the seed draws latents and excerpts.
+    """Explain and judge latents that fire often enough, two requests each; the seed draws latents and
+    excerpts.
 
-    Raises NotEvaluable if no latent fires often enough or none gets a score; as EndpointError, if the endpoint
-    cannot be used. What it has answered is kept.
+    Raises NotEvaluable if no latent fires often enough or none gets a score; as EndpointError, if the
+    endpoint cannot be used. What it has answered is kept.
     """
     needed = N_TOP + N_WEIGHTED + JUDGE_TOP + JUDGE_WEIGHTED
     drawn = drawn_latents(firings, n_latents, needed, seed)

@@ -69,7 +69,8 @@ def _carriers_of_one(
 
 
 def assignment_consistency(carried_by: Tensor) -> float:
-    """AC = Σ n_i (n_i − 1) / (n (n − 1)) of n ≥ 2 samples carried by these latents: int, (n,), as of `carriers`.
+    """AC = Σ n_i (n_i − 1) / (n (n − 1)) of n ≥ 2 samples carried by these latents: int, (n,), as of
+    `carriers`.
 
     >>> assignment_consistency(torch.tensor([7, 7, 7, 2]))  # 6 of 12 ordered pairs agree
     0.5

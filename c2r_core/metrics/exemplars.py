@@ -12,8 +12,8 @@ class ExemplarDictionary:
     """An untrained dictionary: each decoder row is the direction of a sample, seen from the mean.
 
     A latent's activation is its row's product with x − mean, where that is positive and above one common
-    threshold, such that on the `activations` given, (n, d_in), a sample has `l0` active latents in the mean: what
-    `n_latents` score without having learnt anything. The seed draws the samples that become rows.
+    threshold, such that on the `activations` given, (n, d_in), a sample has `l0` active latents in the mean:
+    what `n_latents` score without having learnt anything. The seed draws the samples that become rows.
 
     Raises NotEvaluable if there are fewer samples than latents, or no latent is asked for.
     """

@@ -126,7 +126,8 @@ class Firings:
     ) -> LatentExamples:
         """Top, middle and near-miss contexts of a latent: look at it before you believe a score.
 
-        At most n of each kind, with up to ten tokens on either side. The tokenizer is that of the language model.
+        At most n of each kind, with up to ten tokens on either side. The tokenizer is that of the language
+        model.
         """
         acts, tokens = self.of(latent), self.contexts.ravel()
         firing = np.flatnonzero(acts > 0)
@@ -161,7 +162,8 @@ class Firings:
 
 
 def find_firings(sae: AnySAE, store: ActivationStore, *, chunk_size: int = 2048) -> Firings:
-    """Encode a store of raw activations, `chunk_size` tokens at a time, keeping what is not zero: 8 bytes each.
+    """Encode a store of raw activations, `chunk_size` tokens at a time, keeping what is not zero: 8 bytes
+    each.
 
     Raises NotEvaluable if the SAE gives NaN or infinite activations, or is made for another width.
     """

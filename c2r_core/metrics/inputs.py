@@ -48,8 +48,8 @@ class Options:
     train_store: ActivationStore | None = None
     """Activations that the SAE was trained on, to reconstruct as many of them as of those held out."""
     keep: str | Path | None = None
-    """File that takes each finished metric; an evaluation of the same SAE, text and settings that finds it there
-        goes on from it.
+    """File that takes each finished metric; an evaluation of the same SAE, text and settings that finds it
+    there goes on from it.
     """
 
 
@@ -59,8 +59,8 @@ class Inputs:
     Every property is made when it is first read. One that cannot be made raises NotEvaluable, which
     concerns the metrics that need it and no others.
 
-    `lm` says model, hook, corpus and sizes, unless `language_model` or `corpus` is given in place of what it names;
-    `sizes` say how much the other metrics read. In `options`, `against` is opened.
+    `lm` says model, hook, corpus and sizes, unless `language_model` or `corpus` is given in place of what it
+    names; `sizes` say how much the other metrics read. In `options`, `against` is opened.
     """
 
     def __init__(

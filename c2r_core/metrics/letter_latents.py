@@ -49,12 +49,12 @@ def split_latents(
 
     The selector is a probe on all latents, trained like those of `train_letter_probes` but with weight decay
     1e-6 and a penalty of 0.01 · (mean over letters of Σ|w|); a letter's latents are ranked by its (signed)
-    weights. Then a logistic regression with balanced classes is fitted to the first k, for k = 1, 2, ... 10, as
-    long as each gains over 0.03 in F1 on the last.
+    weights. Then a logistic regression with balanced classes is fitted to the first k, for k = 1, 2, ... 10,
+    as long as each gains over 0.03 in F1 on the last.
 
-    `feature_acts` (n_words, d_sae) are activations times the norms of their decoder rows; `letters` and the mask
-    `is_test` are (n_words,). Each of the letters `evaluable` needs a training word. `seed` and `batch_size` are the
-    selector's, as in `train_letter_probes`.
+    `feature_acts` (n_words, d_sae) are activations times the norms of their decoder rows; `letters` and the
+    mask `is_test` are (n_words,). Each of the letters `evaluable` needs a training word. `seed` and
+    `batch_size` are the selector's, as in `train_letter_probes`.
     """
     from scipy.sparse import csr_array
 
@@ -122,9 +122,9 @@ def absorption(
     - full = all own latents are silent, P > 0, and the latent of largest p has c ≥ 0.025 and
       p ≥ 0.4 P.
 
-    `activations` (n_words, d_in) and `feature_acts` (n_words, d_sae) are of words of the letter that its probe
-    (d_in,) recognises; `split_latents` are the letter's own. Rows of W_dec (d_sae, d_in) have any norm, and rows of
-    zero carry nothing.
+    `activations` (n_words, d_in) and `feature_acts` (n_words, d_sae) are of words of the letter that its
+    probe (d_in,) recognises; `split_latents` are the letter's own. Rows of W_dec (d_sae, d_in) have any norm,
+    and rows of zero carry nothing.
     """
     own = torch.as_tensor(split_latents, dtype=torch.long, device=W_dec.device)
     direction = probe / probe.norm()

@@ -123,9 +123,9 @@ def train_letter_probes(
     """26 one-vs-rest logistic probes on raw activations, trained together as one matrix.
 
     Binary cross-entropy with positives weighted by negatives / positives; Adam with weight decay 1e-4, its
-    learning rate falling exponentially from 1e-2 to 1e-5 over 50 epochs of batches of `batch_size`: by default
-    4096, or a tenth of the words if these are fewer. That learning rate fits raw activations: do not rescale them.
-    `seed` is of the order of the words.
+    learning rate falling exponentially from 1e-2 to 1e-5 over 50 epochs of batches of `batch_size`: by
+    default 4096, or a tenth of the words if these are fewer. That learning rate fits raw activations: do not
+    rescale them. `seed` is of the order of the words.
 
     A letter is evaluable with 20 training words, 5 test words, and a test F1 above 0.6.
     Raises NotEvaluable if activations are NaN or infinite.

@@ -166,10 +166,11 @@ def measure_use(
 ) -> DirectionUse:
     """Erase and steer every concept with the one latent that was picked for it.
 
-    The SAE takes raw activations; rows of W_dec may have any norm. `n_samples` are used for each concept and each
-    use: a concept is not evaluable if fewer samples of the picking half hold it, or fewer of the using half hold
-    it and are answered rightly. Which ones depends on the task and the seed only, so that every SAE is measured on
-    the same. Samples are moved by `steering_scale` distances between the two means: equally far for every SAE.
+    The SAE takes raw activations; rows of W_dec may have any norm. `n_samples` are used for each concept and
+    each use: a concept is not evaluable if fewer samples of the picking half hold it, or fewer of the using
+    half hold it and are answered rightly. Which ones depends on the task and the seed only, so that every SAE
+    is measured on the same. Samples are moved by `steering_scale` distances between the two means: equally
+    far for every SAE.
 
     Raises NotEvaluable if widths do not fit, or the SAE gives NaN or infinite activations.
     """
@@ -324,8 +325,8 @@ def use_examples(
 ) -> list[UseExample]:
     """Prompts, and the model's answers before, after erasing, and after steering.
 
-    There are n samples at most, each of another concept, drawn with the seed among those that the model answers
-    rightly. SAE, task, scale and errors are as in `measure_use`.
+    There are n samples at most, each of another concept, drawn with the seed among those that the model
+    answers rightly. SAE, task, scale and errors are as in `measure_use`.
     """
     pick, is_right = _picked_latents(sae, task), task.is_right()
     generator = torch.Generator().manual_seed(seed)

@@ -36,9 +36,9 @@ class UseTask:
     for_picking: Tensor
     """The half on which latents are picked, bool, (n,); they are used on the other."""
     respond: Callable[[Tensor, Tensor | None], Tensor]
-    """`respond(rows, replacements)`: the model's log-probabilities (len(rows), n_concepts + 1) of each concept's
-        answer and of all other answers together, for samples `rows`, with their activations replaced by
-        `replacements` (len(rows), d_in), or untouched where that is None.
+    """`respond(rows, replacements)`: the model's log-probabilities (len(rows), n_concepts + 1) of each
+    concept's answer and of all other answers together, for samples `rows`, with their activations replaced by
+    `replacements` (len(rows), d_in), or untouched where that is None.
     """
 
     @cached_property
@@ -72,11 +72,12 @@ def letter_use_task(
     """First letters: the model is asked to complete "{word} has the first letter:".
 
     The answer is a letter's token with a leading space, as in the examples of the prompt. Words are those
-    that are not `task.is_test`, on which other metrics score the same SAE: a random half of them, drawn with the
-    seed, is picked on, the other used. The model answers all words of the using half, which keeps `per_letter` of a
-    letter at most, the most frequent. `precision` is that of the model's matrix products.
+    that are not `task.is_test`, on which other metrics score the same SAE: a random half of them, drawn with
+    the seed, is picked on, the other used. The model answers all words of the using half, which keeps
+    `per_letter` of a letter at most, the most frequent. `precision` is that of the model's matrix products.
 
-    Raises NotEvaluable if the tokenizer has no single token for a letter, or the words do not keep their tokens.
+    Raises NotEvaluable if the tokenizer has no single token for a letter, or the words do not keep their
+    tokens.
     """
     tokenizer = model.tokenizer
     ids = [tokenizer(f" {letter}", add_special_tokens=False)["input_ids"] for letter in LETTERS]
