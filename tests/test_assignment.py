@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.sparse import csr_array
 
 from c2r_core.data.forest import GatedForest
 from c2r_core.data.toy import FeatureTree
@@ -135,11 +136,15 @@ def test_carrier_by_hand():
         ]
     )
     expected = [0, 1, -1, -1, -1, -1, -1]
-    assert carriers(x, acts, W_dec, u).tolist() == expected
-    assert carriers(x, acts, W_dec, 7 * u).tolist() == expected
+
+    def found(acts, rows, direction):
+        return carriers(x, csr_array(acts.numpy()), rows, direction[None])[0].tolist()
+
+    assert found(acts, W_dec, u) == expected
+    assert found(acts, W_dec, 7 * u) == expected
     scale = torch.tensor([2.0, 0.5, 4.0, 8.0])
-    assert carriers(x, acts / scale, W_dec * scale[:, None], u).tolist() == expected
-    assert carriers(x, acts, W_dec, 0 * u).tolist() == [-1] * 7
+    assert found(acts / scale, W_dec * scale[:, None], u) == expected
+    assert found(acts, W_dec, 0 * u) == [-1] * 7
 
 
 # -- planted dictionaries ----------------------------------------------------------------------

@@ -27,11 +27,11 @@ Where this file differs from it:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from statistics import fmean, stdev
-from typing import TYPE_CHECKING, NamedTuple
+from statistics import fmean
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -42,11 +42,8 @@ from c2r_core.metrics import metric
 from c2r_core.metrics.encoding import encode_sparse
 from c2r_core.metrics.inputs import Inputs
 from c2r_core.metrics.letter_latents import SplitLatents, absorption, split_latents, true_positives
-from c2r_core.metrics.letter_probes import (
-    LetterSplit,
-    letter_splits,
-    why_no_letter,
-)
+from c2r_core.metrics.letter_probes import LetterSplit, letter_splits, why_no_letter
+from c2r_core.metrics.rows import mean_of, sd_of
 from c2r_core.saes.interface import AnySAE
 
 if TYPE_CHECKING:
@@ -148,36 +145,21 @@ def evaluate_first_letter(
 ) -> AbsorptionFirstLetter:
     """Splitting and absorption of every letter that has a good probe, in every split.
 
-    Memory: 8 bytes for each feature activation that is not zero, and `chunk_size` rows of d_sae.
+    The SAE takes raw activations (see `fold_norm_factor`), each row on its own. The splits are of the same
+    words, each with the probes trained on it. `seed` is of the order in which the selector sees the words,
+    and of the bootstrap. `chunk_size` words are encoded at a time: memory is as many rows of d_sae, and 8
+    bytes for each activation that is not zero. `selector_batch_size` is in place of that of
+    `train_letter_probes`.
 
-    Parameters
-    ----------
-    sae : any object with `encode` and `W_dec`, shape (d_sae, d_in)
-        Takes raw activations (see `fold_norm_factor`), each row on its own.
-    splits : sequence of LetterSplit
-        Splits of the same words, each with the probes trained on it.
-    seed : int
-        Of the order in which the selector sees the words, and of the bootstrap.
-    chunk_size : int
-        Words encoded at a time.
-    selector_batch_size : int, optional
-        In place of that of `train_letter_probes`.
-
-    Raises
-    ------
-    NotEvaluable
-        If SAE or probes are made for another width, if the SAE returns NaN or infinite values, or if no
-        letter can be measured.
+    Raises NotEvaluable if SAE or probes are made for another width, if the SAE returns NaN or infinite
+    values, or if no letter can be measured.
     """
-    words, d_in = splits[0].task, splits[0].task.activations.shape[1]
-    for name, weights in (
-        ("the SAE's W_dec", sae.W_dec),
-        *(("the probes' weights", split.probes.weights) for split in splits),
-    ):
-        if weights.ndim != 2 or weights.shape[1] != d_in:
+    words = splits[0].task
+    for split in splits:
+        if split.probes.weights.shape[1] != words.activations.shape[1]:
             raise NotEvaluable(
-                f"{name} has shape {tuple(weights.shape)}; expected rows of {d_in} entries, the "
-                f"width of the task's activations at {words.hook_name!r}."
+                f"The probes' weights have shape {tuple(split.probes.weights.shape)}; expected rows of "
+                f"{words.activations.shape[1]} entries, the width of the activations at {words.hook_name!r}."
             )
     norms = sae.W_dec.detach().float().norm(dim=1).cpu().numpy()
     acts = encode_sparse(sae, words.activations, chunk_size)
@@ -189,12 +171,9 @@ def evaluate_first_letter(
     return _report(splits, scored, seed)
 
 
-class _Scores(NamedTuple):
-    """One letter's test words in one split."""
-
-    words: np.ndarray
-    fraction: np.ndarray
-    full: np.ndarray
+_Scores = tuple[np.ndarray, np.ndarray]
+"""One letter's test words in one split, (n,); and the fraction and fullness of each one's absorption, (n, 2).
+"""
 
 
 def _score(
@@ -230,7 +209,8 @@ def _score(
                 probes.weights[i],
                 latents,
             )
-            found[i] = _Scores(chosen.numpy(), scores.fraction.numpy(), scores.full.numpy())
+            both = np.stack([scores.fraction.numpy(), scores.full.numpy()], 1)
+            found[i] = chosen.numpy(), both
             row |= {
                 "mean_absorption_fraction": float(scores.fraction.mean()),
                 "full_absorption_rate": float(scores.full.double().mean()),
@@ -249,61 +229,41 @@ def _report(
     seed: int,
 ) -> AbsorptionFirstLetter:
     of_splits = [
-        Split(*(_moments(rows, name)[0] for name in _AVERAGED[:3]), len(found))
+        Split(
+            **{f"mean_{s}": mean_of(rows, name) for s, name in _SCORES.items()},
+            num_letters=len(found),
+        )
         for rows, found in scored
         if found
     ]
     letters = [_mean_row(rows) for rows in zip(*(rows for rows, _ in scored), strict=True)]
-    moments = [_moments(letters, name) for name in _AVERAGED[:3]]
-    fraction, full, size = (
-        [getattr(split, name) for split in of_splits]
-        for name in (
-            "mean_absorption_fraction_score",
-            "mean_full_absorption_score",
-            "mean_num_split_features",
-        )
-    )
     n_words = len(splits[0].task.words)
-    intervals = _intervals([found for _, found in scored if found], n_words, seed)
+    fraction, full = _intervals([found for _, found in scored if found], n_words, seed)
     return AbsorptionFirstLetter(
-        mean_absorption_fraction_score=fmean(fraction),
-        mean_full_absorption_score=fmean(full),
-        mean_num_split_features=fmean(size),
-        std_dev_absorption_fraction_score=moments[0][1],
-        std_dev_full_absorption_score=moments[1][1],
-        std_dev_num_split_features=moments[2][1],
-        split_sd_absorption_fraction_score=stdev(fraction) if len(fraction) > 1 else None,
-        split_sd_full_absorption_score=stdev(full) if len(full) > 1 else None,
-        absorption_fraction_interval=intervals[0],
-        full_absorption_interval=intervals[1],
+        **{f"mean_{s}": mean_of(of_splits, f"mean_{s}") for s in _SCORES},
+        **{f"std_dev_{s}": sd_of(letters, name) for s, name in _SCORES.items()},
+        split_sd_absorption_fraction_score=sd_of(of_splits, "mean_absorption_fraction_score"),
+        split_sd_full_absorption_score=sd_of(of_splits, "mean_full_absorption_score"),
+        absorption_fraction_interval=fraction,
+        full_absorption_interval=full,
         num_letters=sum(row.num_splits > 0 for row in letters),
-        num_good_probes=fmean(
-            sum(reason is None for reason in split.probes.not_evaluable) for split in splits
-        ),
+        num_good_probes=fmean(split.probes.not_evaluable.count(None) for split in splits),
         num_words=n_words,
         letters=tuple(letters),
         splits=tuple(of_splits),
     )
 
 
-_AVERAGED = (
-    "mean_absorption_fraction",
-    "full_absorption_rate",
-    "num_split_features",
-    "num_full_absorption",
-    "num_probe_true_positives",
-    "probe_f1",
-)
-
-
-def _moments(rows: Iterable[Letter], name: str) -> tuple[float | None, float | None]:
-    """Mean and standard deviation (n − 1) of a value over the rows that have it."""
-    values = [getattr(row, name) for row in rows if getattr(row, name) is not None]
-    return fmean(values) if values else None, stdev(values) if len(values) > 1 else None
+_SCORES = {
+    "absorption_fraction_score": "mean_absorption_fraction",
+    "full_absorption_score": "full_absorption_rate",
+    "num_split_features": "num_split_features",
+}
+"""The score's name in the report, and that of the field of `Letter` of which it is a mean."""
+_AVERAGED = (*_SCORES.values(), "num_full_absorption", "num_probe_true_positives", "probe_f1")
 
 
 def _mean_row(rows: Sequence[Letter]) -> Letter:
-    """One letter over splits."""
     measured = [row for row in rows if row.not_evaluable is None]
     first = (measured or rows)[0]
     return Letter(
@@ -312,7 +272,7 @@ def _mean_row(rows: Sequence[Letter]) -> Letter:
         split_f1=first.split_f1,
         num_splits=len(measured),
         not_evaluable=first.not_evaluable,
-        **{name: _moments(measured or rows, name)[0] for name in _AVERAGED},
+        **{name: mean_of(measured or rows, name) for name in _AVERAGED},
     )
 
 
@@ -325,10 +285,10 @@ def _intervals(
     scores = []
     for split in found:
         of_letters = []
-        for words, fraction, full in split.values():
+        for words, both in split.values():
             times = draws[:, words].astype(float)
             with np.errstate(invalid="ignore"):  # a letter whose words were not drawn
-                of_letters.append(times @ np.stack([fraction, full], 1) / times.sum(1)[:, None])
+                of_letters.append(times @ both / times.sum(1)[:, None])
         scores.append(np.nanmean(of_letters, axis=0))
     low, high = np.quantile(np.mean(scores, axis=0), [0.025, 0.975], axis=0)
     return tuple((float(a), float(b)) for a, b in zip(low, high, strict=True))

@@ -13,9 +13,9 @@ beside it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
 
 import numpy as np
 import torch
@@ -30,9 +30,6 @@ from c2r_core.metrics.inputs import Inputs
 from c2r_core.metrics.matching import EXACT_LIMIT, Matching, match_latents
 from c2r_core.saes.interface import AnySAE
 from c2r_core.seeds import mix_seeds
-
-if TYPE_CHECKING:
-    from scipy.sparse import csr_array
 
 SHARED_COSINE = 0.7
 """Cosine above which two matched latents count as the same one."""
@@ -138,30 +135,16 @@ def compare_saes(
 ) -> Agreement:
     """How far two SAEs, trained apart on the same kind of activations, agree.
 
-    Time is that of the matchings: one, and 2 · n_draws for the baselines, over all latents and again
-    over the live ones unless all are.
+    Time is that of the matchings: one, and 2 · n_draws for the baselines, over all latents and again over the
+    live ones unless all are.
 
-    Parameters
-    ----------
-    sae_a, sae_b : any objects with encode, decode and W_dec
-        Each takes the chunks as they are: fold the normalising factors in first. They may differ in
-        width; then PW-MCC is over as many pairs as the smaller has, its best ones, so compare it
-        with that of other pairs of the same widths only.
-    chunks : iterable of Tensor, each (n, d_in)
-        Held-out tokens, the same for both.
-    seed : int
-        Of the random dictionaries.
-    n_draws : int, at least 2
-        Random dictionaries for each baseline.
-    exact_limit : int
-        As in `match_latents`.
+    Each SAE takes the chunks of held-out tokens, (n, d_in), as they are: fold the normalising factors in
+    first. They may differ in width; then PW-MCC is over as many pairs as the smaller has, its best ones, so
+    compare it with that of other pairs of the same widths only. The seed is of the random dictionaries,
+    `n_draws` ≥ 2 for each baseline; `exact_limit` is as in `match_latents`.
 
-    Raises
-    ------
-    NotEvaluable
-        If there are no tokens, or if an SAE gives NaN or infinite activations.
-    ValueError
-        For the reasons that `match_latents` gives.
+    Raises NotEvaluable if there are no tokens, or if an SAE gives NaN or infinite activations; ValueError for
+    the reasons that `match_latents` gives.
     """
     if sae_a.W_dec.shape[1] != sae_b.W_dec.shape[1]:
         raise NotEvaluable(
@@ -170,9 +153,9 @@ def compare_saes(
         )
     matching = match_latents(sae_a.W_dec, sae_b.W_dec, exact_limit=exact_limit)
     correlations, n_tokens, live_a, live_b = _correlations(sae_a, sae_b, chunks, matching)
-    settings = {"seed": seed, "n_draws": n_draws, "exact_limit": exact_limit}
+    baseline = partial(random_baseline, seed=seed, n_draws=n_draws, exact_limit=exact_limit)
     everyone = torch.arange(len(live_a)), torch.arange(len(live_b))
-    agreement = _agreement(sae_a, sae_b, *everyone, matching, **settings)
+    agreement = _agreement(sae_a, sae_b, *everyone, matching, baseline)
     chosen = live_a.nonzero()[:, 0], live_b.nonzero()[:, 0]
     live, reason = None, None
     if live_a.all() and live_b.all():
@@ -182,7 +165,7 @@ def compare_saes(
     else:
         rows = (sae.W_dec.cpu()[one] for sae, one in zip((sae_a, sae_b), chosen, strict=True))
         live_matching = match_latents(*rows, exact_limit=exact_limit)
-        live = _agreement(sae_a, sae_b, *chosen, live_matching, **settings)
+        live = _agreement(sae_a, sae_b, *chosen, live_matching, baseline)
     return Agreement(
         all_latents=agreement,
         live_latents=live,
@@ -202,19 +185,10 @@ def random_baseline(
     n_draws: int = 3,
     exact_limit: int = EXACT_LIMIT,
 ) -> RandomBaseline:
-    """The mean cosine that `match_latents` reaches on random rows of the same shapes.
+    """The mean cosine that `match_latents` reaches on random rows of the same shapes, over `n_draws` ≥ 2.
 
-    Parameters
-    ----------
-    W_dec_a, W_dec_b : Tensor, shapes (d_sae_a, d_in) and (d_sae_b, d_in)
-    same_covariance : bool
-        Draw rows with the covariance, about 0, of each decoder's unit rows, instead of uniformly on
-        the sphere.
-    seed : int
-        Of all draws.
-    n_draws : int, at least 2
-    exact_limit : int
-        As in `match_latents`.
+    With `same_covariance`, rows are drawn with the covariance, about 0, of each decoder's unit rows, instead
+    of uniformly on the sphere.
     """
     if n_draws < 2:
         raise ValueError(f"n_draws is {n_draws}; expected at least 2, or there is no spread.")
@@ -253,20 +227,11 @@ def _agreement(
     chosen_a: Tensor,
     chosen_b: Tensor,
     matching: Matching,
-    *,
-    seed: int,
-    n_draws: int,
-    exact_limit: int,
+    baseline: Callable[..., RandomBaseline],
 ) -> DictionaryAgreement:
     """The report on the chosen latents of both, of which `matching` numbers only these."""
     decoders = [
         sae.W_dec.detach().cpu()[chosen] for sae, chosen in ((sae_a, chosen_a), (sae_b, chosen_b))
-    ]
-    baselines = [
-        random_baseline(
-            *decoders, same_covariance=same, seed=seed, n_draws=n_draws, exact_limit=exact_limit
-        )
-        for same in (False, True)
     ]
     same = matching.cosine > SHARED_COSINE
     encoders = _encoder_rows(sae_a), _encoder_rows(sae_b)
@@ -282,8 +247,8 @@ def _agreement(
         n_latents_b=len(chosen_b),
         pw_mcc=float(matching.cosine.double().mean()),
         pw_mcc_at_most=matching.mean_at_most,
-        random=baselines[0],
-        random_of_same_covariance=baselines[1],
+        random=baseline(*decoders, same_covariance=False),
+        random_of_same_covariance=baseline(*decoders, same_covariance=True),
         shared_share=float(same.double().mean()),
         encoder_shared_share=encoder_share,
         both_shared_share=both_share,
@@ -313,8 +278,8 @@ def _correlations(
         a, b = (of_sae[:, latents] for of_sae, latents in zip(acts, pairs, strict=True))
         n += len(x)
         sums = sums + np.stack([a.sum(0), b.sum(0)])
-        squares = squares + np.stack([_columns(a, a), _columns(b, b)])
-        products = products + _columns(a, b)
+        squares = squares + np.stack([(one * one).sum(0) for one in (a, b)])
+        products = products + (a * b).sum(0)
     if n == 0:
         raise NotEvaluable("There are no tokens to compare on; expected at least one chunk.")
     mean = sums / n
@@ -324,11 +289,6 @@ def _correlations(
         correlations = (products / n - mean.prod(0)) / np.sqrt(variance.prod(0))
     correlations[~varies] = np.nan
     return correlations, n, *map(torch.from_numpy, fires)
-
-
-def _columns(a: csr_array, b: csr_array) -> np.ndarray:
-    """Sums of a column's products."""
-    return a.multiply(b).sum(0)
 
 
 def _summarise(correlations: np.ndarray) -> FunctionalAgreement:

@@ -37,16 +37,18 @@ from c2r_core.metrics import Headline, metric
 from c2r_core.metrics.carriers import (
     NO_CARRIER,
     assignment_consistency,
+    carriers,
     check_concepts,
     consistency_interval,
     effective_latents,
     modal_latent,
-    sparse_carriers,
 )
 from c2r_core.metrics.encoding import encode_sparse
 from c2r_core.metrics.exemplars import ExemplarDictionary
 from c2r_core.metrics.inputs import Inputs
 from c2r_core.metrics.letter_probes import LetterProbes, letter_splits
+from c2r_core.metrics.probing import none_of
+from c2r_core.metrics.rows import mean_of
 from c2r_core.saes.interface import AnySAE
 from c2r_core.seeds import mix_seeds
 from c2r_core.statistics import paired_interval
@@ -141,11 +143,7 @@ def measure_assignment_consistency(inputs: Inputs) -> AssignmentConsistency:
     task, probes = letter_splits(inputs)[0]
     report = letter_assignment(inputs.sae, task, probes, seed=inputs.seed)
     if report.n_evaluated == 0:
-        reasons = {row.not_evaluable for row in report.concepts}
-        raise NotEvaluable(
-            f"None of the {len(report.concepts)} letters could be measured on {len(task.words)} words; "
-            f"for example: {min(reasons)}."
-        )
+        raise none_of("letters", report.concepts)
     return report
 
 
@@ -173,9 +171,8 @@ def measure_assignment(
     activations : Tensor, shape (n, d_in)
         Samples that hold the concepts and samples that do not.
     labels : Tensor of bool, shape (n, n_concepts)
-        Which samples hold which concept.
     directions : Tensor, shape (n_concepts, d_in)
-        Each concept's direction, of any norm: a true direction, or the weights of a linear probe.
+        Of any norm: true directions, or the weights of linear probes.
     names : sequence of str, optional
         Of the concepts; "concept 0" and so on by default.
     n_samples : int, at least 4
@@ -186,12 +183,8 @@ def measure_assignment(
     seed : int
         Of the samples that are drawn, the halves of the interval, and the exemplars.
 
-    Raises
-    ------
-    NotEvaluable
-        If the SAE is made for another width, or something is NaN or infinite.
-    ValueError
-        If shapes do not fit, labels are not bool, or n_samples is below 4.
+    Raises NotEvaluable if the SAE is made for another width, or something is NaN or infinite; ValueError if
+    shapes do not fit, labels are not bool, or n_samples is below 4.
     """
     check_concepts(activations, labels, directions, sae.W_dec)
     if n_samples < 4:
@@ -254,7 +247,7 @@ class _Carried(NamedTuple):
 
 def _carry(sae: AnySAE, activations: Tensor, directions: Tensor) -> _Carried:
     acts = encode_sparse(sae, activations)
-    return _Carried(acts, sparse_carriers(activations, acts, sae.W_dec, directions))
+    return _Carried(acts, carriers(activations, acts, sae.W_dec, directions))
 
 
 def _score(
@@ -295,17 +288,13 @@ def _report(
     rows: Sequence[ConceptAssignment], **settings: int | str | None
 ) -> AssignmentConsistency:
     evaluated = [row for row in rows if row.not_evaluable is None]
-    means = {}
-    for mean in (field.name for field in fields(AssignmentConsistency) if "mean_" in field.name):
-        values = [getattr(row, mean.removeprefix("mean_")) for row in evaluated]
-        known = [value for value in values if value is not None]
-        means[mean] = fmean(known) if known else None
+    means = [field.name for field in fields(AssignmentConsistency) if "mean_" in field.name]
     return AssignmentConsistency(
         version=VERSION,
         concepts=tuple(rows),
         n_evaluated=len(evaluated),
         warning=_warning(evaluated, len(rows)),
-        **means,
+        **{name: mean_of(evaluated, name.removeprefix("mean_")) for name in means},
         **settings,
     )
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from statistics import fmean, stdev
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -22,6 +21,7 @@ from c2r_core.metrics import Headline, metric
 from c2r_core.metrics.endpoint import KEY_VARIABLE, Endpoint
 from c2r_core.metrics.firings import Firings, drawn_latents, firings_of
 from c2r_core.metrics.probing import none_of
+from c2r_core.metrics.rows import mean_of, sd_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -99,23 +99,11 @@ def measure_auto_interp(
     n_latents: int = 100,
     seed: int = 0,
 ) -> AutoInterp:
-    """Explain and judge latents that fire often enough, two requests each.
+    """Explain and judge latents that fire often enough, two requests each; the seed draws latents and
+    excerpts.
 
-    Parameters
-    ----------
-    firings : Firings
-    tokenizer : PreTrainedTokenizerBase
-        Of the language model whose latents these are.
-    endpoint : Endpoint
-    n_latents : int
-    seed : int
-        Draws latents and excerpts.
-
-    Raises
-    ------
-    NotEvaluable
-        If no latent fires often enough or none gets a score; as EndpointError, if the endpoint cannot be
-        used. What it has answered is kept.
+    Raises NotEvaluable if no latent fires often enough or none gets a score; as EndpointError, if the
+    endpoint cannot be used. What it has answered is kept.
     """
     needed = N_TOP + N_WEIGHTED + JUDGE_TOP + JUDGE_WEIGHTED
     drawn = drawn_latents(firings, n_latents, needed, seed)
@@ -137,13 +125,13 @@ def measure_auto_interp(
         except BaseException:
             workers.shutdown(cancel_futures=True)
             raise
-    scores = [row.score for row in rows if row.score is not None]
-    if not scores:
+    known = [row for row in rows if row.score is not None]
+    if not known:
         raise none_of("latents", rows)
     return AutoInterp(
-        autointerp_score=fmean(scores),
-        autointerp_std_dev=stdev(scores) if len(scores) > 1 else None,
-        num_latents=len(scores),
+        autointerp_score=mean_of(known, "score"),
+        autointerp_std_dev=sd_of(known, "score"),
+        num_latents=len(known),
         model=endpoint.model,
         latents=rows,
     )

@@ -22,39 +22,20 @@ N_HALVES = 1000
 NO_CARRIER = -1
 
 
-def carriers(activations: Tensor, feature_acts: Tensor, W_dec: Tensor, direction: Tensor) -> Tensor:
-    """The latent that carries a direction in each sample, or `NO_CARRIER` (−1).
-
-    Parameters
-    ----------
-    activations : Tensor, shape (n, d_in)
-    feature_acts : Tensor, shape (n, d_sae)
-    W_dec : Tensor, shape (d_sae, d_in)
-        Rows of any norm: scale may move between a latent's activation and its row.
-    direction : Tensor, shape (d_in,)
-        Of any norm; nothing carries a direction that is zero.
-
-    Returns
-    -------
-    Tensor of int, shape (n,)
-        Ties go to the lowest number.
-
-    Examples
-    --------
-    >>> rows, x = torch.eye(2), torch.tensor([[1.0, 0.0], [0.0, 1.0]])
-    >>> carriers(x, x, rows, direction=torch.tensor([1.0, 0.0]))
-    tensor([ 0, -1])
-    """
-    from scipy.sparse import csr_array
-
-    acts = csr_array(feature_acts.detach().cpu().numpy())
-    return sparse_carriers(activations, acts, W_dec, direction[None])[0]
-
-
-def sparse_carriers(
+def carriers(
     activations: Tensor, feature_acts: csr_array, W_dec: Tensor, directions: Tensor
 ) -> Tensor:
-    """The same for several directions and sparse activations: int, (n_concepts, n)."""
+    """The latent that carries each direction in each sample, or `NO_CARRIER` (−1): int, (n_concepts, n).
+
+    `activations` are (n, d_in), `feature_acts` (n, d_sae), `W_dec` (d_sae, d_in) with rows of any norm, since
+    scale may move between a latent's activation and its row; `directions` (n_concepts, d_in) of any norm.
+    Nothing carries a direction that is zero. Ties go to the lowest number.
+
+    >>> from scipy.sparse import csr_array
+    >>> x = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    >>> carriers(x, csr_array(x.numpy()), torch.eye(2), torch.tensor([[1.0, 0.0]]))
+    tensor([[ 0, -1]])
+    """
     tiny = torch.finfo(torch.float64).tiny
     rows, units = W_dec.detach().cpu().double(), directions.cpu().double()
     units = units / units.norm(dim=1, keepdim=True).clamp_min(tiny)
@@ -88,15 +69,9 @@ def _carriers_of_one(
 
 
 def assignment_consistency(carried_by: Tensor) -> float:
-    """AC = Σ n_i (n_i − 1) / (n (n − 1)) of samples carried by these latents.
+    """AC = Σ n_i (n_i − 1) / (n (n − 1)) of n ≥ 2 samples carried by these latents: int, (n,), as of
+    `carriers`.
 
-    Parameters
-    ----------
-    carried_by : Tensor of int, shape (n,), n ≥ 2
-        As `carriers` gives them.
-
-    Examples
-    --------
     >>> assignment_consistency(torch.tensor([7, 7, 7, 2]))  # 6 of 12 ordered pairs agree
     0.5
     >>> assignment_consistency(torch.tensor([NO_CARRIER, NO_CARRIER]))
@@ -107,17 +82,11 @@ def assignment_consistency(carried_by: Tensor) -> float:
 
 
 def consistency_interval(carried_by: Tensor, *, seed: int = 0) -> tuple[float, float]:
-    """95 % interval of AC: the middle of what random halves of the samples score.
+    """95 % interval of AC: the middle of what 1000 random halves of the n ≥ 4 samples score.
 
     A half drawn without replacement varies about the whole as the whole does about the truth (half-sampling,
     the delete-half jackknife of Shao & Wu 1989). A bootstrap would draw a sample twice, and a sample
     agrees with itself. Where no sample disagrees with another the interval has no width; see the page.
-
-    Parameters
-    ----------
-    carried_by : Tensor of int, shape (n,), n ≥ 4
-    seed : int
-        Of the 1000 halves.
     """
     _check_carriers(carried_by, at_least=4)
     generator = torch.Generator().manual_seed(seed)
@@ -135,7 +104,7 @@ def effective_latents(carried_by: Tensor) -> float | None:
     Samples without a carrier are left out; None if fewer than two have one.
     """
     _check_carriers(carried_by)
-    counts = _counts(carried_by)
+    counts = carried_by[carried_by != NO_CARRIER].unique(return_counts=True)[1]
     n = int(counts.sum())
     if n < 2:
         return None
@@ -151,10 +120,6 @@ def modal_latent(carried_by: Tensor) -> int | None:
         return None
     latents, counts = carried.unique(return_counts=True)
     return int(latents[counts.argmax()])
-
-
-def _counts(carried_by: Tensor) -> Tensor:
-    return carried_by[carried_by != NO_CARRIER].unique(return_counts=True)[1]
 
 
 def _consistency(carried_by: Tensor) -> Tensor:

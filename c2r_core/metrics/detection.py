@@ -21,7 +21,7 @@ from c2r_core.metrics.probing import none_of
 from c2r_core.statistics import mean_interval
 
 if TYPE_CHECKING:
-    from scipy.sparse import csr_array
+    from scipy.sparse import csr_matrix
 
     from c2r_core.metrics.inputs import Inputs
 
@@ -78,19 +78,9 @@ def measure(inputs: Inputs) -> Detection:
 
 
 def measure_detection(firings: Firings, *, n_latents: int = 100, seed: int = 0) -> Detection:
-    """Score latents drawn among those that fire often enough.
+    """Score latents drawn among those that fire often enough; the seed also draws and splits the contexts.
 
-    Parameters
-    ----------
-    firings : Firings
-    n_latents : int
-    seed : int
-        Draws latents and contexts, and splits the contexts.
-
-    Raises
-    ------
-    NotEvaluable
-        If no latent fires often enough, or none of those drawn can be judged.
+    Raises NotEvaluable if no latent fires often enough, or none of those drawn can be judged.
     """
     drawn = drawn_latents(firings, n_latents, MIN_FIRINGS, seed)
     rows = tuple(_judge(firings, int(latent), seed) for latent in drawn)
@@ -149,21 +139,19 @@ def _judge(firings: Firings, latent: int, seed: int) -> DetectedLatent:
     )
 
 
-def _words(firings: Firings, rows: np.ndarray) -> tuple[np.ndarray, csr_array]:
+def _words(firings: Firings, rows: np.ndarray) -> tuple[np.ndarray, csr_matrix]:
     """The distinct words, and which of them are in each row's context, (len(rows), n_words).
 
     The token itself is its id; one of those before it is −1 − id.
     """
-    from scipy.sparse import csr_array
+    from sklearn.preprocessing import MultiLabelBinarizer
 
-    size = firings.contexts.shape[1]
-    which, found = [], []
-    for i, place in enumerate(firings.place[rows]):
-        context, position = divmod(int(place), size)
+    found = []
+    for place in firings.place[rows]:
+        context, position = divmod(int(place), firings.contexts.shape[1])
         before = firings.contexts[context, max(0, position - TOKENS_AROUND) : position]
-        own = {int(firings.contexts[context, position])} | {-1 - int(token) for token in before}
-        found += sorted(own)
-        which += [i] * len(own)
-    words, columns = np.unique(found, return_inverse=True)
-    ones = np.ones(len(found))
-    return words, csr_array((ones, (which, columns)), shape=(len(rows), len(words)))
+        found.append([firings.contexts[context, position], *(-1 - before)])
+    binarizer = MultiLabelBinarizer(sparse_output=True)
+    held = binarizer.fit_transform(found).astype(float)
+    held.sort_indices()
+    return binarizer.classes_, held

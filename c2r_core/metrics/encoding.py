@@ -27,10 +27,7 @@ def chunk_size(sae: AnySAE) -> int:
 def encode(sae: AnySAE, x: Tensor) -> Tensor:
     """Feature activations of x, (n, d_sae), float32 and on the CPU.
 
-    Raises
-    ------
-    NotEvaluable
-        If one of them is NaN or infinite, or x has another width than the SAE.
+    Raises NotEvaluable if one of them is NaN or infinite, or x has another width than the SAE.
     """
     d_in = sae.W_dec.shape[1]
     if x.shape[-1] != d_in:
@@ -47,17 +44,8 @@ def encode(sae: AnySAE, x: Tensor) -> Tensor:
 def encode_sparse(sae: AnySAE, x: Tensor | Iterable[Tensor], chunk: int | None = None) -> csr_array:
     """Feature activations without the zeros, (n, d_sae), float32: 8 bytes each.
 
-    Parameters
-    ----------
-    sae : any object with encode, decode and W_dec
-    x : Tensor, shape (n, d_in), or chunks of it
-    chunk : int, optional
-        Rows to encode at a time; None takes `chunk_size`.
-
-    Raises
-    ------
-    NotEvaluable
-        If an activation is NaN or infinite, or x has another width than the SAE.
+    x is (n, d_in), of which `chunk` rows (None: `chunk_size`) are encoded at a time; or chunks of it.
+    Raises as `encode`.
     """
     from scipy.sparse import csr_array, vstack
 

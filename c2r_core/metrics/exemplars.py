@@ -11,23 +11,11 @@ from c2r_core.errors import NotEvaluable
 class ExemplarDictionary:
     """An untrained dictionary: each decoder row is the direction of a sample, seen from the mean.
 
-    A latent's activation is its row's product with x − mean, where that is positive and above one
-    common threshold. It has as many latents as asked for and, on the samples given, as many active
-    at a time: what a dictionary of that size scores without having learnt anything.
+    A latent's activation is its row's product with x − mean, where that is positive and above one common
+    threshold, such that on the `activations` given, (n, d_in), a sample has `l0` active latents in the mean:
+    what `n_latents` score without having learnt anything. The seed draws the samples that become rows.
 
-    Parameters
-    ----------
-    activations : Tensor, shape (n, d_in)
-    n_latents : int, at most n
-    l0 : float
-        Mean number of active latents a sample.
-    seed : int
-        Draws the samples that become rows.
-
-    Raises
-    ------
-    NotEvaluable
-        If there are fewer samples than latents, or no latent is asked for.
+    Raises NotEvaluable if there are fewer samples than latents, or no latent is asked for.
     """
 
     def __init__(self, activations: Tensor, n_latents: int, l0: float, *, seed: int = 0) -> None:

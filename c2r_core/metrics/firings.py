@@ -71,21 +71,14 @@ class LatentExamples:
 
 @dataclass(frozen=True, eq=False)
 class Firings:
-    """What every latent does on every token of a store: all its activation examples.
-
-    Attributes
-    ----------
-    acts : scipy.sparse.csc_array, shape (n, d_sae)
-        Feature activations at the store's rows.
-    contexts : int array, shape (n_contexts, context_size)
-        Token ids.
-    place : int array, shape (n,)
-        Of each row in `contexts.ravel()`, rising.
-    """
+    """What every latent does on every token of a store: all its activation examples."""
 
     acts: csc_array
+    """Feature activations at the store's rows, (n, d_sae)."""
     contexts: np.ndarray
+    """Token ids, (n_contexts, context_size)."""
     place: np.ndarray
+    """Of each row in `contexts.ravel()`, rising, (n,)."""
 
     @property
     def context_of(self) -> np.ndarray:
@@ -133,13 +126,8 @@ class Firings:
     ) -> LatentExamples:
         """Top, middle and near-miss contexts of a latent: look at it before you believe a score.
 
-        Parameters
-        ----------
-        latent : int
-        tokenizer : PreTrainedTokenizerBase
-            Of the language model whose activations these are.
-        n : int
-            Contexts of each kind at most, with up to ten tokens on either side.
+        At most n of each kind, with up to ten tokens on either side. The tokenizer is that of the language
+        model.
         """
         acts, tokens = self.of(latent), self.contexts.ravel()
         firing = np.flatnonzero(acts > 0)
@@ -174,20 +162,10 @@ class Firings:
 
 
 def find_firings(sae: AnySAE, store: ActivationStore, *, chunk_size: int = 2048) -> Firings:
-    """Encode a store, keeping what is not zero: 8 bytes each.
+    """Encode a store of raw activations, `chunk_size` tokens at a time, keeping what is not zero: 8 bytes
+    each.
 
-    Parameters
-    ----------
-    sae : any object with encode, decode and W_dec
-        Takes raw activations.
-    store : ActivationStore
-    chunk_size : int
-        Tokens encoded at a time.
-
-    Raises
-    ------
-    NotEvaluable
-        If the SAE gives NaN or infinite activations, or is made for another width.
+    Raises NotEvaluable if the SAE gives NaN or infinite activations, or is made for another width.
     """
     acts = encode_sparse(sae, store.chunks(chunk_size)).tocsc()
     return Firings(acts, store.contexts, np.flatnonzero(store.kept))
@@ -204,11 +182,7 @@ def drawn_latents(firings: Firings, n: int, min_firings: int, seed: int) -> np.n
     """At most n of the latents that fire often enough, drawn with the seed.
 
     The draw and its order depend on where the latents fire, so that another numbering changes nothing.
-
-    Raises
-    ------
-    NotEvaluable
-        If no latent does.
+    Raises NotEvaluable if no latent does.
     """
     counts = firings.n_firings()
     often = np.flatnonzero(counts >= min_firings)

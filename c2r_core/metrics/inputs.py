@@ -31,59 +31,36 @@ Made = TypeVar("Made")
 
 @dataclass(frozen=True)
 class Options:
-    """What an evaluation may be told beside what it measures.
-
-    Attributes
-    ----------
-    profile : str or Profile
-        A profile of profiles.yml: how many contexts, tokens and words.
-    seed : int
-        Of the words' split, the probes and the selector.
-    device : str
-        Of the language model, and of an SAE read from a folder.
-    against : AnySAE, str or Path, optional
-        Another SAE, or its folder, to be compared with latent by latent.
-    endpoint : Endpoint, optional
-        A language model that explains latents and judges the explanations.
-    ravel : str or Path, optional
-        Folder of RAVEL's public data (see `load_ravel`); otherwise cities that come with the package.
-    train_store : ActivationStore, optional
-        Activations that the SAE was trained on, to reconstruct as many of them as of those held out.
-    keep : str or Path, optional
-        File that takes each finished metric; an evaluation of the same SAE, text and settings that
-        finds it there goes on from it.
-    """
+    """What an evaluation may be told beside what it measures."""
 
     profile: str | Profile = "default"
+    """A profile of profiles.yml: how many contexts, tokens and words."""
     seed: int = 0
+    """Of the words' split, the probes and the selector."""
     device: str = "cpu"
+    """Of the language model, and of an SAE read from a folder."""
     against: AnySAE | str | Path | None = None
+    """Another SAE, or its folder, to be compared with latent by latent."""
     endpoint: Endpoint | None = None
+    """A language model that explains latents and judges the explanations."""
     ravel: str | Path | None = None
+    """Folder of RAVEL's public data (see `load_ravel`); otherwise cities that come with the package."""
     train_store: ActivationStore | None = None
+    """Activations that the SAE was trained on, to reconstruct as many of them as of those held out."""
     keep: str | Path | None = None
+    """File that takes each finished metric; an evaluation of the same SAE, text and settings that finds it
+    there goes on from it.
+    """
 
 
 class Inputs:
-    """An SAE, a language model, and held-out documents.
+    """An SAE that takes raw activations, a language model, and held-out documents.
 
     Every property is made when it is first read. One that cannot be made raises NotEvaluable, which
     concerns the metrics that need it and no others.
 
-    Parameters
-    ----------
-    sae : AnySAE
-        Takes raw activations.
-    lm : LanguageModelProfile
-        Model, hook, corpus and sizes.
-    sizes : EvaluationProfile
-        How much the other metrics read.
-    options : Options
-        With `against` opened.
-    language_model : TransformerBridge, optional
-        In place of the one that `lm` names.
-    corpus : Corpus, optional
-        In place of the one that `lm` names.
+    `lm` says model, hook, corpus and sizes, unless `language_model` or `corpus` is given in place of what it
+    names; `sizes` say how much the other metrics read. In `options`, `against` is opened.
     """
 
     def __init__(
@@ -170,10 +147,7 @@ class Inputs:
     def activations(self) -> ActivationStore:
         """Raw activations of the held-out documents.
 
-        Raises
-        ------
-        NotEvaluable
-            If the documents fill no context, or the SAE is made for another width.
+        Raises NotEvaluable if the documents fill no context, or the SAE is made for another width.
         """
         return self.once("activations", self._activations)
 
@@ -208,14 +182,10 @@ _fingerprints: weakref.WeakKeyDictionary[object, str] = weakref.WeakKeyDictionar
 def loaded_fingerprint(model: TransformerBridge) -> str:
     """SHA-256 of a loaded model's weights and of its tokenizer, as they were when first asked for."""
     if model not in _fingerprints:
-        _fingerprints[model] = _fingerprint(model)
+        digest = hashlib.sha256()
+        for name, tensor in sorted(model.original_model.state_dict().items()):
+            digest.update(f"{name} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).numpy().data)
+        digest.update(model.tokenizer.backend_tokenizer.to_str().encode())
+        _fingerprints[model] = digest.hexdigest()
     return _fingerprints[model]
-
-
-def _fingerprint(model: TransformerBridge) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.original_model.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).numpy().data)
-    digest.update(model.tokenizer.backend_tokenizer.to_str().encode())
-    return digest.hexdigest()

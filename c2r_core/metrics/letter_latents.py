@@ -28,19 +28,12 @@ MIN_ABSORBED_SHARE = 0.4
 
 
 class SplitLatents(NamedTuple):
-    """The latents over which a letter is split.
-
-    Attributes
-    ----------
-    latents : tuple of int
-        Best first; empty if no latent has a positive weight in the selector.
-    f1 : tuple of float
-        Test F1 with the best 1, 2, ... latents: one for each of `latents` and, unless the search
-        ended there, one for the first set that was not accepted.
-    """
+    """The latents over which a letter is split."""
 
     latents: tuple[int, ...]
+    """Best first; empty if no latent has a positive weight in the selector."""
     f1: tuple[float, ...]
+    """Test F1 with the best 1, 2, ... latents, up to the first set that was not accepted."""
 
 
 def split_latents(
@@ -54,23 +47,14 @@ def split_latents(
 ) -> dict[int, SplitLatents]:
     """The latents that detect each letter: as many as its F1 on test words asks for.
 
-    The selector is a probe on all latents, trained like those of `train_letter_probes` but with
-    weight decay 1e-6 and a penalty of 0.01 · (mean over letters of Σ|w|); a letter's latents are
-    ranked by its (signed) weights. Then a logistic regression with balanced classes is fitted to
-    the first k, for k = 1, 2, ... 10, as long as each gains over 0.03 in F1 on the last.
+    The selector is a probe on all latents, trained like those of `train_letter_probes` but with weight decay
+    1e-6 and a penalty of 0.01 · (mean over letters of Σ|w|); a letter's latents are ranked by its (signed)
+    weights. Then a logistic regression with balanced classes is fitted to the first k, for k = 1, 2, ... 10,
+    as long as each gains over 0.03 in F1 on the last.
 
-    Parameters
-    ----------
-    feature_acts : scipy.sparse.csr_array or array, shape (n_words, d_sae)
-        Activations times the norms of their decoder rows.
-    letters : Tensor of int, shape (n_words,)
-    is_test : Tensor of bool, shape (n_words,)
-    evaluable : iterable of int
-        The letters to do; each needs a training word.
-    seed : int
-        Of the order in which the selector sees the words.
-    batch_size : int, optional
-        Of the selector, in place of that of `train_letter_probes`.
+    `feature_acts` (n_words, d_sae) are activations times the norms of their decoder rows; `letters` and the
+    mask `is_test` are (n_words,). Each of the letters `evaluable` needs a training word. `seed` and
+    `batch_size` are the selector's, as in `train_letter_probes`.
     """
     from scipy.sparse import csr_array
 
@@ -111,21 +95,14 @@ def _refit(x_train: np.ndarray, y_train: np.ndarray, x_test: np.ndarray) -> np.n
 
 
 class Absorption(NamedTuple):
-    """Absorption of one letter, word by word; see `absorption`.
-
-    Attributes
-    ----------
-    fraction : Tensor of float64, shape (n_words,), in [0, 1]
-        Share of the letter that other latents carry instead of the letter's own.
-    full : Tensor of bool, shape (n_words,)
-        The letter's own latents are silent, and one other latent stands in for them.
-    strongest_latent : Tensor of int, shape (n_words,)
-        The latent that carries most of the letter; where `full`, the one that absorbed it.
-    """
+    """Absorption of one letter, word by word, each (n_words,); see `absorption`."""
 
     fraction: Tensor
+    """Float64 in [0, 1]: share of the letter that other latents carry instead of the letter's own."""
     full: Tensor
+    """Bool: the letter's own latents are silent, and one other latent stands in for them."""
     strongest_latent: Tensor
+    """The latent that carries most of the letter; where `full`, the one that absorbed it."""
 
 
 def absorption(
@@ -145,16 +122,9 @@ def absorption(
     - full = all own latents are silent, P > 0, and the latent of largest p has c ≥ 0.025 and
       p ≥ 0.4 P.
 
-    Parameters
-    ----------
-    activations : Tensor, shape (n_words, d_in)
-        Of words of the letter that its probe recognises.
-    feature_acts : Tensor, shape (n_words, d_sae)
-    W_dec : Tensor, shape (d_sae, d_in)
-        Rows of any norm; rows of zero carry nothing.
-    probe : Tensor, shape (d_in,)
-    split_latents : sequence of int
-        The letter's own latents.
+    `activations` (n_words, d_in) and `feature_acts` (n_words, d_sae) are of words of the letter that its
+    probe (d_in,) recognises; `split_latents` are the letter's own. Rows of W_dec (d_sae, d_in) have any norm,
+    and rows of zero carry nothing.
     """
     own = torch.as_tensor(split_latents, dtype=torch.long, device=W_dec.device)
     direction = probe / probe.norm()
@@ -190,16 +160,10 @@ def absorption_by_word(
     letter: str,
     split_latents: Sequence[int],
 ) -> tuple[tuple[str, ...], Absorption]:
-    """The test words of a letter that its probe recognises, and the absorption of each.
+    """The test words of a letter (one of A to Z) that its probe recognises, and the absorption of each.
 
-    Parameters
-    ----------
-    sae, task, probes
-        As in `evaluate_first_letter`; a split is a task with its probes.
-    letter : str
-        One of A to Z.
-    split_latents : sequence of int
-        The letter's own latents, such as `Letter.split_features`.
+    SAE, task and probes are as in `evaluate_first_letter`, where a split is a task with its probes;
+    `split_latents` are the letter's own, such as `Letter.split_features`.
     """
     i = LETTERS.index(letter)
     chosen = true_positives(task, probes, i)

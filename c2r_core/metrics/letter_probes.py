@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -39,44 +38,29 @@ MIN_TEST_WORDS = 5
 
 @dataclass(frozen=True, eq=False)
 class LetterProbes:
-    """One linear probe a letter: x · weight + bias > 0 means "starts with it".
-
-    Attributes
-    ----------
-    weights : Tensor, shape (26, d_in)
-    biases : Tensor, shape (26,)
-    f1 : tuple of 26 float or None
-        On test words; None, and a probe of zeros, for letters with too few words.
-    not_evaluable : tuple of 26 str or None
-        Why a letter is not evaluated; None if it is.
-    """
+    """One linear probe a letter: x · weight + bias > 0 means "starts with it"."""
 
     weights: Tensor
+    """Shape (26, d_in)."""
     biases: Tensor
+    """Shape (26,)."""
     f1: tuple[float | None, ...]
+    """On test words; None, and a probe of zeros, for letters with too few words."""
     not_evaluable: tuple[str | None, ...]
+    """Why a letter is not evaluated; None if it is."""
 
     def recognises(self, activations: Tensor) -> Tensor:
         """Which of (n, d_in) each probe takes for a word of its letter: bool, (n, 26)."""
         return activations @ self.weights.T + self.biases > 0
 
     def save(self, folder: Path) -> None:
-        """Write `probes.safetensors` and `probes.json` into a folder that is there."""
-        from safetensors.torch import save_file
-
-        tensors = {"weights": self.weights, "biases": self.biases}
-        save_file(tensors, folder / "probes.safetensors")
-        text = json.dumps({"f1": self.f1, "not_evaluable": self.not_evaluable})
-        (folder / "probes.json").write_text(text, encoding="utf-8")
+        """Write `probes.pt` into a folder that is there."""
+        torch.save(vars(self), folder / "probes.pt")
 
     @classmethod
     def load(cls, folder: Path) -> LetterProbes:
         """Read what `save` wrote."""
-        from safetensors.torch import load_file
-
-        texts = json.loads((folder / "probes.json").read_text(encoding="utf-8"))
-        tensors = load_file(folder / "probes.safetensors")
-        return cls(**tensors, **{name: tuple(values) for name, values in texts.items()})
+        return cls(**torch.load(folder / "probes.pt", weights_only=True))
 
 
 class LetterSplit(NamedTuple):
@@ -89,25 +73,19 @@ class LetterSplit(NamedTuple):
 def letters(inputs: Inputs) -> FirstLetterTask:
     """Words of the held-out documents with their activations; harvested once.
 
-    Raises
-    ------
-    NotEvaluable
-        If there are no words, or the tokenizer does not keep one whole in the prompt.
+    Raises NotEvaluable if there are no words, or the tokenizer does not keep one whole in the prompt.
     """
-    model, corpus, limit = (
-        inputs.language_model,
-        inputs.documents.corpus,
-        inputs.lm.first_letter_words,
-    )
+    limit = inputs.lm.first_letter_words
 
     def build(folder: Path) -> None:
-        words = letter_words(model.tokenizer, corpus, limit=limit)
-        task = harvest_words(model, words, inputs.lm.hook_name, precision=inputs.precision)
-        task.save(folder)
+        model = inputs.language_model
+        words = letter_words(model.tokenizer, inputs.documents.corpus, limit=limit)
+        harvest_words(model, words, inputs.lm.hook_name, precision=inputs.precision).save(folder)
 
-    return inputs.once(
-        "letters", lambda: FirstLetterTask.load(inputs.kept("words", {"words": limit}, build))
-    )
+    def make() -> FirstLetterTask:
+        return FirstLetterTask.load(inputs.kept("words", {"words": limit}, build))
+
+    return inputs.once("letters", make)
 
 
 def letter_splits(inputs: Inputs) -> list[LetterSplit]:
@@ -144,25 +122,13 @@ def train_letter_probes(
 ) -> LetterProbes:
     """26 one-vs-rest logistic probes on raw activations, trained together as one matrix.
 
-    Binary cross-entropy with positives weighted by negatives / positives; Adam with weight decay
-    1e-4, its learning rate falling exponentially from 1e-2 to 1e-5 over 50 epochs of batches of
-    4096, or of a tenth of the words if these are fewer. That learning rate fits raw activations: do
-    not rescale them.
+    Binary cross-entropy with positives weighted by negatives / positives; Adam with weight decay 1e-4, its
+    learning rate falling exponentially from 1e-2 to 1e-5 over 50 epochs of batches of `batch_size`: by
+    default 4096, or a tenth of the words if these are fewer. That learning rate fits raw activations: do not
+    rescale them. `seed` is of the order of the words.
 
     A letter is evaluable with 20 training words, 5 test words, and a test F1 above 0.6.
-
-    Parameters
-    ----------
-    task : FirstLetterTask
-    seed : int
-        Of the order of the words.
-    batch_size : int, optional
-        In place of the one above.
-
-    Raises
-    ------
-    NotEvaluable
-        If activations are NaN or infinite.
+    Raises NotEvaluable if activations are NaN or infinite.
     """
     if not task.activations.isfinite().all():
         raise NotEvaluable(f"The activations at {task.hook_name!r} hold NaN or infinite values.")
@@ -198,8 +164,8 @@ def train_letter_probes(
 def why_no_letter(splits: Sequence[LetterSplit]) -> str:
     """What is said where no letter of the first split could be measured."""
     task, probes = splits[0]
-    too_few = sum(value is None for value in probes.f1)
-    good = sum(reason is None for reason in probes.not_evaluable)
+    too_few = probes.f1.count(None)
+    good = probes.not_evaluable.count(None)
     return (
         f"None of the {len(LETTERS)} letters could be measured on {len(task.words)} words: {too_few} "
         f"begin too few of them, {len(LETTERS) - too_few - good} are not told by a probe on the model "

@@ -18,45 +18,28 @@ _BLOCK_ENTRIES = 2**24
 
 
 class Matching(NamedTuple):
-    """One-to-one pairs of latents, in the order of the first dictionary; see `match_latents`.
-
-    Attributes
-    ----------
-    latents_a, latents_b : Tensor of int, shape (n_pairs,)
-        n_pairs is the size of the smaller dictionary.
-    cosine : Tensor of float32, shape (n_pairs,)
-        Of the pair's decoder rows, signed.
-    mean_at_most : float
-        No matching has a larger mean cosine; this one's own where it is exact.
-    """
+    """One-to-one pairs of latents, in the order of the first dictionary; see `match_latents`."""
 
     latents_a: Tensor
+    """Int, (n_pairs,), as `latents_b`; n_pairs is the size of the smaller dictionary."""
     latents_b: Tensor
     cosine: Tensor
+    """Of the pair's decoder rows, signed, (n_pairs,)."""
     mean_at_most: float
+    """No matching has a larger mean cosine; this one's own where it is exact."""
 
 
 @torch.no_grad()
 def match_latents(W_dec_a: Tensor, W_dec_b: Tensor, *, exact_limit: int = EXACT_LIMIT) -> Matching:
-    """The one-to-one matching of decoder rows with the largest sum of signed cosines.
+    """The one-to-one matching of decoder rows, (d_sae, d_in), with the largest sum of signed cosines.
 
-    Up to `exact_limit` latents this is the optimum (Hungarian method, scipy). Wider dictionaries are
-    matched in rounds: pairs that are each other's nearest are taken out, until the rest can be
-    matched exactly. That mean cosine is a lower bound on the optimum; `mean_at_most` is an upper
-    one, the mean of the best cosines if partners could be shared.
+    Up to `exact_limit`² pairs this is the optimum (Hungarian method, scipy). Wider dictionaries are matched
+    in rounds: pairs that are each other's nearest are taken out, until the rest can be matched exactly. That
+    mean cosine is a lower bound on the optimum; `mean_at_most` is an upper one, the mean of the best cosines
+    if partners could be shared. Rows may have any norm; those of zero norm have cosine 0 to everything.
 
-    Parameters
-    ----------
-    W_dec_a, W_dec_b : Tensor, shapes (d_sae_a, d_in) and (d_sae_b, d_in)
-        Decoder rows; need not be normalised. Rows of zero norm have cosine 0 to everything.
-    exact_limit : int
-        Match exactly up to exact_limit² pairs.
-
-    Raises
-    ------
-    ValueError
-        If a decoder has fewer than two rows, is not two-dimensional or holds a NaN, or if their d_in
-        differ; if exact_limit is below 1.
+    Raises ValueError if a decoder has fewer than two rows, is not two-dimensional or holds a NaN, if their
+    d_in differ, or if exact_limit is below 1.
     """
     if exact_limit < 1:
         raise ValueError(f"exact_limit is {exact_limit}; expected a positive number of latents.")

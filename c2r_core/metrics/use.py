@@ -27,17 +27,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from statistics import fmean
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from c2r_core.errors import NotEvaluable
 from c2r_core.metrics import Headline, metric
 from c2r_core.metrics.encoding import encode_sparse
 from c2r_core.metrics.letter_probes import letter_splits
+from c2r_core.metrics.probing import none_of
+from c2r_core.metrics.rows import mean_of
 from c2r_core.metrics.use_task import PER_LETTER, UseTask, letter_use_task
 from c2r_core.saes.interface import AnySAE
 from c2r_core.seeds import mix_seeds
@@ -126,10 +126,7 @@ def measure(inputs: Inputs) -> Use:
     )
     found = measure_use(inputs.sae, task, seed=inputs.seed)
     if found.n_evaluated == 0:
-        reasons = {row.not_evaluable for row in found.concepts}
-        raise NotEvaluable(
-            f"None of the {len(found.concepts)} letters could be used; for example: {min(reasons)}."
-        )
+        raise none_of("letters", found.concepts)
     return Use(
         sae=found,
         difference_of_means=measure_use_of_means(task, seed=inputs.seed),
@@ -145,21 +142,14 @@ def measure(inputs: Inputs) -> Use:
 
 
 class Direction(NamedTuple):
-    """What a concept is moved by.
-
-    Attributes
-    ----------
-    part : Tensor, shape (n, d_in)
-        What of each sample is taken out to erase the concept.
-    along : Tensor, shape (d_in,)
-        Where samples are moved to steer.
-    found : dict
-        What to report of it: fields of `ConceptUse`.
-    """
+    """What a concept is moved by."""
 
     part: Tensor
+    """What of each sample is taken out to erase the concept, (n, d_in)."""
     along: Tensor
+    """Where samples are moved to steer, (d_in,)."""
     found: dict[str, float | int]
+    """What to report of it: fields of `ConceptUse`."""
 
 
 Pick = Callable[[int], Direction | None]
@@ -176,25 +166,13 @@ def measure_use(
 ) -> DirectionUse:
     """Erase and steer every concept with the one latent that was picked for it.
 
-    Which samples are used depends on the task and the seed only, so that every SAE is measured on the same.
+    The SAE takes raw activations; rows of W_dec may have any norm. `n_samples` are used for each concept and
+    each use: a concept is not evaluable if fewer samples of the picking half hold it, or fewer of the using
+    half hold it and are answered rightly. Which ones depends on the task and the seed only, so that every SAE
+    is measured on the same. Samples are moved by `steering_scale` distances between the two means: equally
+    far for every SAE.
 
-    Parameters
-    ----------
-    sae : any object with encode, decode and W_dec
-        Takes raw activations; rows of W_dec may have any norm.
-    task : UseTask
-    n_samples : int
-        For each concept and each use. A concept is not evaluable if fewer samples of the picking half hold
-        it, or fewer of the using half hold it and are answered rightly.
-    steering_scale : float
-        How far samples are moved, in distances between the two means: equally far for every SAE.
-    seed : int
-        Draws the samples.
-
-    Raises
-    ------
-    NotEvaluable
-        If widths do not fit, or the SAE gives NaN or infinite activations.
+    Raises NotEvaluable if widths do not fit, or the SAE gives NaN or infinite activations.
     """
     return _measure(task, _picked_latents(sae, task), n_samples, steering_scale, seed)
 
@@ -283,10 +261,8 @@ def _measure(
         }
         rows.append(replace(row, **direction.found, **scores))
     evaluated = [row for row in rows if row.not_evaluable is None]
-    means = {}
-    for name in ("picking_f1", "using_f1", "erased", "steered", "collateral"):
-        values = [getattr(row, name) for row in evaluated if getattr(row, name) is not None]
-        means[f"mean_{name}"] = fmean(values) if values else None
+    names = ("picking_f1", "using_f1", "erased", "steered", "collateral")
+    means = {f"mean_{name}": mean_of(evaluated, name) for name in names}
     return DirectionUse(n_evaluated=len(evaluated), **means, concepts=tuple(rows))
 
 
@@ -349,19 +325,8 @@ def use_examples(
 ) -> list[UseExample]:
     """Prompts, and the model's answers before, after erasing, and after steering.
 
-    Parameters
-    ----------
-    sae, task, steering_scale
-        As for `measure_use`.
-    n : int
-        Samples at most, each of another concept, drawn among those that the model answers rightly.
-    seed : int
-        Of the draw.
-
-    Raises
-    ------
-    NotEvaluable
-        If widths do not fit, or the SAE gives NaN or infinite activations.
+    There are n samples at most, each of another concept, drawn with the seed among those that the model
+    answers rightly. SAE, task, scale and errors are as in `measure_use`.
     """
     pick, is_right = _picked_latents(sae, task), task.is_right()
     generator = torch.Generator().manual_seed(seed)

@@ -23,32 +23,23 @@ TEMPLATE = "{subject} has the first letter:"
 
 @dataclass(frozen=True, eq=False)
 class UseTask:
-    """Samples of concepts, and a model that answers which concept a sample holds.
-
-    Attributes
-    ----------
-    names : tuple of str
-        The concepts.
-    samples : tuple of str, n of them
-        Each as a reader knows it.
-    activations : Tensor, shape (n, d_in)
-        Raw, where the SAE reads.
-    concepts : Tensor of int, shape (n,)
-        The one concept that each sample holds.
-    for_picking : Tensor of bool, shape (n,)
-        The half on which latents are picked; they are used on the other.
-    respond : callable
-        `respond(rows, replacements)`: the model's log-probabilities (len(rows), n_concepts + 1) of each
-        concept's answer and of all other answers together, for samples `rows`, with their
-        activations replaced by `replacements` (len(rows), d_in), or untouched where that is None.
-    """
+    """Samples of concepts, and a model that answers which concept a sample holds."""
 
     names: tuple[str, ...]
+    """The concepts."""
     samples: tuple[str, ...]
+    """Each of the n as a reader knows it."""
     activations: Tensor
+    """Raw, where the SAE reads, (n, d_in)."""
     concepts: Tensor
+    """The one concept that each sample holds: int, (n,)."""
     for_picking: Tensor
+    """The half on which latents are picked, bool, (n,); they are used on the other."""
     respond: Callable[[Tensor, Tensor | None], Tensor]
+    """`respond(rows, replacements)`: the model's log-probabilities (len(rows), n_concepts + 1) of each
+    concept's answer and of all other answers together, for samples `rows`, with their activations replaced by
+    `replacements` (len(rows), d_in), or untouched where that is None.
+    """
 
     @cached_property
     def before(self) -> Tensor:
@@ -81,25 +72,12 @@ def letter_use_task(
     """First letters: the model is asked to complete "{word} has the first letter:".
 
     The answer is a letter's token with a leading space, as in the examples of the prompt. Words are those
-    that are not `task.is_test`, on which other metrics score the same SAE: a random half of them is picked
-    on, the other used.
+    that are not `task.is_test`, on which other metrics score the same SAE: a random half of them, drawn with
+    the seed, is picked on, the other used. The model answers all words of the using half, which keeps
+    `per_letter` of a letter at most, the most frequent. `precision` is that of the model's matrix products.
 
-    Parameters
-    ----------
-    model : TransformerBridge
-    task : FirstLetterTask
-        Words, their activations, and the examples in front of them.
-    precision : "float32" or "bfloat16"
-        Of the model's matrix products.
-    per_letter : int
-        Words of a letter that the using half keeps at most, the most frequent; the model answers them all.
-    seed : int
-        Of the halves.
-
-    Raises
-    ------
-    NotEvaluable
-        If the tokenizer has no single token for a letter, or the words do not keep their tokens.
+    Raises NotEvaluable if the tokenizer has no single token for a letter, or the words do not keep their
+    tokens.
     """
     tokenizer = model.tokenizer
     ids = [tokenizer(f" {letter}", add_special_tokens=False)["input_ids"] for letter in LETTERS]
