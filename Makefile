@@ -2,7 +2,7 @@
 #   nb/NN        PROFILE=smoke|default|full|paper  SEED=n
 #   setup        TORCH=cpu   PyTorch's CPU build (Linux without a GPU)
 #   nbval, test  FRESH=1     start with an empty cache, as CI does
-#   test         SAMPLE=n    committed results that are computed again and compared
+#   test         SAMPLE=…    results that are computed again and compared (STUDY or STUDY/CELL)
 #   evidence     STUDY=name  one study's results (c2r run --help lists them), PROFILE=…
 #   lock         UPGRADE=1   take the newest versions that pyproject.toml allows
 #   anything     HF_HUB_OFFLINE=0 to let a notebook reach the Hugging Face hub
@@ -29,7 +29,7 @@ EXPERIMENTS := $(PYTHON) -m c2r_core.experiments
 EXECUTED  := $(NOTEBOOKS:notebooks/%=runs/default/%)
 SOURCES   := requirements.lock $(shell find c2r_core -name '*.py' -o -name '*.yml')
 PROFILE   ?= default
-SAMPLE    ?= 4
+SAMPLE    ?= toy/relu-c2r agreement/baseline-seed-10-seeds
 
 # What every process gets before Python starts. Kept blocks of memory: page faults are slow.
 ifndef OMP_NUM_THREADS
@@ -87,7 +87,7 @@ lab: $(DATA) ## open the notebooks in JupyterLab
 test: $(DATA) ## units, hygiene, every notebook small, then nbval and a sample of the results
 	$(PYTHON) -m pytest
 	@$(MAKE) nbval
-	$(EXPERIMENTS) verify --sample $(SAMPLE)
+	$(EXPERIMENTS) verify $(SAMPLE)
 
 smoke: $(DATA) ## every notebook under the smoke profile
 	$(PYTHON) -m pytest tests/test_smoke_notebooks.py

@@ -438,7 +438,7 @@ def test_status_run_and_verify(capsys):
     __main__.main(["status", "toy", "--profile", "smoke", "--json"])
     found = json.loads(capsys.readouterr().out)["toy"]
     assert {one["kind"] for one in found.values()} == {"current"}
-    assert __main__.main(["verify", "toy", "--profile", "smoke", "--sample", "1"]) == 0
+    assert __main__.main(["verify", "toy/relu-baseline", "--profile", "smoke"]) == 0
     file = runs_dir("smoke") / "toy" / "relu-c2r.json"
     content = json.loads(file.read_text())
     content["values"][0]["fvu"] = 0.9
@@ -448,7 +448,8 @@ def test_status_run_and_verify(capsys):
     file.unlink()
     assert __main__.main(["verify", "toy", "--profile", "smoke"]) == 1, "one is not committed"
     capsys.readouterr()
-    assert __main__.main(["verify", "toy", "--profile", "smoke", "--sample", "5"]) == 0
-    assert "relu-c2r" not in capsys.readouterr().out, "a sample is of what is committed"
+    assert __main__.main(["verify", "toy/relu-baseline", "--profile", "smoke"]) == 0, "one cell"
+    with pytest.raises(SystemExit, match="unknown cell of toy 'relu-bseline'; did you mean"):
+        __main__.main(["verify", "toy/relu-bseline", "--profile", "smoke"])
     __main__.main(["status", "toy", "--profile", "smoke"])
     assert capsys.readouterr().out.splitlines()[1].split() == ["toy", "5", "0", "1", "0"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 import sys
 import time
 from collections import Counter
@@ -14,6 +13,7 @@ from typing import Any
 
 from c2r_core.artefacts import cache
 from c2r_core.artefacts.cells import Cell, compute, differing, read_or_compute, state
+from c2r_core.artefacts.names import unknown_name
 from c2r_core.artefacts.profiles import load_profile, profile_names
 from c2r_core.artefacts.results import read_json, results_dir, runs_dir
 from c2r_core.experiments import STUDIES, cells
@@ -65,16 +65,10 @@ def run(studies: Sequence[str], profile: str, limit: int | None, minutes: float 
     return 0
 
 
-def verify(studies: Sequence[str], profile: str, sample: int | None, seed: int = 0) -> int:
+def verify(studies: Sequence[str], profile: str) -> int:
     """Compute committed cells again and compare; 1 if a number differs by more than its tolerance."""
-    chosen = [cell for study in studies for cell in _cells(study, profile)]
-    if sample is not None:
-        chosen = [cell for cell in chosen if state(cell, _folder(cell)).kind != "missing"]
-        chosen = random.Random(seed).sample(chosen, min(sample, len(chosen)))
-        if not chosen:
-            print("verify: nothing is committed yet, so there is nothing to compare")
     bad = 0
-    for cell in chosen:
+    for cell in (cell for study in studies for cell in _cells(study, profile)):
         found = state(cell, _folder(cell))
         line = found.why
         if found.kind in ("current", "stale"):
@@ -87,8 +81,13 @@ def verify(studies: Sequence[str], profile: str, sample: int | None, seed: int =
     return int(bad > 0)
 
 
-def _cells(study: str, profile: str) -> list[Cell]:
-    return cells(study, load_profile(profile))
+def _cells(name: str, profile: str) -> list[Cell]:
+    """All cells of a study, or the one of "STUDY/CELL"."""
+    study, _, one = name.partition("/")
+    by_name = {cell.name: cell for cell in cells(study, load_profile(profile))}
+    if one and one not in by_name:
+        raise SystemExit(unknown_name(f"cell of {study}", one, by_name))
+    return [by_name[one]] if one else list(by_name.values())
 
 
 def _folder(cell: Cell):
@@ -101,17 +100,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     for name, about in (("status", status), ("run", run), ("verify", verify)):
         command = commands.add_parser(name, help=about.__doc__)
-        command.add_argument("studies", nargs="*", metavar="STUDY", help=", ".join(STUDIES))
+        what = f"{', '.join(STUDIES)}; or one cell of it, STUDY/CELL"
+        command.add_argument("studies", nargs="*", metavar="STUDY", help=what)
         command.add_argument("--profile", default="default", choices=profile_names())
         if name == "status":
             command.add_argument("--json", action="store_true", help="every cell, for programs")
         elif name == "run":
             command.add_argument("--limit", type=int, help="at most so many cells")
             command.add_argument("--minutes", type=float, help="start no cell after so long")
-        else:
-            command.add_argument(
-                "--sample", type=int, help="so many committed cells, drawn at random"
-            )
     command = commands.add_parser(
         "prune", help="remove from the cache what no code here would find"
     )
@@ -129,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         studies.remove("parity")
     if given.command == "run":
         return run(studies, given.profile, given.limit, given.minutes)
-    return verify(studies, given.profile, given.sample)
+    return verify(studies, given.profile)
 
 
 if __name__ == "__main__":

@@ -74,8 +74,12 @@ PROTOCOLS = {
 """The first is SAEBench's recipe on 9000 words, the fourth on half of them; `METRIC` is the metric's."""
 
 
+COMPARED = ("baseline", "C²R")
+"""Arms that are scored under every protocol."""
+
+
 def cells(profile: Profile, seed: int = 0, device: str = "cpu") -> list[Cell]:
-    """A cell for each arm of the language model and protocol; the first training seed."""
+    """Each protocol on the arms of `COMPARED`, the metric's own on every arm; the first training seed."""
     sources = Sources(profile)
     study = Study("absorption", profile, training_seeds(1, seed), device)
     return [
@@ -89,6 +93,7 @@ def cells(profile: Profile, seed: int = 0, device: str = "cpu") -> list[Cell]:
         )
         for title, arm in standard_arms(profile.language_model, device).items()
         for name, protocol in PROTOCOLS.items()
+        if title in COMPARED or name == METRIC
     ]
 
 
@@ -162,9 +167,7 @@ def of_protocol(values: Mapping[str, Any], arm: str, protocol: str, score: str) 
     return [row.get(score, math.nan) for row in values[slug(f"{arm}, {protocol}")]]
 
 
-def protocol_table(
-    values: Mapping[str, Any], arms: Sequence[str] = ("baseline", "C²R")
-) -> pd.DataFrame:
+def protocol_table(values: Mapping[str, Any], arms: Sequence[str] = COMPARED) -> pd.DataFrame:
     """A row for each protocol: what it makes of the arms, and why.
 
     Columns: the mean absorbed fraction of each arm; for the first arm the F1 of the letters' own latents, and

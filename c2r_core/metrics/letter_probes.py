@@ -6,12 +6,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from c2r_core.artefacts.records import Record
 from c2r_core.data.words import LETTERS, FirstLetterTask, harvest_words, letter_words
 from c2r_core.errors import NotEvaluable
 from c2r_core.seeds import mix_seeds
@@ -37,8 +38,10 @@ MIN_TEST_WORDS = 5
 
 
 @dataclass(frozen=True, eq=False)
-class LetterProbes:
+class LetterProbes(Record):
     """One linear probe a letter: x · weight + bias > 0 means "starts with it"."""
+
+    FILES: ClassVar[str] = "probes"
 
     weights: Tensor
     """Shape (26, d_in)."""
@@ -52,15 +55,6 @@ class LetterProbes:
     def recognises(self, activations: Tensor) -> Tensor:
         """Which of (n, d_in) each probe takes for a word of its letter: bool, (n, 26)."""
         return activations @ self.weights.T + self.biases > 0
-
-    def save(self, folder: Path) -> None:
-        """Write `probes.pt` into a folder that is there."""
-        torch.save(vars(self), folder / "probes.pt")
-
-    @classmethod
-    def load(cls, folder: Path) -> LetterProbes:
-        """Read what `save` wrote."""
-        return cls(**torch.load(folder / "probes.pt", weights_only=True))
 
 
 class LetterSplit(NamedTuple):
