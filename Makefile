@@ -29,13 +29,14 @@ EXPERIMENTS := $(PYTHON) -m c2r_core.experiments
 EXECUTED  := $(NOTEBOOKS:notebooks/%=runs/default/%)
 SOURCES   := requirements.lock $(shell find c2r_core -name '*.py' -o -name '*.yml')
 PROFILE   ?= default
+# Files of tests side by side, a thread each: small tensors gain nothing from a second thread.
+TESTS      = OMP_NUM_THREADS=1 $(PYTHON) -m pytest --dist loadfile \
+  -n $(shell echo $$(( $(OMP_NUM_THREADS) > 4 ? 4 : $(OMP_NUM_THREADS) )))
 SAMPLE    ?= toy/relu-c2r agreement/baseline-seed-10-seeds
 
 # What every process gets before Python starts. Kept blocks of memory: page faults are slow.
-ifndef OMP_NUM_THREADS
 CORES := $(shell (sysctl -n hw.physicalcpu || lscpu -p=CORE,SOCKET | grep '^[0-9]' | sort -u | wc -l) 2>/dev/null)
-OMP_NUM_THREADS := $(shell n=$(or $(strip $(CORES)),1); echo $$(( n < 1 ? 1 : n > 8 ? 8 : n )))
-endif
+OMP_NUM_THREADS ?= $(shell n=$(or $(strip $(CORES)),1); echo $$(( n < 1 ? 1 : n > 8 ? 8 : n )))
 HF_HUB_OFFLINE ?= 1
 export OMP_NUM_THREADS HF_HUB_OFFLINE
 export TRANSFORMERS_OFFLINE := $(HF_HUB_OFFLINE)
@@ -85,12 +86,12 @@ lab: $(DATA) ## open the notebooks in JupyterLab
 	$(PYTHON) -m jupyterlab notebooks
 
 test: $(DATA) ## units, hygiene, every notebook small, then nbval and a sample of the results
-	$(PYTHON) -m pytest
+	$(TESTS)
 	@$(MAKE) nbval
 	$(EXPERIMENTS) verify $(SAMPLE)
 
 smoke: $(DATA) ## every notebook under the smoke profile
-	$(PYTHON) -m pytest tests/test_smoke_notebooks.py
+	$(TESTS) tests/test_smoke_notebooks.py
 
 reproduce: $(EXECUTED) ## compute everything here into runs/default; print every claim
 	@$(RUNNER) summary
@@ -109,7 +110,7 @@ refresh: $(DATA) ## execute the committed notebooks in place; bring results/ up 
 nbval: $(DATA) ## run the committed notebooks again and compare their outputs
 	@$(if $(CI)$(FRESH),rm -rf runs/nbval)
 	C2R_RUNS="$(CURDIR)/runs/nbval" $(if $(CI)$(FRESH),C2R_CACHE="$(CURDIR)/runs/nbval/cache") \
-	  $(PYTHON) -m pytest notebooks --nbval --nbval-current-env -p tests.nbval_plugin \
+	  $(TESTS) notebooks --nbval --nbval-current-env -p tests.nbval_plugin \
 	    --nbval-sanitize-with tests/nbval_sanitize.cfg
 	@$(if $(CI)$(FRESH),rm -rf runs/nbval)
 
