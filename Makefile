@@ -29,14 +29,16 @@ EXPERIMENTS := $(PYTHON) -m c2r_core.experiments
 EXECUTED  := $(NOTEBOOKS:notebooks/%=runs/default/%)
 SOURCES   := requirements.lock $(shell find c2r_core -name '*.py' -o -name '*.yml')
 PROFILE   ?= default
-# Files of tests side by side, a thread each: small tensors gain nothing from a second thread.
-TESTS      = OMP_NUM_THREADS=1 $(PYTHON) -m pytest --dist loadfile \
-  -n $(shell echo $$(( $(OMP_NUM_THREADS) > 4 ? 4 : $(OMP_NUM_THREADS) )))
 SAMPLE    ?= toy/relu-c2r agreement/baseline-seed-10-seeds
 
 # What every process gets before Python starts. Kept blocks of memory: page faults are slow.
 CORES := $(shell (sysctl -n hw.physicalcpu || lscpu -p=CORE,SOCKET | grep '^[0-9]' | sort -u | wc -l) 2>/dev/null)
 OMP_NUM_THREADS ?= $(shell n=$(or $(strip $(CORES)),1); echo $$(( n < 1 ? 1 : n > 8 ? 8 : n )))
+# Notebooks, and files of tests, run side by side: small tensors gain nothing from a second thread.
+SIDE_BY_SIDE := $(shell echo $$(( $(OMP_NUM_THREADS) > 4 ? 4 : $(OMP_NUM_THREADS) )))
+THREADS_EACH := $(shell echo $$(( $(OMP_NUM_THREADS) / $(SIDE_BY_SIDE) )))
+TESTS         = OMP_NUM_THREADS=$(THREADS_EACH) $(PYTHON) -m pytest --dist loadfile -n $(SIDE_BY_SIDE)
+
 HF_HUB_OFFLINE ?= 1
 export OMP_NUM_THREADS HF_HUB_OFFLINE
 export TRANSFORMERS_OFFLINE := $(HF_HUB_OFFLINE)
@@ -93,8 +95,11 @@ test: $(DATA) ## units, hygiene, every notebook small, then nbval and a sample o
 smoke: $(DATA) ## every notebook under the smoke profile
 	$(TESTS) tests/test_smoke_notebooks.py
 
-reproduce: $(EXECUTED) ## compute everything here into runs/default; print every claim
+reproduce: $(DATA) ## compute everything here into runs/default; print every claim
+	@$(MAKE) --no-print-directory -j $(SIDE_BY_SIDE) OMP_NUM_THREADS=$(THREADS_EACH) $(EXECUTED)
 	@$(RUNNER) summary
+
+runs/default/16_report.ipynb: | $(filter-out %/16_report.ipynb,$(EXECUTED)) # it reads what they compute
 
 runs/default/%.ipynb: notebooks/%.ipynb $(SOURCES) | $(DATA)
 	@$(RUNNER) run $< --profile default --out $@

@@ -11,6 +11,7 @@ import argparse
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -176,7 +177,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if getattr(given, name) is not None:
                 parameters[name] = getattr(given, name)
         print(f"running {given.notebook} -> {given.out}", flush=True)
+        started = time.monotonic()
         run(given.notebook, given.out, parameters)
+        print(f"done: {given.out} ({time.monotonic() - started:.0f} s)", flush=True)
     except NotebookFailed as error:
         print(error, file=sys.stderr)
         return 1
