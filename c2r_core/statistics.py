@@ -61,7 +61,7 @@ def rank_correlation_lead(
 ) -> Interval:
     """By how much |rank correlation| of x with y is ahead of that of its rival, on the same resamples."""
 
-    def lead(rows: np.ndarray) -> float:
+    def lead(rows: np.ndarray) -> np.ndarray:
         return abs(_spearman(rows[0], rows[2])) - abs(_spearman(rows[1], rows[2]))
 
     return _bootstrap(lead, _checked(5, "five pairs", x, rival, y), level, seed)
@@ -107,18 +107,19 @@ def _checked(least: int, of_what: str, *sequences: Sequence[float] | np.ndarray)
     return np.array(rows)
 
 
-def _spearman(x: np.ndarray, y: np.ndarray) -> float:
-    """NaN where one of them does not vary."""
-    ranks = stats.rankdata(x), stats.rankdata(y)
-    spread = ranks[0].std() * ranks[1].std()
-    return float(np.cov(*ranks, bias=True)[0, 1] / spread) if spread else float("nan")
+def _spearman(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Along the last axis; NaN where one of them does not vary."""
+    ranks = [stats.rankdata(values, axis=-1) for values in (x, y)]
+    spread = ranks[0].std(-1) * ranks[1].std(-1)
+    centred = [values - values.mean(-1, keepdims=True) for values in ranks]
+    together = (centred[0] * centred[1]).mean(-1)
+    return np.divide(together, spread, out=np.full_like(together, np.nan), where=spread > 0)
 
 
 def _bootstrap(
-    statistic: Callable[[np.ndarray], float], rows: np.ndarray, level: float, seed: int
+    statistic: Callable[[np.ndarray], np.ndarray], rows: np.ndarray, level: float, seed: int
 ) -> Interval:
     n = rows.shape[1]
     draws = np.random.default_rng(seed).integers(n, size=(N_RESAMPLES, n))
-    found = [statistic(rows[:, drawn]) for drawn in draws]
-    low, high = np.nanquantile(found, [0.5 - level / 2, 0.5 + level / 2])
-    return Interval(statistic(rows), float(low), float(high))
+    low, high = np.nanquantile(statistic(rows[:, draws]), [0.5 - level / 2, 0.5 + level / 2])
+    return Interval(float(statistic(rows)), float(low), float(high))

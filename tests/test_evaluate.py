@@ -316,7 +316,7 @@ def test_a_dictionary_of_nan(measured):
 
 def test_another_width(measured, planted):
     report = measured(linear_sae(d_in=D_IN + 1), *FIRST)
-    reasons = dict.fromkeys(CORE, "takes activations of width 65")
+    reasons = dict.fromkeys([*CORE, "absorption"], "takes activations of width 65")
     del reasons["decoder"]  # needs no activations
     assert_only(report, reasons)
 

@@ -451,5 +451,6 @@ def test_status_run_and_verify(capsys):
     assert __main__.main(["verify", "toy/relu-baseline", "--profile", "smoke"]) == 0, "one cell"
     with pytest.raises(SystemExit, match="unknown cell of toy 'relu-bseline'; did you mean"):
         __main__.main(["verify", "toy/relu-bseline", "--profile", "smoke"])
+    capsys.readouterr()
     __main__.main(["status", "toy", "--profile", "smoke"])
     assert capsys.readouterr().out.splitlines()[1].split() == ["toy", "5", "0", "1", "0"]

@@ -60,7 +60,7 @@ def run(studies: Sequence[str], profile: str, limit: int | None, minutes: float 
                 return 0
             began = time.monotonic()
             read_or_compute(cell, "commit")
-            print(f"{study}/{cell.name}: {time.monotonic() - began:.1f} s", flush=True)
+            print(f"{cell.study}/{cell.name}: {time.monotonic() - began:.1f} s", flush=True)
             done += 1
     return 0
 
