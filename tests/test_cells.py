@@ -78,7 +78,7 @@ def test_smoke_is_never_committed():
         ({"settings": {"steps": 6, "features": {"d_in": 3}}}, "setting steps"),
         ({"settings": {"steps": 5, "features": {"d_in": 4}}}, "setting features.d_in"),
         ({"inputs": {"model": "abd"}}, "input model"),
-        ({"modules": ("c2r_core.seeds",)}, "module c2r_core.losses"),
+        ({"modules": ("c2r_core.losses", "c2r_core.seeds")}, "module c2r_core.seeds"),
     ],
 )
 def test_a_stale_cell_says_what_differs(change, why):

@@ -137,6 +137,38 @@ def test_the_schema_is_printed(capsys):
     assert json.loads(capsys.readouterr().out) == json_schema()
 
 
+OWN_METRIC = """
+from dataclasses import dataclass
+
+from c2r_core.metrics import metric
+
+
+@dataclass(frozen=True)
+class Own:
+    number: float
+
+
+@metric("of_my_own", group="own", headline={"number": "higher"})
+def measure(inputs) -> Own:
+    return Own(1.0)
+"""
+
+
+def test_a_plugin_is_a_file_or_a_module_of_the_current_folder(tmp_path, monkeypatch, capsys):
+    (tmp_path / "metric_of_my_own.py").write_text(OWN_METRIC)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", list(sys.path))
+    try:
+        for plugin in ("metric_of_my_own", str(tmp_path / "metric_of_my_own.py")):
+            assert command.main(["--plugin", plugin, "--schema"]) == 0
+            assert "of_my_own" in capsys.readouterr().out
+    finally:
+        METRICS.pop("of_my_own", None)
+    with pytest.raises(SystemExit):
+        command.main(["--plugin", "nowhere", "--schema"])
+    assert "No module named 'nowhere'; name a file" in capsys.readouterr().err
+
+
 def test_two_reports_side_by_side(folder, tmp_path, capsys):
     other = save_sae(BatchTopKSAE(D_IN, 40, k=8, seed=2), tmp_path / "other")
     files = []

@@ -24,7 +24,7 @@ from c2r_core.evaluate import (
 )
 from c2r_core.evaluate.report import NotEvaluated
 from c2r_core.formats.inference import InferenceSAE, ReLU
-from c2r_core.metrics import chosen_metrics, standard_metrics
+from c2r_core.metrics import chosen_metrics, metric, standard_metrics
 from c2r_core.metrics.absorption import evaluate_first_letter
 from c2r_core.metrics.endpoint import Endpoint
 from c2r_core.metrics.inputs import Inputs
@@ -35,7 +35,7 @@ D_IN, D_SAE = 64, 96  # the random model's width
 PROFILE = load_profile("smoke")
 SMOKE, SIZES = PROFILE.language_model, PROFILE.evaluation
 FIRST = ("core", "absorption")
-CORE = ("reconstruction", "model_preservation", "decoder", "live_decoder")
+CORE = tuple(name for name, of in METRICS.items() if of.group == "core")
 
 
 @pytest.fixture(scope="module")
@@ -239,15 +239,40 @@ def test_headlines_have_a_direction_and_a_baseline(sae, measured):
     assert rows["decoder", "average_max_decoder_cosine_sim"].better == "none"
 
 
+def test_a_metric_that_would_mislead_is_refused_when_it_is_registered():
+    @dataclass(frozen=True)
+    class Own:
+        number: float
+        forgotten = 3
+
+    def measure(inputs) -> Own: ...
+
+    def register(name="mine", report=Own, **headline):
+        measure.__annotations__["return"] = report
+        metric(name, group="own", headline=headline or {"number": "higher"})(measure)
+
+    with pytest.raises(TypeError, match="Own.forgotten has no type"):
+        register()
+    del Own.forgotten
+    for name, why in (("reconstruction", "is there already"), ("core", "name of a group")):
+        with pytest.raises(ValueError, match=why):
+            register(name)
+    with pytest.raises(ValueError, match="unknown field 'numbr'; did you mean 'number'"):
+        register(numbr="higher")
+    with pytest.raises(ValueError, match="unknown direction 'up'"):
+        register(number="up")
+    assert "mine" not in METRICS
+
+
 def test_every_headline_is_a_field_of_its_report():
-    for metric in METRICS.values():
-        for field, how in metric.headline.items():
+    for of in METRICS.values():
+        for field, how in of.headline.items():
             paths = [field, how.baseline] if isinstance(how.baseline, str) else [field]
             schema = json_schema()["$defs"]
             for path in paths:
-                properties = schema[metric.report.__name__]["properties"]
+                properties = schema[of.report.__name__]["properties"]
                 for part in path.split("."):
-                    assert part in properties, (metric.name, path)
+                    assert part in properties, (of.name, path)
                     text = json.dumps(properties[part])
                     properties = next(
                         (d["properties"] for n, d in schema.items() if f'/{n}"' in text), {}

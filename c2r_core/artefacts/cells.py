@@ -163,6 +163,8 @@ def _examine(cell: Cell, file: Path) -> tuple[State, Any]:
         why = f"{file} is not what was computed (edited?); delete it, or restore it from git"
         return State("edited", why), None
     now = cell.about()
+    counted = {name: content["modules"].get(name) for name in now["modules"]}
+    content = content | {"modules": counted}  # one that is no longer reached decides nothing
     differs = [
         f"{what[:-1]} {path}"
         for what in ("settings", "inputs", "modules")

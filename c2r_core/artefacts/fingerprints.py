@@ -4,7 +4,8 @@ An entry is a module, "c2r_core.training", or one definition in it, "c2r_core.ex
 What it imports is read from the source, imports inside functions too, those for type checkers not; so
 nothing is imported here. Of a module in `experiments` only the definitions count that the entry reaches:
 a table may change without its cells growing stale. Artefacts are left out, since what they decide, a
-setting, is kept beside the result; so is a package that is merely above a module that is imported.
+setting, is kept beside the result; so are the list of metrics, to which anyone may add, and a package that is
+merely above a module that is imported.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parent.parent
 ROOT = "c2r_core"
 LEFT_OUT = f"{ROOT}.artefacts"
+REGISTRY = f"{ROOT}.metrics"
+"""The list of metrics, not a metric: a cell names the files that it measures with."""
 BY_DEFINITION = f"{ROOT}.experiments."
 """Modules of which only what is reached counts."""
 
@@ -47,7 +50,7 @@ def all_modules() -> list[str]:
     """Every module of the package that can count."""
     files = (file.relative_to(PACKAGE).with_suffix("") for file in PACKAGE.rglob("*.py"))
     names = (".".join((ROOT, *file.parts)).removesuffix(".__init__") for file in files)
-    return sorted(name for name in names if not name.startswith(LEFT_OUT))
+    return sorted(name for name in names if _counts(name))
 
 
 def _file(name: str) -> Path | None:
@@ -145,5 +148,8 @@ def _imports(node: ast.AST, module: str, is_package: bool) -> Iterator[str]:
 def _module_of(name: str) -> str | None:
     """`name` if it is a module of this package that counts."""
     inside = name == ROOT or name.startswith(f"{ROOT}.")
-    counts = inside and not f"{name}.".startswith(f"{LEFT_OUT}.")
-    return name if counts and _file(name) else None
+    return name if inside and _counts(name) and _file(name) else None
+
+
+def _counts(name: str) -> bool:
+    return name != REGISTRY and not f"{name}.".startswith(f"{LEFT_OUT}.")

@@ -36,7 +36,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser = _parser()
     given = parser.parse_args(arguments)
     for name in given.plugin:
-        importlib.import_module(name)
+        try:
+            _import(Path(name))
+        except ModuleNotFoundError as error:
+            parser.error(f"--plugin {name}: {error}; name a file, such as {name}.py, or a module")
     if given.schema:
         print(json.dumps(json_schema(), indent=2, ensure_ascii=False))
         return COMPLETE
@@ -65,6 +68,12 @@ def main(arguments: list[str] | None = None) -> int:
     _print(report)
     print(f"{out} ({time.monotonic() - started:.0f} s)")
     return INCOMPLETE if report.not_evaluable else COMPLETE
+
+
+def _import(plugin: Path) -> None:
+    """A module by its name, or by its file; one in the current folder is found as well."""
+    sys.path.insert(0, str(plugin.parent.resolve()))
+    importlib.import_module(plugin.name.removesuffix(".py"))
 
 
 def _print(report: Report) -> None:
@@ -129,7 +138,7 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="MODULE",
-        help="a module with further metrics, to be imported first; may be repeated",
+        help="a module or .py file with further metrics, to be imported first; may be repeated",
     )
     parser.add_argument("--endpoint", help="URL of a chat-completions server, for AutoInterp")
     parser.add_argument("--endpoint-model", default="", help="the model's name there")

@@ -115,7 +115,9 @@ def metric(
     Raises
     ------
     TypeError
-        If the function's return annotation is not a dataclass.
+        If the function's return annotation is not a dataclass, or a field of it has no type.
+    ValueError
+        If another metric or group has the name, or a headline names no field or no direction.
     """
 
     def register(measure: Callable[[Inputs], Any]) -> Callable[[Inputs], Any]:
@@ -129,10 +131,41 @@ def metric(
         rows = {
             field: Headline(row) if isinstance(row, str) else row for field, row in headline.items()
         }
+        _check_name(name, group, measure)
+        _check_headline(report, rows)
         METRICS[name] = Metric(name, group, measure, report, rows, needs, reads_model)
         return measure
 
     return register
+
+
+def _check_name(name: str, group: str, measure: Callable) -> None:
+    known = METRICS.get(name)
+    if known and (known.measure.__module__, known.measure.__qualname__) != (
+        measure.__module__,
+        measure.__qualname__,
+    ):
+        raise ValueError(
+            f"A metric {name!r} is there already, in {known.measure.__module__}; take another name."
+        )
+    if name != group and name in groups():
+        raise ValueError(f"{name!r} is the name of a group of metrics; take another name.")
+
+
+def _check_headline(report: type, headline: Mapping[str, Headline]) -> None:
+    fields = report.__dataclass_fields__
+    for path, row in headline.items():
+        if path.split(".")[0] not in fields:
+            raise ValueError(f"headline: {unknown_name('field', path, fields)}")
+        if row.better not in get_args(Direction):
+            raise ValueError(
+                f"headline: {unknown_name('direction', row.better, get_args(Direction))}"
+            )
+    for name, value in vars(report).items():
+        if not name.startswith("_") and name not in fields and not hasattr(value, "__get__"):
+            raise TypeError(
+                f"{report.__name__}.{name} has no type, so it would not be reported; write `{name}: float`."
+            )
 
 
 def groups() -> tuple[str, ...]:
