@@ -83,12 +83,21 @@ def test_a_check_prints_a_number_only_where_it_fails():
         ((0.0, -0.06, 0.03), {"between": (-0.05, 0.05)}, "FAILS measured +0.000 [−0.060, +0.030]"),
         ((0.98, 0.978, 0.982), {"at_least": 0.9}, "holds measured 0.980 [0.978, 0.982]"),
         ((-0.1, -0.2, 0.0004), {"at_most": 0}, "FAILS measured −0.1000 [−0.2000, +0.0004]"),
-        (None, {"at_most": 0}, "FAILS measured nan [nan, nan]"),
+        ((float("nan"),) * 3, {"at_most": 0}, "FAILS measured nan [nan, nan]"),
+        (None, {"at_most": 0}, "not measured measured "),
     ],
 )
 def test_a_claim_rests_on_the_end_of_its_interval(interval, bound, line):
     claim = judge_interval("difference", interval, **bound)
     assert f"{claim.verdict} measured {claim.measured}" == line
+
+
+def test_a_claim_that_nothing_was_measured_for_is_not_counted(session, capsys):
+    session().claim("it falls", None, at_most=0, n="0 SAEs", reason="0 is no fall", about="toy")
+    printed = capsys.readouterr().out
+    assert printed.startswith("[claim not measured] (toy, C²R) it falls: expected at most 0")
+    (line,) = claim_lines([{"name": "stdout", "text": printed}])
+    assert line.about == ("toy", "C²R") and counted([line])[line.about] == (0, 0)
 
 
 def test_a_claim_says_what_it_is_about_and_rests_on(session, capsys):
@@ -192,7 +201,7 @@ def test_a_single_pair_carries_no_claim(session, capsys):
     nb.claim("y", None, at_least=0, **OF_A_CLAIM)
     lead, claim = capsys.readouterr().out.splitlines()
     assert lead == "[lead] x (toy, C²R): measured 0.50; n = 3 seeds"
-    assert claim.startswith("[claim FAILS] (toy, C²R) y")
+    assert claim.startswith("[claim not measured] (toy, C²R) y")
 
 
 def test_smoke_judges_identities_and_nothing_else(session, capsys):

@@ -19,11 +19,13 @@ Subject = Literal["C²R", "others"]
 ABOUT: tuple[About, ...] = ("toy", "language model")
 SUBJECTS: tuple[Subject, ...] = ("C²R", "others")
 NOT_JUDGED = "not judged in smoke"
+NOT_MEASURED = "not measured"
 
 MEASURED = r"measured [^\s,\[]+(?: \[[^\]\n]*\])?"
 """What a comparison of two runs leaves out of a line; also in tests/nbval_sanitize.cfg."""
 _LINE = re.compile(
-    rf"^\[(?:(check|guard|claim) (holds|FAILS|{NOT_JUDGED})|(lead))\] (.+)$", re.MULTILINE
+    rf"^\[(?:(check|guard|claim) (holds|FAILS|{NOT_JUDGED}|{NOT_MEASURED})|(lead))\] (.+)$",
+    re.MULTILINE,
 )
 _OF = re.compile(rf"^\(({'|'.join(ABOUT)}), ({'|'.join(SUBJECTS)})\) ")
 
@@ -41,7 +43,7 @@ class Verdict(NamedTuple):
     value: Any = None
     """A number, bool or str; of a claim, the interval as (mean, low, high)."""
     verdict: str = ""
-    """One of "holds", "FAILS" and "not judged in smoke"; empty for a lead."""
+    """One of "holds", "FAILS", "not judged in smoke" and "not measured"; empty for a lead."""
     measured: str = ""
     n: str = ""
     reason: str = ""
@@ -140,9 +142,10 @@ def judge_interval(
     at_most: float | None = None,
     between: tuple[float, float] | None = None,
 ) -> Verdict:
-    """Judge a claim by the end of an interval that is nearer to its bound; NaN or None never holds.
+    """Judge a claim by the end of an interval that is nearer to its bound; NaN never holds.
 
-    The interval is (mean, low, high), such as `statistics.Interval`, or None if it could not be evaluated.
+    The interval is (mean, low, high), such as `statistics.Interval`. Where there is none (None), since what
+    it rests on was not measured, the claim is neither held nor failed.
     ValueError if not exactly one bound is given, or the interval has no two ends.
     """
     bounds = _bounds(at_least, at_most, between)
@@ -154,6 +157,8 @@ def judge_interval(
             f"claim {text!r} rests on {len(values)} numbers; expected an interval (mean, low, high)"
         )
     expectation, holds = _within(tuple(values[1:]), at_least, at_most, between)
+    if interval is None:
+        return Verdict("claim", text, expectation, values, NOT_MEASURED)
     return Verdict("claim", text, expectation, values, _holds(holds), shown(values, bounds))
 
 
