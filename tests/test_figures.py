@@ -135,6 +135,14 @@ def test_pair_penalties_and_forces_are_the_formulas():
     assert set(forces["constant (OrtSAE, ½ + ½)"]) == {0.0}
 
 
+def test_the_mean_leaves_out_what_was_not_evaluable():
+    table = pd.DataFrame({"arm": ["baseline"] * 3, "fvu": [0.1, None, 0.3]})
+    ax = figures.plot_arms(table, "fvu", label="FVU")
+    marks, bar = ax.collections
+    assert len(marks.get_offsets()) == 2
+    assert bar.get_segments()[0][0][1] == pytest.approx(0.2)
+
+
 def test_plot_pairs_sorts_rows_by_the_difference_of_two_arms():
     table = pd.DataFrame(
         {

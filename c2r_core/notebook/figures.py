@@ -136,7 +136,7 @@ def plot_grouped(
 def _marks_and_mean(
     ax: Axes, values: pd.Series, place: float, half: float, look: Style, spread: float = 0
 ) -> None:
-    values = values.to_numpy(dtype=float)
+    values = values.dropna().to_numpy(dtype=float)  # NaN: not evaluable
     places = place + (np.linspace(-spread, spread, len(values)) if len(values) > 1 else 0 * values)
     ax.scatter(places, values, s=32, label=look.label, zorder=3, **look.mark)
     if len(values):
