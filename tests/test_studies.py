@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 
 import pandas as pd
@@ -331,6 +332,8 @@ def test_protocols_of_absorption_run_and_give_tables(monkeypatch):
     table = absorption.protocol_table(values, arms)
     assert list(table.index) == list(absorption.PROTOCOLS) and table["baseline"].between(0, 1).all()
     table = absorption.reliability_table(values, arms)
+    assert absorption.sd([1.0, 2.0]) == pytest.approx(0.5**0.5)
+    assert all(map(math.isnan, (absorption.sd([1.0]), absorption.sd([1.0, math.nan, 2.0]))))
     first, second = (values[slug(f"{arm}, {absorption.METRIC}")] for arm in arms)
     assert len(first) == SMOKE.evaluation.word_splits
     apart = [b["fraction"] - a["fraction"] for a, b in zip(first, second, strict=True)]

@@ -13,9 +13,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from statistics import fmean, median, stdev
+from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 import torch
 
@@ -214,5 +215,5 @@ def reliability_table(
 
 
 def sd(values: Sequence[float]) -> float:
-    """Standard deviation (n − 1); NaN for a single value."""
-    return stdev(values) if len(values) > 1 else math.nan
+    """Standard deviation (n − 1); NaN for a single value, and where one of them is NaN."""
+    return float(np.std(values, ddof=1)) if len(values) > 1 else math.nan

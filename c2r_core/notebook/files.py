@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import ast
+import base64
 import json
 import re
+from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import nbformat
 from nbformat import NotebookNode
+from PIL import Image
 
 from c2r_core.notebook.claims import NOT_JUDGED, Line, claim_lines
 
@@ -56,7 +59,7 @@ def canonical(notebook: NotebookNode) -> str:
 
     Keeps sources, outputs, execution counts, cell ids and tags. Drops timings, papermill's and
     widgets' metadata, the interpreter's version and injected parameters; joins the pieces of one
-    stream.
+    stream; keeps figures in 256 colours.
     """
     python = {"display_name": "Python 3", "language": "python", "name": "python3"}
     metadata = {"kernelspec": python, "language_info": {"name": "python"}}
@@ -170,8 +173,20 @@ def _canonical_cell(cell: NotebookNode) -> NotebookNode:
     tags = {"tags": list(_tags(cell))} if _tags(cell) else {}
     kept = NotebookNode({**cell, "metadata": NotebookNode(tags)})
     if cell.cell_type == "code":
-        kept.outputs = _joined(cell.outputs)
+        kept.outputs = [_with_fewer_colours(output) for output in _joined(cell.outputs)]
     return kept
+
+
+def _with_fewer_colours(output: NotebookNode) -> NotebookNode:
+    """A figure of a few flat colours needs no more than 256: a third of the bytes."""
+    png = output.get("data", {}).get("image/png")
+    image = png and Image.open(BytesIO(base64.b64decode(png)))
+    if not image or image.mode == "P":
+        return output
+    smaller = BytesIO()
+    image.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(smaller, "png", optimize=True)
+    text = base64.b64encode(smaller.getvalue()).decode()
+    return NotebookNode({**output, "data": NotebookNode({**output.data, "image/png": text})})
 
 
 def _joined(outputs: list[NotebookNode]) -> list[NotebookNode]:
