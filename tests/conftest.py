@@ -53,6 +53,11 @@ TINY_CELLS = [
 ]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest file first, so that of workers side by side none is left with it at the end."""
+    items.sort(key=lambda item: item.path.name != "test_smoke_notebooks.py")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _own_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Tests and their kernels share one fresh cache and leave the project's folders alone."""
