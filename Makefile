@@ -37,7 +37,8 @@ OMP_NUM_THREADS ?= $(shell n=$(or $(strip $(CORES)),1); echo $$(( n < 1 ? 1 : n 
 # Notebooks, and files of tests, run side by side: small tensors gain nothing from a second thread.
 SIDE_BY_SIDE := $(shell echo $$(( $(OMP_NUM_THREADS) > 4 ? 4 : $(OMP_NUM_THREADS) )))
 THREADS_EACH := $(shell echo $$(( $(OMP_NUM_THREADS) / $(SIDE_BY_SIDE) )))
-TESTS         = OMP_NUM_THREADS=$(THREADS_EACH) $(PYTHON) -m pytest --dist loadfile -n $(SIDE_BY_SIDE)
+TESTS         = OMP_NUM_THREADS=$(THREADS_EACH) $(PYTHON) -m pytest \
+  --dist loadfile --no-loadscope-reorder -n $(SIDE_BY_SIDE)
 
 HF_HUB_OFFLINE ?= 1
 export OMP_NUM_THREADS HF_HUB_OFFLINE
