@@ -501,6 +501,7 @@ def test_what_is_no_sae_is_refused(measured):
 
 def test_metrics_are_chosen_by_group_or_name(sae, measured):
     assert chosen_metrics("core") == chosen_metrics(["core"]) == list(CORE)
+    assert {"reconstruction", "model_preservation", "decoder", "live_decoder"} <= set(CORE)
     assert chosen_metrics("absorption, decoder") == ["decoder", "absorption"]
     for nothing in ([], ""):
         with pytest.raises(ValueError, match="No metric was asked for|unknown metric"):
