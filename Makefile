@@ -32,8 +32,10 @@ PROFILE   ?= default
 SAMPLE    ?= toy/relu-c2r agreement/baseline-seed-10-seeds
 
 # What every process gets before Python starts. Kept blocks of memory: page faults are slow.
+ifndef OMP_NUM_THREADS
 CORES := $(shell (sysctl -n hw.physicalcpu || lscpu -p=CORE,SOCKET | grep '^[0-9]' | sort -u | wc -l) 2>/dev/null)
-OMP_NUM_THREADS ?= $(shell n=$(or $(strip $(CORES)),1); echo $$(( n < 1 ? 1 : n > 8 ? 8 : n )))
+OMP_NUM_THREADS := $(shell n=$(or $(strip $(CORES)),1); echo $$(( n < 1 ? 1 : n > 8 ? 8 : n )))
+endif
 # Notebooks, and files of tests, run side by side: small tensors gain nothing from a second thread.
 SIDE_BY_SIDE := $(shell echo $$(( $(OMP_NUM_THREADS) > 4 ? 4 : $(OMP_NUM_THREADS) )))
 THREADS_EACH := $(shell echo $$(( $(OMP_NUM_THREADS) / $(SIDE_BY_SIDE) )))
