@@ -39,7 +39,9 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             _import(Path(name))
         except ModuleNotFoundError as error:
-            parser.error(f"--plugin {name}: {error}; name a file, such as {name}.py, or a module")
+            parser.error(
+                f"--plugin {name}: {error}; name a file, such as own_metric.py, or a module"
+            )
     if given.schema:
         print(json.dumps(json_schema(), indent=2, ensure_ascii=False))
         return COMPLETE
@@ -53,11 +55,11 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         evaluation = prepare(
             given.path,
-            given.model,
-            given.hook,
-            given.corpus,
-            given.metrics,
-            _options(given, kept),
+            model=given.model,
+            hook_name=given.hook,
+            corpus=given.corpus,
+            metrics=given.metrics,
+            options=_options(given, kept),
         )
     except (ValueError, OSError) as error:
         print(f"No report: {error}", file=sys.stderr)

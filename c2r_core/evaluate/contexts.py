@@ -76,11 +76,11 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         inputs = prepare(
             given.path,
-            given.model,
-            given.hook,
-            given.corpus,
-            ["reconstruction"],
-            Options(profile=given.profile),
+            model=given.model,
+            hook_name=given.hook,
+            corpus=given.corpus,
+            metrics=["reconstruction"],
+            options=Options(profile=given.profile),
         ).inputs
         tokenizer = inputs.language_model.tokenizer
         for latent in given.latents:

@@ -132,7 +132,7 @@ def metric(
             field: Headline(row) if isinstance(row, str) else row for field, row in headline.items()
         }
         _check_name(name, group, measure)
-        _check_headline(report, rows)
+        _check_report(report, rows)
         METRICS[name] = Metric(name, group, measure, report, rows, needs, reads_model)
         return measure
 
@@ -152,7 +152,7 @@ def _check_name(name: str, group: str, measure: Callable) -> None:
         raise ValueError(f"{name!r} is the name of a group of metrics; take another name.")
 
 
-def _check_headline(report: type, headline: Mapping[str, Headline]) -> None:
+def _check_report(report: type, headline: Mapping[str, Headline]) -> None:
     fields = report.__dataclass_fields__
     for path, row in headline.items():
         if path.split(".")[0] not in fields:
