@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from statistics import fmean
 from typing import Any
 
 import pandas as pd
@@ -35,6 +34,7 @@ from c2r_core.experiments.toy import ARCHITECTURES, evaluation_sample
 from c2r_core.experiments.toy import arms as toy_arms
 from c2r_core.metrics.agreement import compare_saes
 from c2r_core.metrics.assignment import toy_assignment
+from c2r_core.metrics.rows import mean_of
 
 PAIRS = ("seeds", "seeds and documents")
 OTHER_SEED = 1000  # added to a pair's first seed; no other run has these
@@ -85,7 +85,7 @@ def measure_toy(
     consistency = []
     for seed, sae in runs.items():
         parents = toy_assignment(sae, tree, sample).concepts[: tree.n_parents]
-        means = {name: _mean([getattr(row, name) for row in parents]) for name in CONSISTENCY}
+        means = {name: mean_of(parents, name) for name in CONSISTENCY}
         consistency.append({"seed": seed} | means)
     x = sample.x * tree.norm_factor
     agreement = [
@@ -93,11 +93,6 @@ def measure_toy(
         for first, second in itertools.pairwise(runs)
     ]
     return {"consistency": consistency, "agreement": agreement}
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return fmean(known) if known else None
 
 
 def measure_pair(
@@ -110,9 +105,11 @@ def measure_pair(
 ) -> dict[str, Any]:
     """The record of the metric `agreement`, of two SAEs."""
     halves = split_documents(training_corpus(sources.lm), 0.5, seed=SPLIT_SEED)
-    first, second = (stored(sources.lm, half, tokens, device) for half in halves)
-    sae = trained(arm, first, seeds[0], device)
-    other = trained(arm, first if pair == PAIRS[0] else second, seeds[1], device)
+    read = (halves[0], halves[0] if pair == PAIRS[0] else halves[1])
+    sae, other = (
+        trained(arm, stored(sources.lm, half, tokens, device), seed, device)
+        for half, seed in zip(read, seeds, strict=True)
+    )
     return evaluated(sae, ["agreement"], sources, device, against=other)["agreement"]
 
 

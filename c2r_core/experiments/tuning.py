@@ -110,14 +110,13 @@ def tune_sparsity(
     """What was tried, means over the seeds, and the arguments that are best for all penalties together."""
     tried = []
     for arm in arms:
-        row: dict[str, Any] = {"arguments": dict(arm.arguments)}
-        for penalty in ("none", "c2r", "orthogonality"):
-            weight = CENTRES.get(penalty)
-            regulariser = None if weight is None else regulariser_of(penalty, weight, arm)
-            own = replace(arm, regulariser=regulariser)
-            row[penalty] = means(own, on, samples, seeds, device)
-        scores = [row[penalty][by] or 0.0 for penalty in ("none", "c2r", "orthogonality")]
-        tried.append(row | {by: sum(scores) / len(scores)})
+        penalised = {"none": arm} | {
+            penalty: replace(arm, regulariser=regulariser_of(penalty, CENTRES[penalty], arm))
+            for penalty in ("c2r", "orthogonality")
+        }
+        found = {name: means(own, on, samples, seeds, device) for name, own in penalised.items()}
+        score = sum(of[by] or 0.0 for of in found.values()) / len(found)
+        tried.append({"arguments": dict(arm.arguments)} | found | {by: score})
     return {"chosen": _best(tried, by)["arguments"], "tried": tried}
 
 
