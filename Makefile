@@ -67,18 +67,15 @@ help:
 	@sed -n -e 's,nb/%,nb/NN,' -e 's/^\([a-zA-Z/]*\):.*## /  make \1|/p' Makefile | \
 	  while IFS='|' read -r target what; do printf '%-18s %s\n' "  $$target" "$$what"; done
 
-setup: $(ENV) ## an environment with the locked versions (venv; uv where installed, else pip)
+setup: $(ENV) ## an environment with the locked versions (venv, filled by uv)
 
 $(ENV): requirements.lock pyproject.toml
-	@echo "Installing requirements.lock: about 2.3 GB and two minutes"
+	@echo "Installing requirements.lock: about 2.3 GB, a minute or two"
 	@$(if $(VENV),$(if $(UV),uv venv --quiet --seed --allow-existing --python $(or $(FOUND),3.11),$(BASE) -m venv) .venv)
-ifneq ($(UV)$(TORCH),)
 	@$(if $(UV),,$(PYTHON) -m pip install --quiet uv)
 	$(or $(UV),$(PYTHON) -m uv) pip install --quiet --python $(PYTHON) \
-	  $(if $(TORCH),--torch-backend $(TORCH)) -c requirements.lock -e '.[dev]'
-else
-	$(PYTHON) -m pip install --quiet -c requirements.lock -e '.[dev]'
-endif
+	  $(if $(TORCH),--torch-backend $(TORCH)) -c requirements.lock -e '.[dev]' \
+	  $(if $(TORCH),,|| $(PYTHON) -m pip install --quiet -c requirements.lock -e '.[dev]') # where only pip knows the index
 	@touch $@
 
 data: $(DATA) ## the embedded language model: fetched, checked, converted once
