@@ -148,7 +148,7 @@ class Own:
     number: float
 
 
-@metric("of_my_own", group="own", headline={"number": "higher"})
+@metric("of_my_own", group="own", headline={"number": "higher"}, reads_model=False)
 def measure(inputs) -> Own:
     return Own(1.0)
 """
@@ -182,6 +182,27 @@ def test_two_reports_side_by_side(folder, tmp_path, capsys):
     (row,) = compare(*map(read_report, files))
     assert f"{row.a:.4g}" in said and f"{row.b:.4g}" in said
     assert command.main(["compare", files[0], str(tmp_path / "none.json")]) == 2
+
+
+def test_reports_with_a_metric_of_one_s_own_are_compared(folder, tmp_path, monkeypatch, capsys):
+    plugin = tmp_path / "metric_to_compare.py"
+    plugin.write_text(OWN_METRIC.replace("of_my_own", "to_compare"))
+    monkeypatch.setattr("sys.path", list(sys.path))
+    own, files = ["--plugin", str(plugin)], [str(tmp_path / name) for name in ("a.json", "b.json")]
+
+    def said(*arguments):
+        """What the command prints, in a process that has not seen the plugin."""
+        try:
+            command.main([*arguments])
+        finally:
+            METRICS.pop("to_compare", None)
+            sys.modules.pop("metric_to_compare", None)
+        return capsys.readouterr().out
+
+    for file in files:
+        said(str(folder), *own, "--metrics", "to_compare", "--out", file)
+    assert "to_compare.number" in said("compare", *files, *own)
+    assert "to_compare" not in said("compare", *files)
 
 
 def test_the_package_does_not_import_the_command():

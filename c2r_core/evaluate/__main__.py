@@ -7,7 +7,6 @@ could not be; 2 if there is no report, because there was nothing to measure or t
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import random
 import sys
@@ -22,6 +21,7 @@ from c2r_core.evaluate import METRICS, Options, Report, json_schema, write_repor
 from c2r_core.evaluate.compare import main as compare_reports
 from c2r_core.evaluate.compare import number
 from c2r_core.evaluate.evaluation import prepare
+from c2r_core.evaluate.plugins import add_plugin_option, import_plugins
 from c2r_core.metrics import groups
 from c2r_core.metrics.endpoint import Endpoint
 
@@ -35,13 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
         return compare_reports(arguments[1:])
     parser = _parser()
     given = parser.parse_args(arguments)
-    for name in given.plugin:
-        try:
-            _import(Path(name))
-        except ModuleNotFoundError as error:
-            parser.error(
-                f"--plugin {name}: {error}; name a file, such as own_metric.py, or a module"
-            )
+    import_plugins(parser, given.plugin)
     if given.schema:
         print(json.dumps(json_schema(), indent=2, ensure_ascii=False))
         return COMPLETE
@@ -70,12 +64,6 @@ def main(arguments: list[str] | None = None) -> int:
     _print(report)
     print(f"{out} ({time.monotonic() - started:.0f} s)")
     return INCOMPLETE if report.not_evaluable else COMPLETE
-
-
-def _import(plugin: Path) -> None:
-    """A module by its name, or by its file; one in the current folder is found as well."""
-    sys.path.insert(0, str(plugin.parent.resolve()))
-    importlib.import_module(plugin.name.removesuffix(".py"))
 
 
 def _print(report: Report) -> None:
@@ -135,13 +123,7 @@ def _parser() -> argparse.ArgumentParser:
         help=f"groups ({', '.join(groups())}) or single metrics ({', '.join(METRICS)}), separated by "
         "commas; default: all, as far as the other options allow",
     )
-    parser.add_argument(
-        "--plugin",
-        action="append",
-        default=[],
-        metavar="MODULE",
-        help="a module or .py file with further metrics, to be imported first; may be repeated",
-    )
+    add_plugin_option(parser)
     parser.add_argument("--endpoint", help="URL of a chat-completions server, for AutoInterp")
     parser.add_argument("--endpoint-model", default="", help="the model's name there")
     parser.add_argument(

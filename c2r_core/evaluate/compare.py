@@ -6,6 +6,7 @@ import argparse
 import sys
 from typing import NamedTuple
 
+from c2r_core.evaluate.plugins import add_plugin_option, import_plugins
 from c2r_core.evaluate.report import Report, read_report
 
 
@@ -69,7 +70,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("a", metavar="A.json")
     parser.add_argument("b", metavar="B.json")
+    add_plugin_option(parser)
     given = parser.parse_args(arguments)
+    import_plugins(parser, given.plugin)
     try:
         a, b = read_report(given.a), read_report(given.b)
     except (ValueError, OSError) as error:
