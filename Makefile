@@ -57,7 +57,7 @@ unexport MPLBACKEND
 # (anew), or those that are not current computed and written to results/ (commit).
 test nbval: export C2R_CELLS := kept
 reproduce:  export C2R_CELLS := anew
-refresh validate blocks parity evidence: export C2R_CELLS := commit
+refresh bench validate blocks parity evidence: export C2R_CELLS := commit
 
 .PHONY: help setup data lab test smoke reproduce refresh nbval status verify bench parity validate blocks evidence
 .PHONY: lint lock clean
@@ -119,8 +119,8 @@ nbval: $(DATA) ## run the committed notebooks again and compare their outputs
 	    --nbval-sanitize-with tests/nbval_sanitize.cfg
 	@$(if $(CI)$(FRESH),rm -rf runs/nbval)
 
-bench: $(ENV) ## what the fast paths buy, as ratios against plain references
-	$(PYTHON) benchmarks/training_step.py
+bench: $(DATA) ## one study: time and memory beside plain references; run nothing else meanwhile
+	$(EXPERIMENTS) run performance
 
 status: $(ENV) ## which committed results are current, stale (and by which module) or missing
 	@$(EXPERIMENTS) status

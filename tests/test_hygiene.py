@@ -220,10 +220,7 @@ def test_one_altered_verdict_makes_nbval_fail(tmp_path):
 
 def project_files():
     """Every text file that belongs to the project."""
-    rooms = [
-        PROJECT / name
-        for name in (".ci", "benchmarks", "c2r_core", "notebooks", "results", "tests")
-    ]
+    rooms = [PROJECT / name for name in (".ci", "c2r_core", "notebooks", "results", "tests")]
     paths = [*PROJECT.iterdir(), *(path for room in rooms for path in room.rglob("*"))]
     binary = (".npz", ".pyc", ".png")
     return [

@@ -191,6 +191,8 @@ def _differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
 
 
 RELATIVE, ABSOLUTE = 0.05, 0.02
+OF_THE_MACHINE = ("seconds", "peak_memory", "gigaflop", "gigabyte")
+"""How the names of fields begin that say something of the machine and not of the result."""
 
 
 def differing(kept: Any, computed: Any, path: str = "") -> list[str]:
@@ -198,14 +200,14 @@ def differing(kept: Any, computed: Any, path: str = "") -> list[str]:
 
     A number may differ by 5 % or by 0.02, whichever is more: most metrics are shares, and training on
     another processor adds in another order. Of a list of records, such as one a letter or a seed, the
-    means of each field are compared; texts, times (fields named seconds…), and whole numbers that name
-    something (a latent, a seed) are not.
+    means of each field are compared; texts, what is OF_THE_MACHINE, and whole numbers that name something
+    (a latent, a seed) are not.
     """
     if isinstance(kept, Mapping) and isinstance(computed, Mapping):
         if kept.keys() != computed.keys():
             return [f"{path or 'values'}: other fields"]
         inner = ((f"{path}.{key}" if path else key, kept[key], computed[key]) for key in kept)
-        inner = (one for one in inner if not one[0].rpartition(".")[2].startswith("seconds"))
+        inner = (one for one in inner if not one[0].rpartition(".")[2].startswith(OF_THE_MACHINE))
         return [line for name, a, b in inner for line in differing(a, b, name)]
     if isinstance(kept, list) and isinstance(computed, list):
         if all(isinstance(item, Mapping) for item in [*kept, *computed]):

@@ -224,6 +224,22 @@ class EvaluationProfile(_Section):
     """Steps of those runs."""
 
 
+class PerformanceProfile(_Section):
+    """What is timed, on samples drawn at random."""
+
+    d_in: Count
+    batch_size: Count
+    k: Count
+    step_widths: list[Count]
+    """Latents of an SAE whose training step is timed."""
+    term_widths: list[Count]
+    """Latents for which C²R's value and gradient are timed."""
+    search_widths: list[Count]
+    """Latents for which the search for neighbours is timed."""
+    pairs: Annotated[int, Field(ge=2)]
+    """How often each is timed, in turn with its reference."""
+
+
 class Profile(_Section):
     """All values of one size of run."""
 
@@ -235,6 +251,7 @@ class Profile(_Section):
     correlated: CorrelatedProfile
     strength: StrengthProfile
     evaluation: EvaluationProfile
+    performance: PerformanceProfile
 
 
 def load_profile(name: str, file: Path = PROFILES_FILE) -> Profile:

@@ -20,7 +20,7 @@ class TrainConfig:
     clip_norm : float
         Bound on the gradient's norm, for each SAE of a stack on its own. The paper's 1 hardly ever acts
         where E‖x‖² = 1. A bound so small that it acts on every step, such as 0.01, gives every batch
-        the same say, and trained language-model SAEs better (benchmarks/saelens_parity.py).
+        the same say, and trained language-model SAEs better (`make parity`).
     aux_k_coefficient : float
         Weight of the dead-latent revival, in architectures that have a target L0; 0 switches it off.
     dead_after : float

@@ -1,0 +1,352 @@
+"""Study `performance`: time and memory of a training step, of C²R's term, of the search for neighbours.
+
+Everything is timed in turn with a reference, A B A B …, in one process. Kept are the medians, and the median,
+least and largest of the pairwise ratios: where a machine's speed drifts, times move and ratios hardly do. A
+ratio is still one machine's: provenance says which.
+
+The references are written from the published descriptions, with every product dense and every derivative by
+autograd:
+
+- BatchTopK's step (Bussmann et al., arXiv 2412.06410), with the same clipping, Adam and unit rows as ours;
+- C²R as its formula stands (Jin et al., arXiv 2606.30609), the matrix of cosines in the graph.
+
+`make bench` runs it, and nothing else should run meanwhile. Samples are random: no latent is dead, and
+nothing is said of the quality of an SAE.
+"""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from c2r_core.artefacts.cells import Cell
+from c2r_core.artefacts.profiles import PerformanceProfile, Profile, ToyProfile
+from c2r_core.experiments.study import Study
+from c2r_core.losses import c2r_loss, nearest_neighbours
+from c2r_core.saes import SAE, BatchTopKSAE, StepInput, create_sae
+from c2r_core.saes.topk import largest_entries
+from c2r_core.training import C2R, TrainConfig, train
+
+PENALTIES = {"no penalty": 0, "C²R on every step": 1, "C²R on every fifth step": 5}
+"""What is timed of a step: how often C²R applies, 0 for never."""
+WEIGHT = 0.3
+CLIP_NORM = 0.01
+_LINUX = sys.platform == "linux"
+
+
+def cells(profile: Profile, seed: int = 0, device: str = "cpu") -> list[Cell]:
+    """The machine's limits; a step and the term at several widths; the search at more."""
+    sizes, study = profile.performance, Study("performance", profile, [seed], device)
+    made = [
+        study.cell("limits", measure_limits, pairs=sizes.pairs),
+        study.cell("kept entries", measure_kept_entries, sizes=sizes),
+        study.cell("stack of toys", measure_stack, toy=profile.toy, pairs=sizes.pairs),
+    ]
+    for d_sae in sizes.step_widths:
+        for name, every in PENALTIES.items():
+            how = {"d_sae": d_sae, "every": every, "sizes": sizes}
+            made.append(study.cell(f"step, {d_sae}, {name}", measure_step, **how))
+    for d_sae in sizes.term_widths:
+        made.append(study.cell(f"term, {d_sae}", measure_term, d_sae=d_sae, sizes=sizes))
+    for d_sae in sizes.search_widths:
+        made.append(study.cell(f"search, {d_sae}", measure_search, d_sae=d_sae, sizes=sizes))
+    return made
+
+
+# -- what is measured -----------------------------------------------------------------------------
+
+
+def measure_limits(pairs: int, seeds: Sequence[int], device: str) -> dict[str, float]:
+    """The machine's own rates: products of large matrices, GFLOP/s, and copying, GB/s."""
+    n = 1024
+    a, b = torch.randn(2, n, n, device=device)
+    source, target = torch.zeros(2, 2**24, device=device)
+    product = [_seconds(lambda: a @ b, device) for _ in range(pairs)]
+    copy = [_seconds(lambda: target.copy_(source), device) for _ in range(pairs)]
+    return {
+        "seconds_product": statistics.median(product),
+        "gigaflop_per_second": 2 * n**3 / statistics.median(product) / 1e9,
+        "gigabyte_per_second": 2 * source.nbytes / statistics.median(copy) / 1e9,
+    }
+
+
+def measure_kept_entries(
+    sizes: PerformanceProfile, seeds: Sequence[int], device: str
+) -> dict[str, float]:
+    """BatchTopK's choice among all activations of a batch, beside torch.topk."""
+    n = sizes.batch_size * sizes.k
+    generator = torch.Generator().manual_seed(seeds[0])
+    values = torch.randn(sizes.batch_size * sizes.step_widths[0], generator=generator).to(device)
+    runs = {
+        "ours": lambda: _seconds(lambda: largest_entries(values, n), device),
+        "reference": lambda: _seconds(lambda: values.topk(n, sorted=False), device),
+    }
+    return in_turn(runs, sizes.pairs)
+
+
+def measure_stack(
+    toy: ToyProfile, pairs: int, seeds: Sequence[int], device: str
+) -> dict[str, float]:
+    """Losses and gradients of 15 toy SAEs in one stack, beside one after the other."""
+    stack = create_sae("relu", d_in=toy.d_in, d_sae=toy.d_sae, seed=range(15), l1_weight=0.05)
+    stack, singles = stack.to(device), [single.to(device) for single in stack.unstack()]
+    generator = torch.Generator().manual_seed(seeds[0])
+    x = torch.randn(15, toy.batch_size, toy.d_in, generator=generator).to(device) / toy.d_in**0.5
+
+    def one(sae: SAE, batch: Tensor) -> None:
+        sae.training_losses(StepInput(batch)).total().sum().backward()
+
+    def one_by_one() -> None:
+        for sae, batch in zip(singles, x, strict=True):
+            one(sae, batch)
+
+    runs = {
+        "ours": lambda: _seconds(lambda: one(stack, x), device),
+        "reference": lambda: _seconds(one_by_one, device),
+    }
+    return in_turn(runs, pairs)
+
+
+def measure_step(
+    d_sae: int, every: int, sizes: PerformanceProfile, seeds: Sequence[int], device: str
+) -> dict[str, float]:
+    """A step of ours, of ours without the penalty, and of the reference: means over a round of `every`."""
+    batches = [batch.to(device) for batch in _batches(sizes, seeds[0])]
+    n_steps = max(2, every)
+    sae = BatchTopKSAE(sizes.d_in, d_sae, k=sizes.k, seed=seeds[0]).to(device)
+    reference = PlainTraining(sae, every)
+
+    def ours(*penalties: C2R) -> float:
+        clock = _Clock(batches, device)
+        own = BatchTopKSAE(sizes.d_in, d_sae, k=sizes.k, seed=seeds[0]).to(device)
+        # The first step keeps more activations than k; so it is left out.
+        config = TrainConfig(steps=n_steps + 1, clip_norm=CLIP_NORM, mean_square_norm=None)
+        train(own, clock, config, list(penalties), progress=False)
+        return clock.seconds_of_last(n_steps)
+
+    def plain() -> float:
+        started = _now(device)
+        for step in range(1, n_steps + 1):
+            reference.step(batches[step % len(batches)], step)
+        return (_now(device) - started) / n_steps
+
+    runs = {"ours": ours, "reference": plain}
+    if every:
+        runs = {"ours": lambda: ours(C2R(WEIGHT, every=every)), "reference": plain, "without": ours}
+    return in_turn(runs, sizes.pairs)
+
+
+def measure_term(
+    d_sae: int, sizes: PerformanceProfile, seeds: Sequence[int], device: str
+) -> dict[str, float]:
+    """Value and gradient of C²R, ours and the published form, and the memory that each takes on a CPU."""
+    acts, W_dec = _term_inputs(d_sae, sizes, seeds[0])
+    acts, W_dec = acts.to(device).requires_grad_(), W_dec.to(device).requires_grad_()
+    runs = {
+        "ours": lambda: _seconds(lambda: c2r_loss(acts, W_dec).backward(), device),
+        "reference": lambda: _seconds(lambda: published_c2r(acts, W_dec).backward(), device),
+    }
+    times = in_turn(runs, sizes.pairs)
+    if device != "cpu":
+        return times
+    of_ours, of_reference = (
+        peak_memory(_term_once, which, d_sae, sizes, seeds[0]) for which in ("ours", "published")
+    )
+    return times | {"peak_memory_ours": of_ours, "peak_memory_reference": of_reference}
+
+
+def measure_search(
+    d_sae: int, sizes: PerformanceProfile, seeds: Sequence[int], device: str
+) -> dict[str, float]:
+    """The exact search for nearest neighbours, beside the bare product of the same rows in blocks."""
+    unit = _rows(d_sae, sizes.d_in, seeds[0]).to(device)
+
+    def product() -> None:
+        for block in unit.split(max(1, 2**24 // d_sae)):
+            block @ unit.T
+
+    runs = {
+        "ours": lambda: _seconds(lambda: nearest_neighbours(unit), device),
+        "reference": lambda: _seconds(product, device),
+    }
+    times = in_turn(runs, 2 if d_sae > 2**14 else sizes.pairs)
+    if device != "cpu":
+        return times
+    return times | {"peak_memory_ours": peak_memory(_search_once, d_sae, sizes, seeds[0])}
+
+
+# -- references -----------------------------------------------------------------------------------
+
+
+class PlainTraining:
+    """BatchTopK's training step as its description has it; parameters start as those of an SAE."""
+
+    def __init__(self, sae: BatchTopKSAE, every: int) -> None:
+        parts = (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec)
+        self.parameters = [part.detach().clone().requires_grad_() for part in parts]
+        self.k, self.every = sae.k, every
+        self.optimiser = torch.optim.Adam(self.parameters, lr=2e-4)
+
+    def step(self, x: Tensor, number: int) -> None:
+        """Loss, gradient, clipping, Adam, and rows of norm 1."""
+        W_enc, b_enc, W_dec, b_dec = self.parameters
+        pre_acts = ((x - b_dec) @ W_enc + b_enc).relu()
+        kept = pre_acts.flatten().topk(len(x) * self.k, sorted=False)
+        acts = torch.zeros_like(pre_acts).flatten().scatter(0, kept.indices, kept.values)
+        acts = acts.view_as(pre_acts)
+        loss = (x - acts @ W_dec - b_dec).square().sum(-1).mean()
+        if self.every and number % self.every == 0:
+            loss = loss + WEIGHT * self.every * published_c2r(acts, W_dec)
+        self.optimiser.zero_grad()
+        loss.backward()
+        with torch.no_grad():
+            W_dec.grad -= (W_dec.grad * W_dec).sum(-1, keepdim=True) * W_dec
+        torch.nn.utils.clip_grad_norm_(self.parameters, CLIP_NORM)
+        self.optimiser.step()
+        with torch.no_grad():
+            W_dec /= W_dec.norm(dim=-1, keepdim=True)
+
+
+def published_c2r(feature_acts: Tensor, W_dec: Tensor) -> Tensor:
+    """The formula as it stands, on the whole matrix of cosines."""
+    unit = torch.nn.functional.normalize(W_dec, dim=-1)
+    itself = torch.eye(len(unit), dtype=torch.bool, device=unit.device)
+    best = (unit @ unit.T).masked_fill(itself, -torch.inf).max(-1)
+    norms = feature_acts.norm(dim=0)
+    return (best.values.relu() ** 2 * (norms + norms[best.indices])).mean()
+
+
+# -- time and memory ------------------------------------------------------------------------------
+
+
+def in_turn(runs: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, float]:
+    """Median seconds of each run, and of each but the first how many times as long as the first it takes.
+
+    All are run once to warm up, then in turn: ratios are of the same round.
+    """
+    for run in runs.values():
+        run()
+    times = [{name: run() for name, run in runs.items()} for _ in range(rounds)]
+    found = {f"seconds_{name}": statistics.median(t[name] for t in times) for name in runs}
+    first, *others = runs
+    for name in others:
+        ratios = [t[name] / t[first] for t in times]
+        found[f"seconds_ratio_{name}"] = statistics.median(ratios)
+        found[f"seconds_ratio_{name}_least"] = min(ratios)
+        found[f"seconds_ratio_{name}_most"] = max(ratios)
+    return found
+
+
+class _Clock:
+    """Batches that note when each was asked for: a step lasts from one to the next."""
+
+    def __init__(self, batches: Sequence[Tensor], device: str) -> None:
+        self.batches, self.device, self.asked = batches, device, []
+
+    def __call__(self, step: int) -> Tensor:
+        self.asked.append(_now(self.device))
+        return self.batches[step % len(self.batches)]
+
+    def seconds_of_last(self, n_steps: int) -> float:
+        """Mean of the last steps, the very last of which ends now."""
+        return (_now(self.device) - self.asked[-n_steps]) / n_steps
+
+
+def _now(device: str) -> float:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _seconds(run: Callable[[], object], device: str) -> float:
+    started = _now(device)
+    run()
+    return _now(device) - started
+
+
+def peak_memory(run: Callable[..., object], *arguments: Any) -> float:
+    """Bytes that a process of its own takes at most for a call, beyond what it holds before.
+
+    `run(*arguments)` prepares, and returns the call that is measured; it must be a function of a module.
+    """
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(_measured_peak, run, arguments).result()
+
+
+def _measured_peak(run: Callable[..., Callable[[], object]], arguments: Sequence[Any]) -> float:
+    call = run(*arguments)
+    gc.collect()
+    if _LINUX:
+        Path("/proc/self/clear_refs").write_text("5")  # from here on the peak counts anew
+    before = _most_memory()
+    call()
+    return _most_memory() - before
+
+
+def _most_memory() -> float:
+    """Bytes that this process has held at most."""
+    if _LINUX:
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(status.partition("VmHWM:")[2].split()[0])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _term_once(
+    which: str, d_sae: int, sizes: PerformanceProfile, seed: int
+) -> Callable[[], object]:
+    acts, W_dec = (part.requires_grad_() for part in _term_inputs(d_sae, sizes, seed))
+    loss = {"ours": c2r_loss, "published": published_c2r}[which]
+    return lambda: loss(acts, W_dec).backward()
+
+
+def _search_once(d_sae: int, sizes: PerformanceProfile, seed: int) -> Callable[[], object]:
+    unit = _rows(d_sae, sizes.d_in, seed)
+    return lambda: nearest_neighbours(unit)
+
+
+# -- samples --------------------------------------------------------------------------------------
+
+
+def _batches(sizes: PerformanceProfile, seed: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(4, sizes.batch_size, sizes.d_in, generator=generator)
+    return list(x / sizes.d_in**0.5)
+
+
+def _rows(d_sae: int, d_in: int, seed: int) -> Tensor:
+    rows = torch.randn(d_sae, d_in, generator=torch.Generator().manual_seed(seed))
+    return torch.nn.functional.normalize(rows, dim=-1)
+
+
+def _term_inputs(d_sae: int, sizes: PerformanceProfile, seed: int) -> tuple[Tensor, Tensor]:
+    W_dec = _rows(d_sae, sizes.d_in, seed)
+    acts = (_batches(sizes, seed)[0] @ W_dec.T).relu()
+    least = acts.flatten().topk(sizes.batch_size * sizes.k).values[-1]
+    return torch.where(acts >= least, acts, 0.0), W_dec
+
+
+# -- tables ---------------------------------------------------------------------------------------
+
+
+def performance_table(values: Mapping[str, Any], kind: str) -> pd.DataFrame:
+    """Cells of a kind ("step", "term", "search"): latents, what is timed, and what was measured."""
+    rows = []
+    for name, measured in values.items():
+        of, _, rest = name.partition("-")
+        if of == kind:
+            d_sae, _, what = rest.partition("-")
+            rows.append({"latents": int(d_sae), "what": what.replace("-", " ")} | measured)
+    return pd.DataFrame(rows)
