@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from c2r_core.artefacts.cells import Cell
-from c2r_core.artefacts.profiles import PerformanceProfile, Profile, ToyProfile
+from c2r_core.artefacts.profiles import PerformanceProfile, Profile, ToyProfile, training_seeds
 from c2r_core.experiments.study import Study
 from c2r_core.losses import c2r_loss, nearest_neighbours
 from c2r_core.saes import SAE, BatchTopKSAE, StepInput, create_sae
@@ -48,7 +48,10 @@ _LINUX = sys.platform == "linux"
 
 def cells(profile: Profile, seed: int = 0, device: str = "cpu") -> list[Cell]:
     """The machine's limits; a step and the term at several widths; the search at more."""
-    sizes, study = profile.performance, Study("performance", profile, [seed], device)
+    sizes, study = (
+        profile.performance,
+        Study("performance", profile, training_seeds(1, seed), device),
+    )
     made = [
         study.cell("limits", measure_limits, pairs=sizes.pairs),
         study.cell("kept entries", measure_kept_entries, sizes=sizes),
