@@ -65,7 +65,8 @@ def test_the_reference_takes_the_steps_that_ours_takes(every):
     for step in range(4):
         run.take_step(batches[step])
         plain.step(batches[step], step)
-    for own, other in zip((ours.W_enc, ours.b_enc, ours.W_dec), plain.parameters, strict=False):
+    parts = (ours.W_enc, ours.b_enc, ours.W_dec, ours.b_dec)
+    for own, other in zip(parts, plain.parameters, strict=True):
         assert torch.allclose(own, other, atol=1e-5)
 
 

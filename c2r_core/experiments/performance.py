@@ -1,8 +1,8 @@
 """Study `performance`: time and memory of a training step, of C²R's term, of the search for neighbours.
 
-Everything is timed in turn with a reference, A B A B …, in one process. Kept are the medians, and the median,
-least and largest of the pairwise ratios: where a machine's speed drifts, times move and ratios hardly do. A
-ratio is still one machine's: provenance says which.
+All but the machine's limits is timed in turn with a reference, A B A B …, in one process. Kept are the
+medians, and the median, least and largest of the pairwise ratios: where a machine's speed drifts, times move
+and ratios hardly do. A ratio is still one machine's: provenance says which.
 
 The references are written from the published descriptions, with every product dense and every derivative by
 autograd:
@@ -103,7 +103,8 @@ def measure_stack(
     toy: ToyProfile, pairs: int, seeds: Sequence[int], device: str
 ) -> dict[str, float]:
     """Losses and gradients of 15 toy SAEs in one stack, beside one after the other."""
-    stack = create_sae("relu", d_in=toy.d_in, d_sae=toy.d_sae, seed=range(15), l1_weight=0.05)
+    own = toy.architectures["relu"]
+    stack = create_sae("relu", d_in=toy.d_in, d_sae=toy.d_sae, seed=range(15), **own)
     stack, singles = stack.to(device), [single.to(device) for single in stack.unstack()]
     generator = torch.Generator().manual_seed(seeds[0])
     x = torch.randn(15, toy.batch_size, toy.d_in, generator=generator).to(device) / toy.d_in**0.5
