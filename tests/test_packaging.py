@@ -77,7 +77,7 @@ def imported(name):
 
 def test_the_base_is_what_the_loss_the_saes_and_training_need():
     assert {Requirement(one).name for one in PROJECT_TABLE["dependencies"]} == set(BASE)
-    assert set(EXTRAS) == {"lm", "evaluate", "notebooks", "dev", "saelens"}
+    assert set(EXTRAS) == {"lm", "evaluate", "notebooks", "cluster", "dev", "saelens"}
     assert brought_by("lm") < brought_by("evaluate") < brought_by("notebooks") < brought_by("dev")
 
 
@@ -113,6 +113,11 @@ def test_the_base_alone_trains_saves_and_loads():
         ("c2r_core.evaluate", "evaluate", "pandas"),
         ("c2r_core.experiments", "evaluate", "scipy"),
         ("c2r_core.notebook", "notebooks", "matplotlib"),
+        (
+            "c2r_core.experiments.cluster as c; c.local_cluster(1).__enter__()",
+            "cluster",
+            "distributed",
+        ),
         ("c2r_core; c2r_core.History().plot()", "notebooks", "seaborn"),
     ],
 )

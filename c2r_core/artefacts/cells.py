@@ -126,7 +126,11 @@ def read_or_compute(cell: Cell, mode: str | None = None) -> Any:
     own.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(own.with_suffix(".lock")):  # another process may be computing it
         found, values = _examine(cell, target)
-        return values if found.kind == "current" else _write(cell, target)
+        if found.kind == "current":
+            return values
+        content = content_of(cell)
+        write_json(target, content)
+        return content["values"]
 
 
 def compute(cell: Cell) -> Any:
@@ -134,7 +138,8 @@ def compute(cell: Cell) -> Any:
     return plain(cell.compute())
 
 
-def _write(cell: Cell, target: Path) -> Any:
+def content_of(cell: Cell) -> dict[str, Any]:
+    """What the cell's file holds: what it depends on, its values, computed now, and their provenance."""
     started = time.monotonic()
     content = cell.about()  # of the code as it is before the computation
     content["values"] = compute(cell)
@@ -142,8 +147,7 @@ def _write(cell: Cell, target: Path) -> Any:
     content["provenance"] = provenance(
         profile=cell.profile, seed=cell.seed, device=cell.device, seconds=time.monotonic() - started
     )
-    write_json(target, content)
-    return content["values"]
+    return content
 
 
 def _digest(content: Mapping[str, Any]) -> str:
@@ -165,16 +169,20 @@ def _examine(cell: Cell, file: Path) -> tuple[State, Any]:
     now = cell.about()
     counted = {name: content["modules"].get(name) for name in now["modules"]}
     content = content | {"modules": counted}  # one that is no longer reached decides nothing
-    differs = [
-        f"{what[:-1]} {path}"
-        for what in ("settings", "inputs", "modules")
-        for path in _differences(content[what], now[what])
-    ]
-    if content["schema"] != SCHEMA:
-        differs.append("schema")
+    differs = differences(content, now)
     if differs:
         return State("stale", ", ".join(differs)), content["values"]
     return State("current"), content["values"]
+
+
+def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """In which settings, inputs and modules two cells differ, by what `Cell.about` says of each."""
+    differs = [
+        f"{what[:-1]} {path}"
+        for what in ("settings", "inputs", "modules")
+        for path in _differences(one[what], other[what])
+    ]
+    return differs + ["schema"] * (one["schema"] != other["schema"])
 
 
 def _differences(old: Any, new: Any, path: str = "") -> Iterator[str]:

@@ -7,15 +7,16 @@ import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 from c2r_core.artefacts import cache
 from c2r_core.artefacts.cells import Cell, compute, differing, read_or_compute, state
 from c2r_core.artefacts.names import unknown_name
 from c2r_core.artefacts.profiles import load_profile, profile_names
-from c2r_core.artefacts.results import read_json, results_dir, runs_dir
+from c2r_core.artefacts.results import read_json, results_dir, runs_dir, write_json
+from c2r_core.errors import MissingExtra
 from c2r_core.experiments import STUDIES, cells
 
 
@@ -48,43 +49,98 @@ def status(studies: Sequence[str], profile: str, as_json: bool = False) -> int:
     return 0
 
 
-def run(studies: Sequence[str], profile: str, limit: int | None, minutes: float | None) -> int:
-    """Compute the cells that are missing or stale, one by one, each written when it is done."""
-    started, done = time.monotonic(), 0
-    for study in studies:
-        for cell in _cells(study, profile):
-            if state(cell, _folder(cell)).kind == "current":
-                continue
-            if done == limit or (minutes and time.monotonic() - started > 60 * minutes):
-                print("stopped at the limit; run it again to go on")
-                return 0
-            began = time.monotonic()
-            read_or_compute(cell, "commit")
-            print(f"{cell.study}/{cell.name}: {time.monotonic() - began:.1f} s", flush=True)
-            done += 1
-    return 0
+def run(studies: Sequence[str], how: How, limit: int | None, minutes: float | None) -> int:
+    """Compute the cells that are missing or stale, each written when it is done; 1 if one failed."""
+    started, failed, stopped = time.monotonic(), 0, False
+
+    def wanted() -> Iterator[Cell]:
+        nonlocal stopped
+        begun = 0
+        for cell in _all_cells(studies, how):
+            if state(cell, _folder(cell)).kind != "current":
+                stopped = begun == limit or bool(
+                    minutes and time.monotonic() - started > 60 * minutes
+                )
+                if stopped:
+                    return
+                begun += 1
+                yield cell
+
+    for cell, found in _computed(wanted(), how, keep=True):
+        if isinstance(found, Exception):
+            failed += 1
+            line = f"FAILED: {type(found).__name__}: {found}"
+        else:
+            line = f"{read_json(cell.file(_folder(cell)))['provenance']['seconds']} s"
+        print(f"{cell.study}/{cell.name}: {line}", flush=True)
+    if stopped:
+        print("stopped at the limit; run it again to go on")
+    return int(failed > 0)
 
 
-def verify(studies: Sequence[str], profile: str) -> int:
+def verify(studies: Sequence[str], how: How) -> int:
     """Compute committed cells again and compare; 1 if a number differs by more than its tolerance."""
     bad = 0
-    for cell in (cell for study in studies for cell in _cells(study, profile)):
-        found = state(cell, _folder(cell))
-        line = found.why
-        if found.kind in ("current", "stale"):
-            kept: Any = read_json(cell.file(_folder(cell)))["values"]
-            line = "; ".join(differing(kept, compute(cell)))
-        elif found.kind == "missing":
-            line = "not committed"
+
+    def report(cell: Cell, line: str) -> None:
+        nonlocal bad
         bad += bool(line)
         print(f"{cell.study}/{cell.name}: {line or 'agrees'}", flush=True)
+
+    def comparable() -> Iterator[Cell]:
+        for cell in _all_cells(studies, how):
+            found = state(cell, _folder(cell))
+            if found.kind in ("current", "stale"):
+                yield cell
+            else:
+                report(cell, found.why or "not committed")
+
+    for cell, found in _computed(comparable(), how, keep=False):
+        if isinstance(found, Exception):
+            report(cell, f"FAILED: {type(found).__name__}: {found}")
+        else:
+            kept: Any = read_json(cell.file(_folder(cell)))["values"]
+            report(cell, "; ".join(differing(kept, found)))
     return int(bad > 0)
 
 
-def _cells(name: str, profile: str) -> list[Cell]:
+class How(NamedTuple):
+    """Where cells are computed: here, one by one, or on a cluster."""
+
+    profile: str = "default"
+    device: str = "cpu"
+    workers: int | None = None
+    scheduler: str | None = None
+
+
+def _computed(waiting: Iterable[Cell], how: How, *, keep: bool) -> Iterator[tuple[Cell, Any]]:
+    """Each cell with its values, which are then in its file if they are to be kept.
+
+    An error of a cell surfaces here, and comes in the place of its values from a cluster.
+    """
+    if how.workers is None and how.scheduler is None:
+        for cell in waiting:
+            yield cell, read_or_compute(cell, "commit") if keep else compute(cell)
+        return
+    from c2r_core.experiments.cluster import computed_on, connected, local_cluster
+
+    cluster = connected(how.scheduler) if how.scheduler else local_cluster(how.workers)
+    with cluster as client:
+        for cell, found in computed_on(client, waiting):
+            if keep and not isinstance(found, Exception):
+                write_json(cell.file(_folder(cell)), found)
+            yield cell, found if isinstance(found, Exception) else found["values"]
+
+
+def _all_cells(studies: Sequence[str], how: How) -> Iterator[Cell]:
+    for study in studies:
+        yield from _cells(study, how.profile, how.device)
+
+
+def _cells(name: str, profile: str, device: str = "cpu") -> list[Cell]:
     """All cells of a study, or the one of "STUDY/CELL"."""
     study, _, one = name.partition("/")
-    by_name = {cell.name: cell for cell in cells(study, load_profile(profile))}
+    by_name = {cell.name: cell for cell in cells(study, load_profile(profile), device=device)}
     if one and one not in by_name:
         raise SystemExit(unknown_name(f"cell of {study}", one, by_name))
     return [by_name[one]] if one else list(by_name.values())
@@ -108,6 +164,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif name == "run":
             command.add_argument("--limit", type=int, help="at most so many cells")
             command.add_argument("--minutes", type=float, help="start no cell after so long")
+        if name != "status":
+            command.add_argument("--device", default="cpu", help="of torch, on every worker")
+            where = command.add_mutually_exclusive_group()
+            where.add_argument("--workers", type=int, help="so many processes of this machine")
+            where.add_argument("--scheduler", metavar="ADDRESS", help="of a Dask cluster")
     command = commands.add_parser(
         "prune", help="remove from the cache what no code here would find"
     )
@@ -123,9 +184,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not given.studies and find_spec("sae_lens") is None:
         print("parity: left out, since the extra saelens is not installed")
         studies.remove("parity")
-    if given.command == "run":
-        return run(studies, given.profile, given.limit, given.minutes)
-    return verify(studies, given.profile)
+    how = How(given.profile, given.device, given.workers, given.scheduler)
+    try:
+        if given.command == "run":
+            return run(studies, how, given.limit, given.minutes)
+        return verify(studies, how)
+    except (MissingExtra, ConnectionError) as error:
+        print(f"c2r {given.command}: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":
