@@ -119,6 +119,7 @@ def test_the_base_alone_trains_saves_and_loads():
             "distributed",
         ),
         ("c2r_core; c2r_core.History().plot()", "notebooks", "seaborn"),
+        ("c2r_core.training.sae_lens", "saelens", "sae_lens"),
     ],
 )
 def test_an_import_that_needs_an_extra_names_it(module, extra, hidden):

@@ -1,4 +1,4 @@
-"""C²R in SAELens' own training: importing this module adds four training SAEs to SAELens (extra `saelens`).
+"""C²R in SAELens' own training: importing this module adds four training SAEs to SAELens 6.54.
 
     from sae_lens import LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunner
     from c2r_core import weight_from_strength
@@ -8,7 +8,7 @@
     sae = C2RBatchTopKTrainingSAEConfig(
         d_in=576, d_sae=8192, k=32, normalize_activations="expected_average_only_in", c2r_weight=weight
     )
-    config = LanguageModelSAERunnerConfig(sae=sae, train_batch_size_tokens=4096, ...)  # the rest as before
+    config = LanguageModelSAERunnerConfig(sae=sae, train_batch_size_tokens=4096, **rest)  # as before
     LanguageModelSAETrainingRunner(config).run()
 
 Each is a class of SAELens with the term c2r_weight · C²R in its loss. SAELens' runner trains, logs,
@@ -17,9 +17,8 @@ package. To load a training checkpoint, import this module first.
 
 **The weight.** SAELens' error is ‖x − x̂‖², summed over d_in and averaged over the batch, as here. So
 c2r_weight is the λ of `C2R`, and `weight_from_strength` gives it. Its `mean_square_norm` is E‖x‖² as the SAE
-sees x: about d_in with normalize_activations "expected_average_only_in", d_in with "covariance_whitening",
-that of the raw activations with "none". With "layer_norm" latents and error are on different scales, and no
-conversion holds.
+sees x: with normalize_activations "none" that of the raw activations; with "expected_average_only_in" and
+"covariance_whitening" d_in, or more where a few x are very long. With "layer_norm" no conversion holds.
 
 **Decoder rows.** SAELens leaves their norms free. A latent is measured by what it writes, f_i ‖w_i‖, as in
 `C2R`. SAELens' activations are that already with rescale_acts_by_decoder_norm, the default but for JumpReLU.
@@ -29,8 +28,6 @@ step in T, however large the weight.
 
 **The log.** `losses/c2r_loss` is the term as it was added, where it was. `metrics/c2r` is C²R without its
 weight, in every logged step, also where the weight is 0.
-
-Written for SAELens 6.54.12.
 """
 
 from __future__ import annotations
@@ -94,10 +91,10 @@ class C2RFields:
                 f"c2r_weight is {weight!r}; expected a finite number >= 0. Take 0 for none, or one "
                 "from c2r_core.weight_from_strength(0.2, batch_size=…, d_sae=…, mean_square_norm=…)."
             )
-        already = getattr(self, "rescale_acts_by_decoder_norm", False)
         settings = {name: getattr(self, f"c2r_{name}") for name in names}
+        by_norm = self.c2r_decoder_norm and not getattr(self, "rescale_acts_by_decoder_norm", False)
         try:
-            return C2R(weight, decoder_norm=self.c2r_decoder_norm and not already, **settings)
+            return C2R(weight, decoder_norm=by_norm, **settings)
         except ValueError as error:
             raise ValueError(f"c2r_{error}") from None
 
@@ -110,36 +107,36 @@ class AddsC2R:
     ) -> dict[str, Tensor]:
         """SAELens' own terms, scalars, and `c2r_loss` with its weight on steps on which C²R acts."""
         losses = super().calculate_aux_loss(step_input, feature_acts, hidden_pre, sae_out)
-        step, penalty = _step(step_input), self.cfg.c2r()
-        factor = penalty.weight * penalty.strength_at(step)
-        return losses | {"c2r_loss": factor * self.c2r(feature_acts, step)} if factor else losses
+        if factor := self._factor(step_input):
+            losses["c2r_loss"] = factor * self.c2r(feature_acts, step_input)
+        return losses
 
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         """As in SAELens, and the metric `c2r` on steps that are logged."""
         output = super().training_forward_pass(step_input)
         if step_input.is_logging_step:
             with torch.no_grad():
-                output.metrics["c2r"] = self.c2r(output.feature_acts, _step(step_input))
+                output.metrics["c2r"] = self.c2r(output.feature_acts, step_input)
         return output
 
-    @torch.compiler.disable  # it checks values, which a compiled graph cannot
-    def c2r(self, feature_acts: Tensor, step: int) -> Tensor:
-        """C²R of a batch without its weight, a scalar in float32 at least, also under autocast.
+    def get_coefficients(self) -> dict[str, float | TrainCoefficientConfig]:
+        """SAELens' own and `c2r_step`, which counts the steps and is in SAELens' checkpoint."""
+        # `n_training_steps` is one too low after a resume, which would shift c2r_every.
+        return super().get_coefficients() | {"c2r_step": TrainCoefficientConfig(NEVER, NEVER)}
 
-        feature_acts is (batch, d_sae) as SAELens returns it, dense or sparse.
-        """
-        generator = Generator().manual_seed(mix_seeds(self.cfg.c2r_seed, step))
+    @torch.compiler.disable  # it checks values and counts steps, which a compiled graph cannot
+    def c2r(self, feature_acts: Tensor, step_input: TrainStepInput) -> Tensor:
+        """C²R of SAELens' activations (batch, d_sae), dense or sparse: a scalar, without its weight."""
+        generator = Generator().manual_seed(mix_seeds(self.cfg.c2r_seed, _step(step_input)))
         precision = torch.promote_types(self.W_dec.dtype, torch.float32)
         with torch.autocast(self.W_dec.device.type, enabled=False):
             acts = feature_acts.to_dense().to(precision)
             return self.cfg.c2r()(acts, self.W_dec.to(precision), generator)
 
-    def get_coefficients(self) -> dict[str, float | TrainCoefficientConfig]:
-        """SAELens' own and `c2r_step`, which rises from 0 by 1 a step and is in SAELens' checkpoint.
-
-        SAELens' `n_training_steps` is one too low after a resume, which would shift c2r_every.
-        """
-        return super().get_coefficients() | {"c2r_step": TrainCoefficientConfig(NEVER, NEVER)}
+    @torch.compiler.disable
+    def _factor(self, step_input: TrainStepInput) -> float:
+        penalty = self.cfg.c2r()
+        return penalty.weight * penalty.strength_at(_step(step_input))
 
 
 def _step(step_input: TrainStepInput) -> int:
