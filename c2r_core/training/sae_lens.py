@@ -26,8 +26,7 @@ sees x: with normalize_activations "none" that of the raw activations; with "exp
 **The gradient.** SAELens cuts its norm at 1. With c2r_every = T > 1 a strong C²R then acts through one cut
 step in T, however large the weight.
 
-**The log.** `losses/c2r_loss` is the term as it was added, where it was. `metrics/c2r` is C²R without its
-weight, in every logged step, also where the weight is 0.
+**The log.** `losses/c2r_loss` is the term, on steps that add it; `metrics/c2r`, on all, C²R without weight.
 """
 
 from __future__ import annotations
