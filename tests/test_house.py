@@ -20,7 +20,7 @@ FLOORS = (
     ("training", "formats"),
     ("metrics",),
     ("evaluate",),
-    ("experiments",),
+    ("experiments", "browser"),
     ("notebook",),
     ("__init__", "__main__"),
 )

