@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
@@ -38,6 +39,13 @@ def test_the_whole_way_from_text_to_a_latent_runs(tmp_path, monkeypatch, capsys)
     said = capsys.readouterr().out
     assert "reconstruction fvu" in said and "«" in said
     assert (tmp_path / "my_c2r.json").is_file()
+    (streamed,) = [code for code in PYTHON if "StreamedBatches(" in code]
+    (tmp_path / "my_texts.jsonl").write_text(
+        "".join(json.dumps({"text": d.text}) + "\n" for d in names["training"].documents[:20])
+    )
+    streamed = streamed.replace("blocks.4.", "blocks.1.")
+    exec(streamed.replace("batch_size=2048,", "batch_size=64, buffer_tokens=2048,"), names)
+    assert names["batches"](0).shape == (64, 64)
 
 
 def test_the_loss_and_the_conversion():

@@ -33,7 +33,7 @@ def texts():
 
 
 def streamed(model, texts, **changes) -> StreamedBatches:
-    settings = {"batch_size": 32, "seed": 3, "buffer_tokens": BLOCK, "contexts_per_pass": 5}
+    settings = {"batch_size": 32, "seed": 3, "buffer_tokens": BLOCK}
     return StreamedBatches(model, texts, CONFIG, **settings | changes)
 
 
@@ -123,7 +123,7 @@ def test_a_training_that_stops_goes_on_to_the_bit(model, texts, tmp_path):
                 raise KeyboardInterrupt
             return super().__call__(step)
 
-    settings = {"batch_size": 32, "seed": 3, "buffer_tokens": BLOCK, "contexts_per_pass": 5}
+    settings = {"batch_size": 32, "seed": 3, "buffer_tokens": BLOCK}
     with pytest.raises(KeyboardInterrupt):
         trained(Stops(model, texts, CONFIG, **settings), tmp_path / "run.safetensors")
     resumed = trained(streamed(model, texts), tmp_path / "run.safetensors")

@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from c2r_core.data.forward import activations, check_hook_name
 from c2r_core.data.language_models import model_fingerprint
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 _DOCUMENTS_TOKENISED_AT_ONCE = 64
+_CONTEXTS_PER_PASS = 32
 _HASH_RANGE = 2**32
 _USUALLY_KEPT = 0.99
 """Of the tokens behind the first of a context, the share that the bound on norms usually leaves."""
@@ -166,8 +166,6 @@ class StreamedBatches:
         Give every SAE of a stack the same batch, (n_stacked, batch, d_in): several arms of one stream.
     repeat : bool
         Begin the text again at its end, instead of raising an error.
-    contexts_per_pass : int
-        Contexts that go through the model at a time.
 
     Raises
     ------
@@ -191,8 +189,6 @@ class StreamedBatches:
         buffer_tokens: int = 2**18,
         n_stacked: int | None = None,
         repeat: bool = False,
-        contexts_per_pass: int = 32,
-        progress: bool = False,
     ) -> None:
         if not isinstance(texts, TextStream):
             raise TypeError(f"texts is {texts!r}; expected a TextStream: open_texts() makes one.")
@@ -201,7 +197,7 @@ class StreamedBatches:
         check_hook_name(model, config.hook_name)
         self.model, self.texts, self.config = model, texts, config
         self.batch_size, self.seed, self.n_stacked = batch_size, seed, n_stacked
-        self.repeat, self.contexts_per_pass, self.progress = repeat, contexts_per_pass, progress
+        self.repeat = repeat
         self.contexts_per_block = buffer_tokens // config.context_size
         usable = int(self.contexts_per_block * (config.context_size - 1) * _USUALLY_KEPT)
         self.batches_per_block = usable // batch_size if batch_size > 0 else 0
@@ -245,13 +241,8 @@ class StreamedBatches:
             self._take(skipped)
         contexts = self._take(block)
         self._x = torch.empty(0)  # one block at a time
-        passes = range(0, len(contexts), self.contexts_per_pass)
-        x = torch.cat(
-            [
-                self._activations(contexts[i : i + self.contexts_per_pass])
-                for i in tqdm(passes, desc=f"block {block}", disable=not self.progress)
-            ]
-        )
+        passes = range(0, len(contexts), _CONTEXTS_PER_PASS)
+        x = torch.cat([self._activations(contexts[i : i + _CONTEXTS_PER_PASS]) for i in passes])
         norms = torch.cat([torch.linalg.vector_norm(part.float(), dim=-1) for part in x.split(8192)])
         first = torch.arange(len(x)) % self.config.context_size == 0
         if block == 0:
