@@ -181,9 +181,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     studies = given.studies or list(STUDIES)
     if given.command == "status":
         return status(studies, given.profile, given.json)
+    if not given.studies:
+        print("performance: left out, since times mean nothing beside other work; see `make bench`")
+        studies.remove("performance")
     if not given.studies and find_spec("sae_lens") is None:
         print("parity: left out, since the extra saelens is not installed")
         studies.remove("parity")
+    if given.workers is not None and given.workers < 1:
+        parser.error(f"--workers is {given.workers}; expected at least 1")
     how = How(given.profile, given.device, given.workers, given.scheduler)
     try:
         if given.command == "run":
