@@ -84,8 +84,8 @@ $(DATA): | $(ENV)
 	$(PYTHON) -m c2r_core.data.smollm2
 	@touch $@
 
-lab: $(DATA) ## open the notebooks in JupyterLab
-	$(PYTHON) -m jupyterlab notebooks
+lab: $(DATA) ## open the notebooks and the exercises in JupyterLab
+	$(PYTHON) -m jupyterlab
 
 test: $(DATA) ## units, hygiene, every notebook small, then nbval and a sample of the results
 	$(TESTS)
