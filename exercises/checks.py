@@ -89,6 +89,11 @@ class Check:
         )
         self.require(right, given, shown(expected), got, look)
 
+    def latent(self, got: Any, expected: int, given: str, looks: dict[int, str]) -> None:
+        """Fail the check unless `got` is the expected latent; each wrong one has its own hint."""
+        look = looks.get(int(got), "the axis of argmax.")
+        self.require(int(got) == expected, given, f"latent {expected}", got, look)
+
     def passes(self, remark: str = "") -> None:
         """Say so."""
         print(f"Exercise {self.exercise} passes. {remark}".rstrip())
@@ -343,8 +348,7 @@ def check_3b(detector: Callable[[Tensor, Tensor, Tensor], int]) -> None:
         1: "the sign: latent 1 points the other way.",
         3: "the cosine with the direction; how hard a latent fires does not count here.",
     }
-    index = int(got)
-    check.require(index == 2, given, "latent 2", got, look.get(index, "the axis of argmax."))
+    check.latent(got, 2, given, look)
     check.passes()
 
 
@@ -378,8 +382,7 @@ def check_3d(carrier: Callable[[Tensor, Tensor, Tensor, Tensor], int]) -> None:
         2: "the direction: latent 2 fires hardest, but its row is orthogonal to the probe.",
         3: "both factors: activation times cosine with the direction, mean over the missed samples.",
     }
-    index = int(got)
-    check.require(index == 1, given, "latent 1", got, look.get(index, "the axis of argmax."))
+    check.latent(got, 1, given, look)
     check.passes()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -88,10 +89,7 @@ class Reader:
         self.rows = torch.nn.functional.normalize(sae.W_dec.detach().float().cpu(), dim=1)
         self.unembedding = _unembedding(model)
         self._positions = np.flatnonzero(store.kept)
-        tokenizer = model.tokenizer
-        ids = np.unique(np.concatenate([store.contexts.ravel(), [0]]))
-        self._texts = {int(i): tokenizer.decode([int(i)]) for i in ids}
-        self._decode = lambda i: self._texts.get(i) or tokenizer.decode([i])
+        self._decode = functools.cache(lambda token: model.tokenizer.decode([token]))
 
     def summaries(self) -> list[dict[str, Any]]:
         """For the list of all latents: share of tokens, largest activation, the token under it."""
@@ -134,7 +132,7 @@ class Reader:
         shown = {int(row) for row in top}
         middle = [row for row in self._one_a_context(where[middle], N_TOP) if int(row) not in shown]
         missed = self.firings.near_misses[latent]
-        counts, edges = np.histogram(values, BINS, (0, values.max() if len(values) else 1))
+        counts, _ = np.histogram(values, BINS, (0, values.max() if len(values) else 1))
         acts = dict(zip(where.tolist(), values.tolist(), strict=True))
         return {
             "mean": _short(values.mean()) if len(values) else 0,

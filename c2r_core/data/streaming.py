@@ -91,7 +91,7 @@ class TextStream:
 
 
 def open_texts(source: str | Path, *, column: str = "text", split: str = "train") -> TextStream:
-    """Texts of a folder, a file or a data set, read while they are used.
+    """Texts of a folder, which is read at once, or of a file or data set, read while they are used.
 
     Parameters
     ----------

