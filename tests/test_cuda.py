@@ -52,7 +52,7 @@ def test_the_loss_and_its_gradients_are_the_cpu_s():
     for ours, plain in zip(values["cuda"], values["cpu"], strict=True):
         torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-7)
     found = nearest_neighbours(W_dec.cuda())
-    assert found.indices.cpu().equal(nearest_neighbours(W_dec).indices)
+    assert found.index.cpu().equal(nearest_neighbours(W_dec).index)
 
 
 @every_architecture

@@ -16,6 +16,7 @@ from c2r_core.losses import (
     c2r_from_norms,
     c2r_loss,
     nearest_neighbours,
+    neighbours,
     orthogonality_loss,
 )
 from c2r_core.losses.neighbours import _search
@@ -144,16 +145,38 @@ def test_stacked_dictionaries_are_independent():
     torch.testing.assert_close(c2r_loss(acts, W_dec, 2.0), expected)
 
 
-def test_block_search_equals_the_full_product(monkeypatch):
-    _, W_dec = random_case(3, d_sae=50)
-    expected = nearest_neighbours(W_dec)
-    monkeypatch.setattr("c2r_core.losses.neighbours._BLOCK_ENTRIES", 50 * 7)
-    blocks = nearest_neighbours(W_dec)
-    assert torch.equal(blocks.index, expected.index)
-    cosines = torch.nn.functional.normalize(W_dec, dim=1)
-    cosines = (cosines @ cosines.T).fill_diagonal_(-2)
-    assert torch.equal(expected.index, cosines.argmax(1))
-    torch.testing.assert_close(blocks.cosine, cosines.max(1).values)
+def rows_of_a_kind(kind, dtype):
+    generator = torch.Generator().manual_seed(1)
+    rows = torch.randn(500, 30, generator=generator, dtype=dtype)
+    if kind == "twins":  # told apart in the sixth digit
+        rows[250:] = rows[:250] + 1e-5 * torch.randn(250, 30, generator=generator, dtype=dtype)
+    elif kind == "alike":
+        rows = 1 + 1e-3 * rows
+    elif kind == "equal":
+        rows = torch.ones_like(rows)
+    elif kind == "some zero":
+        rows[::7] = 0
+    return rows
+
+
+@pytest.mark.parametrize("kind", ["random", "twins", "alike", "equal", "some zero"])
+@pytest.mark.parametrize("half", [False, True], ids=["as it is", "bfloat16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_search_in_tiles_is_exact(kind, half, dtype, monkeypatch):
+    monkeypatch.setattr(neighbours, "_TILE", 64)
+    monkeypatch.setattr(neighbours, "_PAIRS", 100)
+    monkeypatch.setattr(neighbours, "bfloat16_is_faster", lambda device: half)
+    W_dec = torch.stack([rows_of_a_kind(kind, dtype), rows_of_a_kind("random", dtype)])
+    found = nearest_neighbours(W_dec)
+    unit = torch.nn.functional.normalize(W_dec.double(), dim=-1)
+    cosines = unit @ unit.mT
+    cosines.diagonal(dim1=-2, dim2=-1).fill_(-torch.inf)
+    exact = {"rtol": 0, "atol": 3e-7 if dtype == torch.float32 else 1e-12}
+    torch.testing.assert_close(found.cosine.double(), cosines.amax(-1).clamp(max=1), **exact)
+    of_index = cosines.gather(-1, found.index.unsqueeze(-1))[..., 0]
+    torch.testing.assert_close(of_index, cosines.amax(-1), **exact)
+    if kind == "equal":
+        assert found.index[0].tolist() == [1] + [0] * 499
 
 
 @pytest.mark.parametrize("d_sae, chunk_size", [(40, 8), (41, 8), (41, 20)])

@@ -31,7 +31,7 @@ from c2r_core.saes import (
     save_sae,
 )
 from c2r_core.saes.sparse import firing_counts, latent_norms
-from c2r_core.saes.topk import largest_entries
+from c2r_core.saes.topk import largest_above, largest_entries
 
 k_sparse = pytest.mark.parametrize("sae_class", [TopKSAE, BatchTopKSAE, MatryoshkaBatchTopKSAE])
 
@@ -110,6 +110,13 @@ def test_largest_entries_are_exact(shape, n):
     values = torch.randn(shape, generator=torch.Generator().manual_seed(n))
     found = values.gather(-1, largest_entries(values, n)).sort(-1, descending=True).values
     torch.testing.assert_close(found, values.topk(n, dim=-1).values, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("least", [-9.0, 0.0, 1.0, 1.6, 9.0])
+def test_largest_above_a_guess_are_exact(least):
+    values = torch.randn(640, generator=torch.Generator().manual_seed(0))
+    found = values[largest_above(values, 40, least)].sort(descending=True).values
+    torch.testing.assert_close(found, values.topk(40).values, rtol=0, atol=0)
 
 
 def test_k_is_annealed_from_d_in():

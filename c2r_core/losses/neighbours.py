@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import statistics
+import time
+from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Generator, Tensor
 
-# A block of cosines holds at most this many entries (64 MiB in float32), however wide the dictionary.
-_BLOCK_ENTRIES = 2**24
+# Rows of a tile of cosines, few enough that it is looked at while it is in the processor's cache.
+_TILE = 512
+# Candidates for each row of a tile, at most, and pairs whose rows are read at once.
+_CANDIDATES, _PAIRS = 16, 2**12
 
 
 class Neighbours(NamedTuple):
@@ -31,7 +36,7 @@ def nearest_neighbours(
         Leading dimensions are independent dictionaries.
     chunk_size : int, optional
         Search only within random chunks of this size (8192 in the paper, arXiv 2606.30609).
-        None searches all latents, in blocks, so that memory stays bounded.
+        None searches all latents, in tiles, so that memory stays bounded.
     generator : torch.Generator, optional
         Draws the chunks; required with `chunk_size` below d_sae, so that a run can be repeated.
 
@@ -116,16 +121,97 @@ def check_decoder(W_dec: Tensor) -> Tensor:
 
 
 def _search(unit: Tensor) -> Neighbours:
-    d_sae = unit.shape[-2]
-    n_copies = unit[..., 0, 0].numel()
-    block = max(1, _BLOCK_ENTRIES // (d_sae * n_copies))
-    found = []
+    """Neighbours among rows of norm 1, (..., d_sae, d_in)."""
     with torch.autocast(unit.device.type, enabled=False):
-        for start in range(0, d_sae, block):
-            cosines = unit[..., start : start + block, :] @ unit.mT
-            cosines.diagonal(offset=start, dim1=-2, dim2=-1).fill_(-torch.inf)
-            found.append(cosines.max(-1))
-    return Neighbours(
-        index=torch.cat([f.indices for f in found], dim=-1),
-        cosine=torch.cat([f.values for f in found], dim=-1).clamp_(-1.0, 1.0),
-    )
+        if unit.shape[-2] > _TILE:
+            found = [_search_in_tiles(rows) for rows in unit.reshape(-1, *unit.shape[-2:])]
+            index, cosine = (torch.stack(parts) for parts in zip(*found, strict=True))
+        else:
+            cosines = unit @ unit.mT
+            cosines.diagonal(dim1=-2, dim2=-1).fill_(-torch.inf)
+            cosine, index = cosines.max(-1)
+    shape = unit.shape[:-1]
+    return Neighbours(index.reshape(shape), cosine.reshape(shape).clamp(-1.0, 1.0))
+
+
+def _search_in_tiles(unit: Tensor) -> Neighbours:
+    """The same for one dictionary, (d_sae, d_in); each pair is compared once and serves both rows.
+
+    The cosines come tile by tile, in a precision that may be rough. A pair stays a candidate while its cosine
+    is within `margin` of the best that one of its rows has met, so that no neighbour can be lost. The few
+    that are left in the end are compared in full.
+    """
+    rough, margin = _rough(unit)
+    best = unit.new_full((len(unit),), -torch.inf)
+    pairs = []
+    starts = range(0, len(unit), _TILE)
+    for first, second in ((i, j) for i in starts for j in starts if i <= j):
+        a, b = slice(first, first + _TILE), slice(second, second + _TILE)
+        cosines = rough[a] @ rough[b].mT
+        if first == second:
+            cosines.fill_diagonal_(-torch.inf)
+        best[a] = torch.maximum(best[a], cosines.amax(1))
+        best[b] = torch.maximum(best[b], cosines.amax(0))
+        least_a, least_b = ((best[rows] - margin).to(rough.dtype) for rows in (a, b))
+        candidates = ((cosines >= least_a[:, None]) | (cosines >= least_b)).nonzero()
+        if len(candidates) > _CANDIDATES * len(
+            cosines
+        ):  # nearly all rows are alike: the best are enough
+            cosines = unit[a] @ unit[b].mT
+            candidates = _best_of(cosines, is_diagonal=first == second)
+        i, j = candidates.unbind(1)
+        pairs.append((i + first, j + second, cosines[i, j].to(best.dtype)))
+    i, j, cosine = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+    is_left = (cosine >= best[i] - margin) | (cosine >= best[j] - margin)
+    return _compared(unit, i[is_left], j[is_left])
+
+
+def _rough(unit: Tensor) -> tuple[Tensor, float]:
+    """The rows in the fastest precision for products, and twice the largest error of a cosine of them."""
+    if unit.dtype == torch.float32 and bfloat16_is_faster(unit.device.type):
+        rough = unit.bfloat16()
+        lost = (
+            torch.linalg.vector_norm(unit - rough, dim=-1).max().item()
+        )  # of a row, in rounding it
+        return rough, 2 * (2 * lost + lost**2) + 4 * torch.finfo(torch.bfloat16).eps / 2
+    is_exact = unit.device.type == "cpu"  # a GPU may be set to multiply in TF32
+    return unit, 1e-5 if is_exact else 4 * 2**-11
+
+
+def _best_of(cosines: Tensor, *, is_diagonal: bool) -> Tensor:
+    """Pairs (row, column) of the largest entry in each row and each column, (n, 2)."""
+    if is_diagonal:
+        cosines.fill_diagonal_(-torch.inf)
+    rows, columns = (torch.arange(n, device=cosines.device) for n in cosines.shape)
+    by_row = torch.stack([rows, cosines.argmax(1)], dim=1)
+    by_column = torch.stack([cosines.argmax(0), columns], dim=1)
+    return torch.cat([by_row, by_column])
+
+
+def _compared(unit: Tensor, i: Tensor, j: Tensor) -> Neighbours:
+    """Each row's best partner among the pairs (i, j), which hold it for every row; ties: the lowest."""
+    parts = zip(i.split(_PAIRS), j.split(_PAIRS), strict=True)
+    cosines = torch.cat([torch.linalg.vecdot(unit[a], unit[b]) for a, b in parts]).repeat(2)
+    rows, partners = torch.cat([i, j]), torch.cat([j, i])
+    best = unit.new_full((len(unit),), -torch.inf).scatter_reduce(0, rows, cosines, "amax")
+    is_best = cosines == best[rows]
+    index = torch.full_like(best, len(unit), dtype=torch.long)
+    index = index.scatter_reduce(0, rows[is_best], partners[is_best], "amin")
+    return Neighbours(index, best)
+
+
+@cache
+def bfloat16_is_faster(device: str) -> bool:
+    """Whether this process multiplies matrices in bfloat16 at least 1.2 times as fast: measured, once."""
+    if device != "cpu":
+        return False
+
+    def seconds(x: Tensor) -> float:
+        started = time.perf_counter()
+        x @ x.mT
+        return time.perf_counter() - started
+
+    x = torch.ones(_TILE, _TILE)
+    times = [(seconds(x), seconds(x.bfloat16())) for _ in range(5)]
+    full, half = (statistics.median(column) for column in zip(*times, strict=True))
+    return full > 1.2 * half

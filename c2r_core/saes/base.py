@@ -177,7 +177,10 @@ class SAE(nn.Module):
         self.check_input(x)
         precision = precision or self.W_enc.dtype
         centred = (x - self.b_dec.unsqueeze(-2)).to(precision)
-        return centred @ self.W_enc.to(precision) + self.b_enc.unsqueeze(-2).to(precision)
+        W_enc, b_enc = self.W_enc.to(precision), self.b_enc.to(precision)
+        if self.n_stacked is None:
+            return nn.functional.linear(centred, W_enc.mT, b_enc)
+        return torch.baddbmm(b_enc.unsqueeze(-2), centred, W_enc)
 
     def check_input(self, x: Tensor) -> None:
         """Raise a ValueError unless x is (..., batch, d_in) for this SAE or stack."""

@@ -6,12 +6,15 @@ from collections.abc import Sequence
 from numbers import Integral
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from c2r_core.saes.base import SAE, StepInput, TrainingLosses, reconstruction_loss
 from c2r_core.saes.files import register
 from c2r_core.saes.sparse import EncodeKept, FeatureActs, SparseActs, decode_sparse
 
+# The kept activations of a batch are looked for above this share of the threshold.
+_BELOW = 0.9
 # k falls from d_in to its target over this share of the training.
 ANNEALED_SHARE = 0.01
 
@@ -88,7 +91,7 @@ class KSparseSAE(SAE):
         reconstruction, x_hat = self.reconstruct(x, feature_acts)
         aux_k = torch.zeros_like(reconstruction)
         if dead is not None and dead.any():
-            dead_acts = (x - self.b_dec) @ self.W_enc[:, dead] + self.b_enc[dead]
+            dead_acts = F.linear(x - self.b_dec, self.W_enc.mT[dead], self.b_enc[dead])
             aux_k = _aux_k_loss(dead_acts, self.W_dec[dead], (x - x_hat).detach())
         return TrainingLosses(
             reconstruction, torch.zeros_like(aux_k), aux_k, feature_acts, _smallest_positive(values)
@@ -153,7 +156,10 @@ class BatchTopKSAE(KSparseSAE):
 
     def keep(self, pre_acts: Tensor, k: int) -> Tensor:
         """As in `KSparseSAE`: the batch · k largest entries of the batch."""
-        return largest_entries(pre_acts.flatten(-2), pre_acts.shape[-2] * k)
+        n, entries = pre_acts.shape[-2] * k, pre_acts.flatten(-2)
+        if self.n_stacked is None and self.threshold > 0:
+            return largest_above(entries, n, _BELOW * self.threshold)
+        return largest_entries(entries, n)
 
     def activate(self, pre_acts: Tensor) -> Tensor:
         """As in `SAE`."""
@@ -174,6 +180,14 @@ class BatchTopKSAE(KSparseSAE):
         self.threshold /= factor
 
 
+def largest_above(values: Tensor, n: int, least: Tensor | float) -> Tensor:
+    """As `largest_entries` for one dimension, looking only above `least` where n entries are; exact."""
+    above = (values > least).nonzero()[:, 0]
+    if not n <= len(above) <= len(values) // 8:
+        return largest_entries(values, n)
+    return above[values[above].topk(n, sorted=False).indices]
+
+
 def largest_entries(values: Tensor, n: int, group: int = 16) -> Tensor:
     """Indices of the n largest entries along the last dimension, in any order; exact.
 
@@ -184,10 +198,12 @@ def largest_entries(values: Tensor, n: int, group: int = 16) -> Tensor:
     length = values.shape[-1]
     if length % group or length // group <= n:
         return values.topk(n, dim=-1, sorted=False).indices
-    groups = values.unflatten(-1, (-1, group))
-    best_groups = groups.amax(-1).topk(n, dim=-1, sorted=False).indices
-    entries = best_groups.unsqueeze(-1) * group + torch.arange(group, device=values.device)
-    entries = entries.flatten(-2)
+    n_groups = (
+        length // group
+    )  # entry j is of group j % n_groups, so that maxima are taken row by row
+    best_groups = values.unflatten(-1, (group, n_groups)).amax(-2).topk(n, sorted=False).indices
+    first = torch.arange(0, length, n_groups, device=values.device)
+    entries = (best_groups.unsqueeze(-1) + first).flatten(-2)
     best = values.gather(-1, entries).topk(n, dim=-1, sorted=False).indices
     return entries.gather(-1, best)
 

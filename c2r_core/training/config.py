@@ -18,9 +18,10 @@ class TrainConfig:
     warmup_share, decay_share : float
         Shares of the steps in which lr rises linearly from 0, and falls linearly to 0.
     clip_norm : float
-        Bound on the gradient's norm, for each SAE of a stack on its own. The paper's 1 hardly ever acts
-        where E‖x‖² = 1. A bound so small that it acts on every step, such as 0.01, gives every batch
-        the same say, and trained language-model SAEs better (`make parity`).
+        Bound on the norm of the gradient of the SAE's own loss, for each SAE of a stack on its own. Where it
+        acts, the penalties' gradient is scaled by the same factor, so λ weighs as much as without a bound.
+        The paper's 1 hardly ever acts where E‖x‖² = 1. A bound so small that it acts on every step, such as
+        0.01, gives every batch the same say, and trained language-model SAEs better (`make parity`).
     aux_k_coefficient : float
         Weight of the dead-latent revival, in architectures that have a target L0; 0 switches it off.
     dead_after : float

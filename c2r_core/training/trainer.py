@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -27,10 +26,11 @@ from c2r_core.training.history import History
 from c2r_core.training.regularisers import Regulariser
 from c2r_core.training.resampling import resample_dead
 from c2r_core.training.update import (
-    clip_gradients,
+    clip_factors,
     geometric_median,
     normalise_rows,
     remove_parallel_gradient,
+    scale_gradients,
 )
 
 BatchSource = Callable[[int], Tensor]
@@ -86,11 +86,6 @@ def train(
         If a loss becomes NaN or infinite.
     OSError
         If a checkpoint cannot be written; the one before it is left unharmed.
-
-    Warns
-    -----
-    UserWarning
-        If a penalty with every > 1 is so strong that the gradient's bound alone decides how far it acts.
     """
     first_batch = _checked(batches(0), sae, 0)
     _check_scale(lambda step: _checked(batches(step), sae, step), first_batch, config)
@@ -134,7 +129,6 @@ class _Run:
         self.revives = config.aux_k_coefficient > 0 and sae.target_l0 is not None
         self.silent_samples = torch.zeros_like(sae.W_dec[..., 0], dtype=torch.long)
         self.last_penalties: dict[str, Tensor] = {}
-        self.saturation = _Saturation(config.clip_norm)
         if checkpoint is not None and checkpoint.exists():
             self.resume()
         else:
@@ -147,27 +141,24 @@ class _Run:
         losses = sae.training_losses(
             StepInput(x, self.step / config.steps, self._dead(), precision)
         )
-        total = losses.total(config.aux_k_coefficient)
-        self._check_finite(total, losses)
-        penalties, applied = {}, []
-        for regulariser, weight in zip(self.regularisers, self.weights, strict=True):
-            strength = regulariser.strength_at(self.step)
-            if strength > 0:
-                value = regulariser(losses.feature_acts, sae.W_dec, self._generator())
-                total = total + weight * strength * value
-                penalties[regulariser.name] = value.detach()
-                applied.append(regulariser)
-        self._check_finite(total, losses, penalties)
+        own_loss = losses.total(config.aux_k_coefficient)
+        self._check_finite(own_loss, losses)
+        penalty, penalties = self._penalty(losses)
+        self._check_finite(own_loss + penalty, losses, penalties)
 
+        parameters = list(sae.parameters())
         self.optimiser.param_groups[0]["lr"] = config.lr_at(self.step)
         self.optimiser.zero_grad()
-        total.sum().backward()
+        own_loss.sum().backward(retain_graph=bool(penalties))
         if sae.unit_norm_decoder:
             remove_parallel_gradient(sae.W_dec)
-        norms = clip_gradients(
-            list(sae.parameters()), config.clip_norm, stacked=sae.n_stacked is not None
-        )
-        self.saturation.watch(norms, applied)
+        # The bound looks at the SAE's own gradient, so that it never weakens a penalty beside it.
+        factors = clip_factors(parameters, config.clip_norm, stacked=sae.n_stacked is not None)
+        if penalties:
+            penalty.sum().backward()
+            if sae.unit_norm_decoder:
+                remove_parallel_gradient(sae.W_dec)
+        scale_gradients(parameters, factors)
         self.optimiser.step()
         if sae.unit_norm_decoder:
             normalise_rows(sae.W_dec)
@@ -178,6 +169,17 @@ class _Run:
             resample_dead(sae, dead, x, self.optimiser, mix_seeds(config.seed, self.step))
             self.silent_samples[dead] = 0
         self.step += 1
+
+    def _penalty(self, losses: TrainingLosses) -> tuple[Tensor | float, dict[str, Tensor]]:
+        """What the regularisers add at this step, and the value of each that acts, by name."""
+        penalty, values = 0.0, {}
+        for regulariser, weight in zip(self.regularisers, self.weights, strict=True):
+            strength = regulariser.strength_at(self.step)
+            if strength > 0:
+                value = regulariser(losses.feature_acts, self.sae.W_dec, self._generator())
+                penalty = penalty + weight * strength * value
+                values[regulariser.name] = value.detach()
+        return penalty, values
 
     def _dead(self) -> Tensor | None:
         """Latents silent for so long that an average one would have fired `dead_after` times."""
@@ -253,33 +255,6 @@ class _Run:
         self.silent_samples.copy_(tensors["silent_samples"])
         self.step = state["step"]
         self.history.records[:] = state["history"]
-
-
-class _Saturation:
-    """Warns, once, where a penalty of every > 1 fills its steps and the gradient's bound cuts them.
-
-    Such a step moves the SAE by the bound, in the penalty's direction, however large λ is.
-    """
-
-    DOMINATES = 50
-
-    def __init__(self, clip_norm: float) -> None:
-        self.clip_norm, self.usual, self.warned = clip_norm, None, False
-
-    def watch(self, norms: Tensor, applied: list[Regulariser]) -> None:
-        """Gradient norms of a step before the bound, and the penalties that acted on it."""
-        rare = [r.name for r in applied if r.every > 1]
-        if not rare:
-            self.usual = norms
-        elif self.usual is not None and not self.warned:
-            if (norms > (self.DOMINATES * self.usual).clamp(min=self.clip_norm)).any():
-                self.warned = True
-                warnings.warn(
-                    f"{' and '.join(rare)} makes the gradient more than {self.DOMINATES} times as long as "
-                    f"it is on the steps between, and clip_norm={self.clip_norm:g} cuts it: a larger weight "
-                    "changes hardly anything more. Take a smaller weight, every=1, or a larger clip_norm.",
-                    stacklevel=5,
-                )
 
 
 def _terms(losses: TrainingLosses) -> dict[str, Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -24,23 +26,34 @@ def geometric_median(x: Tensor, iterations: int = 20) -> Tensor:
 def remove_parallel_gradient(W_dec: Tensor) -> None:
     """Take from each decoder row's gradient the part along the row, which renormalising undoes."""
     if W_dec.grad is not None:
-        along = (W_dec.grad * W_dec).sum(-1, keepdim=True)
-        W_dec.grad -= along * W_dec
+        along = torch.linalg.vecdot(W_dec.grad, W_dec).unsqueeze(-1)
+        W_dec.grad.addcmul_(along, W_dec, value=-1)
 
 
 @torch.no_grad()
-def clip_gradients(parameters: list[Tensor], max_norm: float, *, stacked: bool) -> Tensor:
-    """Scale the gradients of each SAE so that their common norm is at most max_norm.
+def clip_factors(parameters: Iterable[Tensor], max_norm: float, *, stacked: bool) -> Tensor:
+    """By what to multiply the gradients of each SAE so that their common norm is at most max_norm.
 
-    Returns that norm before, one number for each SAE of a stack. A parameter without a gradient is left out.
+    Shape (), or (n_stacked,). A parameter without a gradient is left out.
     """
     keep = 1 if stacked else 0
-    used = [p for p in parameters if p.grad is not None]
-    norms = sum(p.grad.square().sum(dim=tuple(range(keep, p.ndim))) for p in used).sqrt()
-    factors = (max_norm / norms.clamp(min=1e-12)).clamp(max=1.0)
-    for p in used:
-        p.grad *= factors.reshape(factors.shape + (1,) * (p.ndim - keep))
-    return norms
+    norms = torch.stack(
+        [
+            torch.linalg.vector_norm(p.grad, dim=tuple(range(keep, p.ndim)))
+            for p in parameters
+            if p.grad is not None
+        ]
+    )
+    return (max_norm / torch.linalg.vector_norm(norms, dim=0).clamp(min=1e-12)).clamp(max=1.0)
+
+
+@torch.no_grad()
+def scale_gradients(parameters: Iterable[Tensor], factors: Tensor) -> None:
+    """Multiply the gradients of each SAE by its factor, of shape () or (n_stacked,)."""
+    if (factors < 1).any():
+        for p in parameters:
+            if p.grad is not None:
+                p.grad *= factors.reshape(factors.shape + (1,) * (p.ndim - factors.ndim))
 
 
 @torch.no_grad()
