@@ -13,7 +13,6 @@ from c2r_core.data.forward import (
     check_hook_name,
     log_probs,
     make_prompts,
-    resolve_precision,
 )
 from c2r_core.data.language_models import RANDOM, load_language_model
 from c2r_core.errors import NotEvaluable
@@ -94,19 +93,6 @@ def test_an_unknown_hook_suggests_near_ones(model, wrong, near) -> None:
         check_hook_name(model, wrong)
 
 
-def test_precision_auto_is_resolved(monkeypatch) -> None:
-    assert resolve_precision("float32", "cuda") == "float32"
-    assert resolve_precision("auto", "cuda:0") == "bfloat16"
-    assert resolve_precision("auto", "mps") == "float32"
-    for capable, expected in ((True, "bfloat16"), (False, "float32")):
-        monkeypatch.setattr(
-            torch.cpu, "get_capabilities", lambda c=capable: {"avx512_bf16": c}, raising=False
-        )
-        assert resolve_precision("auto", "cpu") == expected
-    with pytest.raises(ValueError, match="precision is 'half'"):
-        resolve_precision("half", "cpu")
-
-
 def test_activations_that_are_not_finite_are_the_models_fault(monkeypatch) -> None:
     model = load_language_model(RANDOM)
     with torch.no_grad():
@@ -180,6 +166,43 @@ def test_an_activation_replaced_by_itself_changes_nothing_and_by_another_much(mo
     changed = answer_log_probs(model, prompts, HOOK, x.flip(0))
     assert not torch.allclose(changed[0], before[0], atol=1e-2)
     assert torch.allclose(changed[1], before[1], atol=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("is_replaced", [False, True])
+def test_answers_are_those_of_a_pass_over_the_whole_prompt(model, prompts, precision, is_replaced):
+    """The plain form: one prompt at a time, nothing kept, logits of every token."""
+    x = activations_at(model, prompts, HOOK, precision=precision).flip(0) if is_replaced else None
+    found = answer_log_probs(model, prompts, HOOK, x, precision=precision)
+    whole = prompts.without_prefix()
+    expected = []
+    for i in range(len(prompts)):
+
+        def replaced(activation, hook, i=i):
+            if x is not None:
+                activation = activation.clone()
+                activation[0, whole.position[i]] = x[i].to(activation)
+            return activation
+
+        autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16")
+        with torch.no_grad(), autocast, model.hooks(fwd_hooks=[(HOOK, replaced)]):
+            logits = model(whole.tails[i : i + 1, : whole.last[i] + 1])
+        expected.append(logits[0, -1].float().log_softmax(-1))
+    tolerance = {"atol": 1e-5} if precision == "float32" else {"atol": 0.1}
+    assert torch.allclose(found, torch.stack(expected), **tolerance)
+    chosen = answer_log_probs(model, prompts, HOOK, x, answers=[7, 5], precision=precision)
+    assert torch.equal(chosen, found[:, [7, 5]])
+
+
+def test_only_the_last_token_of_a_prompt_is_unembedded(model):
+    prompts = make_prompts(
+        model.tokenizer, "cat, dog\n", [" river", " unbelievable"], "{subject}: a"
+    )[0]
+    assert len(prompts.last.unique()) == 2
+    seen = []
+    with model.hooks(fwd_hooks=[("unembed.hook_out", lambda x, hook: seen.append(x.shape[:2]))]):
+        answer_log_probs(model, prompts, HOOK)
+    assert seen == [(1, 1), (2, 1)], "the beginning, then the prompts"
 
 
 def test_bad_replacements_are_refused(model, prompts):

@@ -5,10 +5,18 @@ from dataclasses import astuple
 import pytest
 import torch
 
+from c2r_core.artefacts.profiles import load_profile
 from c2r_core.data.forward import activations
 from c2r_core.data.language_models import load_language_model
 from c2r_core.errors import NotEvaluable
-from c2r_core.metrics.model_loss import model_preservation
+from c2r_core.metrics import model_loss
+from c2r_core.metrics.inputs import Inputs
+from c2r_core.metrics.model_loss import (
+    ModelMarks,
+    measure_model_preservation,
+    model_marks,
+    model_preservation,
+)
 
 HOOK = "blocks.0.hook_resid_post"
 
@@ -38,8 +46,9 @@ def tokens():
 
 def test_perfect_and_ablating_saes_mark_the_ends(model, tokens):
     mean = activations(model, tokens, HOOK)[:, 1:].flatten(0, 1).mean(0)
+    marks = model_marks(model, tokens, HOOK, mean_activation=mean)
     perfect, zero, to_mean = (
-        model_preservation(model, sae, tokens, HOOK, mean_activation=mean)
+        model_preservation(model, sae, tokens, HOOK, marks=marks)
         for sae in (Copier(), Copier(0.0), Copier(0.0, mean))
     )
     assert perfect.ce_loss_with_sae == pytest.approx(perfect.ce_loss_without_sae, abs=1e-5)
@@ -82,16 +91,17 @@ def test_tokens_dropped_in_training_keep_their_activation_in_every_arm(model, to
     report = model_preservation(model, Copier(), tokens, HOOK)
     assert report.n_unchanged_tokens == 5  # the first of each context
     zero, max_norm = torch.zeros(64), 1.0001 * float(norms.flatten().median())
-    halfway = model_preservation(
-        model, Copier(0.0), tokens, HOOK, max_norm=max_norm, mean_activation=zero
-    )
+
+    def with_zero_mean(max_norm):
+        marks = model_marks(model, tokens, HOOK, max_norm=max_norm, mean_activation=zero)
+        return model_preservation(model, Copier(0.0), tokens, HOOK, max_norm=max_norm, marks=marks)
+
+    halfway = with_zero_mean(max_norm)
     assert halfway.n_unchanged_tokens == 5 + int((norms > max_norm).sum())
     ablated = halfway.ce_loss_with_ablation
     assert halfway.ce_loss_with_sae == ablated == halfway.ce_loss_with_mean_ablation
     assert ablated != report.ce_loss_with_ablation
-    nothing = model_preservation(
-        model, Copier(0.0), tokens, HOOK, max_norm=1e-9, mean_activation=zero
-    )
+    nothing = with_zero_mean(1e-9)
     assert nothing.n_unchanged_tokens == 60
     assert nothing.ce_loss_with_sae == nothing.ce_loss_with_ablation == nothing.ce_loss_without_sae
     assert nothing.ce_loss_score is nothing.kl_div_score is None
@@ -100,9 +110,74 @@ def test_tokens_dropped_in_training_keep_their_activation_in_every_arm(model, to
 
 def test_the_measured_mean_equals_a_given_one(model, tokens):
     mean = activations(model, tokens, HOOK)[:, 1:].flatten(0, 1).mean(0)
-    given = model_preservation(model, Copier(0.8), tokens, HOOK, mean_activation=mean)
-    measured = model_preservation(model, Copier(0.8), tokens, HOOK)
-    assert astuple(measured) == pytest.approx(astuple(given), abs=1e-5)
+    given = model_marks(model, tokens, HOOK, mean_activation=mean)
+    assert astuple(model_marks(model, tokens, HOOK)) == pytest.approx(astuple(given), abs=1e-5)
+
+
+def test_marks_by_hand(model, tokens):
+    mean = activations(model, tokens, HOOK)[:, 1:].flatten(0, 1).mean(0)
+
+    def loss_and_log_p(value):
+        def put_in(activation, hook):
+            return torch.cat([activation[:, :1], value.expand_as(activation[:, 1:])], dim=1)
+
+        hooks = [] if value is None else [(HOOK, put_in)]
+        with torch.no_grad():
+            log_p = model.run_with_hooks(tokens, fwd_hooks=hooks).log_softmax(-1)[:, :-1]
+        loss = torch.nn.functional.nll_loss(log_p.flatten(0, 1), tokens[:, 1:].flatten())
+        return float(loss), log_p
+
+    (ce_model, log_p), (ce_zero, log_q), (ce_mean, _) = map(
+        loss_and_log_p, (None, torch.zeros(64), mean)
+    )
+    kl = torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="sum") / 55
+    by_hand = (ce_model, ce_zero, ce_mean, float(kl), 5)
+    assert astuple(model_marks(model, tokens, HOOK)) == pytest.approx(by_hand, rel=1e-4)
+
+
+def test_marks_are_kept(model, tokens, tmp_path):
+    marks = model_marks(model, tokens, HOOK)
+    marks.save(tmp_path / "marks")
+    assert astuple(ModelMarks.load(tmp_path / "marks")) == astuple(marks)
+
+
+def test_a_second_sae_pays_its_own_passes_alone(few_documents, model, monkeypatch, tmp_path):
+    monkeypatch.setenv("C2R_CACHE", str(tmp_path))
+    profile = load_profile("smoke")
+    passes, contexts = [], []
+    plain = model_loss.log_probs
+    monkeypatch.setattr(
+        model_loss, "log_probs", lambda *a, **s: (passes.append(1), plain(*a, **s))[1]
+    )
+    whole = model_loss.model_preservation
+    monkeypatch.setattr(
+        model_loss,
+        "model_preservation",
+        lambda model, sae, tokens, *a, **s: (
+            contexts.append((tokens, s)),
+            whole(model, sae, tokens, *a, **s),
+        )[1],
+    )
+    counts, found = [], []
+    for scale in (0.5, 0.9):
+        sae = Copier(scale)
+        sae.W_dec = torch.eye(64)
+        inputs = Inputs(
+            sae,
+            profile.language_model,
+            profile.evaluation,
+            language_model=model,
+            corpus=few_documents,
+        )
+        passes.clear()
+        found.append(measure_model_preservation(inputs))
+        counts.append(len(passes))
+    assert counts == [5, 2], "one batch of contexts"
+    assert found[0].ce_loss_with_sae != found[1].ce_loss_with_sae
+    for scale, report, (tokens, settings) in zip((0.5, 0.9), found, contexts, strict=True):
+        settings.pop("marks")
+        hook = profile.language_model.hook_name
+        assert whole(model, Copier(scale), tokens, hook, **settings) == report
 
 
 def test_batches_do_not_matter(model, tokens):

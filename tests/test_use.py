@@ -7,11 +7,17 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
+from c2r_core.artefacts.profiles import load_profile
 from c2r_core.data.language_models import RANDOM, load_language_model
 from c2r_core.data.words import LetterWords, harvest_words
 from c2r_core.errors import NotEvaluable
+from c2r_core.metrics import use as module
+from c2r_core.metrics import use_task
+from c2r_core.metrics.inputs import Inputs
+from c2r_core.metrics.letter_probes import letter_splits
 from c2r_core.metrics.use import measure_use, measure_use_of_means, use_examples
-from c2r_core.metrics.use_task import UseTask, letter_use_task
+from c2r_core.metrics.use_task import UseTask, letter_use_task, letters_to_use
+from c2r_core.seeds import mix_seeds
 
 HOOK = "blocks.0.hook_resid_post"
 N_CONCEPTS, D_IN, PER_CONCEPT = 4, 12, 60
@@ -157,6 +163,40 @@ def test_what_cannot_be_measured_says_why(task):
         measure_use(broken, task)
 
 
+def test_all_is_asked_together_and_scored_as_one_by_one(task):
+    dirty = clean()
+    dirty.W_enc[N_CONCEPTS + 1, 0] = 1
+    dirty.W_dec[0, 1] = 1
+    asked = []
+
+    def respond(rows, replacements):
+        asked.append(replacements is None)
+        return task.respond(rows, replacements)
+
+    report = measure_use(dirty, replace(task, respond=respond))
+    assert asked == [True, False]
+    acts, n, is_right = dirty.encode(task.activations), 20, task.is_right()
+    for c, row in enumerate(report.concepts):
+        generator = torch.Generator().manual_seed(mix_seeds(0, c))
+        holds = task.concepts == c
+        draw = [(holds & is_right).nonzero()[:, 0], (~holds & ~task.for_picking).nonzero()[:, 0]]
+        held, others = (s[torch.randperm(len(s), generator=generator)[:n]] for s in draw)
+
+        def without(i, c=c):
+            x = task.activations[i] - acts[i, c] * dirty.W_dec[c]
+            return task.respond(torch.tensor([i]), x[None])[0]
+
+        erased = [int(without(i)[:-1].argmax()) != c for i in held]
+        kl = [task.before[i].exp() @ (task.before[i] - without(i)) for i in others]
+        mean_with, mean_without = task.means(c)
+        along = dirty.W_dec[c] / dirty.W_dec[c].norm()
+        shift = 2 * (mean_with - mean_without).norm() * along
+        to = [task.respond(i[None], (task.activations[i] + shift)[None])[0, :-1] for i in others]
+        assert row.erased == pytest.approx(sum(erased) / n)
+        assert row.collateral == pytest.approx(float(sum(kl)) / n, abs=1e-6)
+        assert row.steered == pytest.approx(sum(int(one.argmax()) == c for one in to) / n)
+
+
 def test_the_same_seed_gives_the_same_report(task):
     assert measure_use(clean(), task, seed=3) == measure_use(clean(), task, seed=3)
 
@@ -205,3 +245,51 @@ def test_letters_as_a_task(model, words):
     assert before.exp().sum(1).allclose(torch.ones(len(rows)), atol=1e-4)
     assert torch.allclose(use.respond(rows, use.activations), before, atol=1e-5)
     assert "are needed" in measure_use_of_means(use).concepts[0].not_evaluable
+
+
+def test_samples_asked_together_answer_as_each_alone(model, words):
+    use = letter_use_task(model, words)
+    rows = torch.arange(len(use.samples))
+    moved = use.activations.flip(0)
+    together = use.respond(rows, moved)
+    alone = torch.cat([use.respond(rows[[i]], moved[[i]]) for i in rows])
+    assert torch.allclose(together, alone, atol=1e-5)
+
+
+# -- what no SAE changes -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def some_inputs(model, few_documents, monkeypatch, tmp_path):
+    """Inputs of one SAE after another, with nothing kept at first."""
+    monkeypatch.setenv("C2R_CACHE", str(tmp_path))
+    profile = load_profile("smoke")
+
+    def new():
+        return Inputs(
+            Dictionary(torch.eye(64), torch.eye(64)),
+            profile.language_model,
+            profile.evaluation,
+            language_model=model,
+            corpus=few_documents,
+        )
+
+    return new
+
+
+def test_a_second_sae_finds_the_untouched_answers(some_inputs, model, monkeypatch):
+    first = letters_to_use(some_inputs())
+    plain = letter_use_task(model, letter_splits(some_inputs())[0].task)
+    assert torch.allclose(first.before, plain.before, atol=1e-5, equal_nan=True)
+    assert torch.equal(first.is_right(), plain.is_right())
+    monkeypatch.setattr(use_task, "answer_log_probs", None)
+    again = letters_to_use(some_inputs())
+    assert torch.equal(again.before.nan_to_num(), first.before.nan_to_num())
+    assert again.samples == first.samples
+
+
+def test_a_second_sae_finds_the_reference(some_inputs, task, monkeypatch):
+    expected = measure_use_of_means(task)
+    assert module._kept_use_of_means(some_inputs(), task) == expected
+    monkeypatch.setattr(module, "measure_use_of_means", None)
+    assert module._kept_use_of_means(some_inputs(), task) == expected

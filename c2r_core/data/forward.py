@@ -14,30 +14,22 @@ import copy
 import difflib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
+from c2r_core.data.precision import Precision, resolve_precision
 from c2r_core.errors import NotEvaluable
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
     from transformers import DynamicCache, PreTrainedTokenizerBase
 
-Precision = Literal["float32", "bfloat16"]
 
-
-def resolve_precision(precision: str, device: str) -> Precision:
-    """The precision that `auto` means: bfloat16 on CUDA and on processors known to multiply in it."""
-    if precision == "auto":
-        capabilities = getattr(torch.cpu, "get_capabilities", dict)() if device == "cpu" else {}
-        is_fast = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
-        precision = "bfloat16" if is_fast or device.startswith("cuda") else "float32"
-    if precision not in ("float32", "bfloat16"):
-        raise ValueError(f"precision is {precision!r}; expected 'float32' or 'bfloat16'.")
-    return precision
+UNEMBEDDING = "unembed.hook_in"
+"""The hook at what a bridge multiplies by the unembedding."""
 
 
 def check_hook_name(model: TransformerBridge, hook_name: str) -> None:
@@ -267,10 +259,13 @@ def answer_log_probs(
     hook_name: str,
     replacements: Tensor | None = None,
     *,
+    answers: Sequence[int] | None = None,
     batch_size: int = 64,
     precision: Precision = "float32",
 ) -> Tensor:
     """Log-probabilities of the token behind every prompt, float32, (n, vocabulary), on the CPU.
+
+    Logits are computed of each prompt's last token alone.
 
     Parameters
     ----------
@@ -280,8 +275,10 @@ def answer_log_probs(
         Such as `blocks.4.hook_resid_post`.
     replacements : Tensor, shape (n, d_in), optional
         What takes the place of the activation at each prompt's subject. None leaves the model as it is.
+    answers : sequence of int, optional
+        Tokens whose log-probabilities are returned, (n, len(answers)); by default the whole vocabulary's.
     batch_size : int
-        Prompts per forward pass. Memory is about 3 · batch_size · length · vocabulary floats.
+        Prompts per forward pass. Memory is about 3 · batch_size · vocabulary floats.
     precision : "float32" or "bfloat16"
         Of the model's matrix products.
 
@@ -310,8 +307,9 @@ def answer_log_probs(
             x[at] = replacements[start : start + len(part)].to(x)
             return x
 
-        logits = _run(model, part.tails, precision, hook_name, replace, cache)
-        found.append(logits[rows, part.last].float().log_softmax(-1).cpu())
+        logits = _run(model, part.tails, precision, hook_name, replace, cache, part.last)
+        said = logits[:, 0].float().log_softmax(-1)
+        found.append((said if answers is None else said[:, answers]).cpu())
         start += len(part)
     return torch.cat(found)
 
@@ -326,8 +324,12 @@ def _run(
     hook_name: str | None = None,
     edit: Callable[[Tensor], Tensor | None] | None = None,
     cache: DynamicCache | None = None,
+    last: Tensor | None = None,
 ) -> Tensor:
-    """Logits (batch, context, vocabulary) of a pass in which `edit` sees, and may replace, an activation."""
+    """Logits (batch, context, vocabulary) of a pass in which `edit` sees, and may replace, an activation.
+
+    With `last`, (batch,), only those of this one token of each row: (batch, 1, vocabulary).
+    """
     n_seen = 0
 
     def hook(activation: Tensor, hook: object) -> Tensor | None:
@@ -341,11 +343,14 @@ def _run(
     if edit is not None:
         check_hook_name(model, hook_name)
         hooks = [(hook_name, hook)]
+    if last is not None:
+        rows = torch.arange(len(last))
+        hooks.append((UNEMBEDDING, lambda x, hook: x[rows, last][:, None]))
     settings = {} if cache is None else {"past_key_values": cache, "use_cache": True}
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
     with torch.no_grad(), autocast, model.hooks(fwd_hooks=hooks):
         logits = model(tokens.to(device, torch.long), **settings)
-    if hooks and not n_seen:
+    if edit is not None and not n_seen:
         raise ValueError(
             f"Hook {hook_name!r} exists in {model.cfg.model_name!r} but a forward pass never "
             "reaches it. Choose another, such as blocks.0.hook_resid_post."
@@ -367,7 +372,7 @@ def _behind_prefix(
 
         kept, prefix = DynamicCache(config=model.original_model.config), prompts.prefix[None]
         if stop_at is None:
-            _run(model, prefix, precision, cache=kept)
+            _run(model, prefix, precision, cache=kept, last=torch.tensor([prefix.shape[1] - 1]))
         else:  # the layers behind the hook never run, so their part of the cache stays empty
             activations(model, prefix, stop_at, precision=precision, cache=kept)
         caches[precision, stop_at] = kept

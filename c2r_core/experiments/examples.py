@@ -26,7 +26,7 @@ from c2r_core.metrics.letter_latents import absorption_by_word
 from c2r_core.metrics.letter_probes import letter_splits
 from c2r_core.metrics.reconstruction import streamed
 from c2r_core.metrics.use import use_examples
-from c2r_core.metrics.use_task import letter_use_task
+from c2r_core.metrics.use_task import letters_to_use
 
 TYPICAL_DENSITY = 0.003
 N_LATENTS, N_DETECTED, N_CONTEXTS, N_WORDS = 3, 5, 3, 30
@@ -119,9 +119,8 @@ def absorbed_words(inputs: Inputs) -> dict[str, Any]:
 @torch.no_grad()
 def used(inputs: Inputs) -> list[dict[str, Any]]:
     """Answers of the model before, after erasing a letter's latent, and after steering to another."""
-    words, model = letter_splits(inputs)[0].task, inputs.language_model
-    task = letter_use_task(model, words, precision=inputs.precision)
-    return [vars(one) | {"line": str(one)} for one in use_examples(inputs.sae, task, N_LATENTS)]
+    examples = use_examples(inputs.sae, letters_to_use(inputs), N_LATENTS)
+    return [vars(one) | {"line": str(one)} for one in examples]
 
 
 KINDS = {

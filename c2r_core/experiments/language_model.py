@@ -19,9 +19,9 @@ from c2r_core.artefacts.cells import Cell
 from c2r_core.artefacts.names import slug
 from c2r_core.artefacts.profiles import LanguageModelProfile, Profile, training_seeds
 from c2r_core.data.batches import StoreBatches
-from c2r_core.data.forward import resolve_precision
 from c2r_core.data.harvest import harvest
 from c2r_core.data.language_models import load_language_model, model_fingerprint
+from c2r_core.data.precision import resolve_precision
 from c2r_core.data.store import ActivationStore, HarvestConfig
 from c2r_core.data.text import SPLIT_SEED, Corpus, load_corpus, split_documents
 from c2r_core.evaluate.evaluation import evaluate

@@ -35,7 +35,8 @@ from c2r_core.metrics.pooling import (
     split_by_document,
     task_rows,
 )
-from c2r_core.metrics.probing import MIN_PASSAGES, none_of
+from c2r_core.metrics.probing import MIN_PASSAGES
+from c2r_core.metrics.rows import none_of
 
 if TYPE_CHECKING:
     from sklearn.linear_model import LogisticRegression

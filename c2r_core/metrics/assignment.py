@@ -47,8 +47,7 @@ from c2r_core.metrics.encoding import encode_sparse
 from c2r_core.metrics.exemplars import ExemplarDictionary
 from c2r_core.metrics.inputs import Inputs
 from c2r_core.metrics.letter_probes import LetterProbes, letter_splits
-from c2r_core.metrics.probing import none_of
-from c2r_core.metrics.rows import mean_of
+from c2r_core.metrics.rows import mean_of, none_of
 from c2r_core.saes.interface import AnySAE
 from c2r_core.seeds import mix_seeds
 from c2r_core.statistics import paired_interval

@@ -20,8 +20,7 @@ from c2r_core.errors import NotEvaluable
 from c2r_core.metrics import Headline, metric
 from c2r_core.metrics.endpoint import KEY_VARIABLE, Endpoint
 from c2r_core.metrics.firings import Firings, drawn_latents, firings_of
-from c2r_core.metrics.probing import none_of
-from c2r_core.metrics.rows import mean_of, sd_of
+from c2r_core.metrics.rows import mean_of, none_of, sd_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

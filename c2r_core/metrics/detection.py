@@ -17,7 +17,7 @@ import numpy as np
 
 from c2r_core.metrics import Headline, metric
 from c2r_core.metrics.firings import TOKENS_AROUND, Firings, drawn_latents, firings_of
-from c2r_core.metrics.probing import none_of
+from c2r_core.metrics.rows import none_of
 from c2r_core.statistics import mean_interval
 
 if TYPE_CHECKING:

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from c2r_core.artefacts.cache import cached
 from c2r_core.artefacts.profiles import EvaluationProfile, LanguageModelProfile, Profile
-from c2r_core.data.forward import resolve_precision
 from c2r_core.data.harvest import harvest
 from c2r_core.data.language_models import load_language_model, model_fingerprint
+from c2r_core.data.precision import resolve_precision
 from c2r_core.data.store import ActivationStore, HarvestConfig
 from c2r_core.data.text import Corpus, HeldOut, held_out_documents, load_corpus
 from c2r_core.errors import NotEvaluable

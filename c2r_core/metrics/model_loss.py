@@ -10,20 +10,26 @@ How tokens are treated, in every arm alike:
   activation: an SAE is not charged for tokens that it never saw, and ablation spares them too.
 - Every predicted token counts once, and nothing else is excluded: a context of T tokens gives T − 1
   predictions, those made at unchanged tokens included.
+
+What no SAE changes, the loss untouched and ablated, is measured once and kept (`ModelMarks`).
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from c2r_core.data.forward import Precision, activations, log_probs
+from c2r_core.artefacts.records import Record
+from c2r_core.data.forward import activations, log_probs
+from c2r_core.data.precision import Precision
 from c2r_core.errors import NotEvaluable
 from c2r_core.metrics import metric
 from c2r_core.metrics.inputs import Inputs
@@ -68,16 +74,77 @@ class ModelPreservation:
 )
 def measure_model_preservation(inputs: Inputs) -> ModelPreservation:
     """Cross-entropy and KL divergence on evenly spaced held-out contexts."""
-    store = inputs.activations
-    n = min(inputs.lm.cross_entropy_contexts, len(store.contexts))
+    store, lm = inputs.activations, inputs.lm
+    n = min(lm.cross_entropy_contexts, len(store.contexts))
     chosen = np.linspace(0, len(store.contexts) - 1, n).astype(int)
+    tokens = torch.from_numpy(store.contexts[chosen])
+    max_norm = lm.drop_norm_ratio * store.manifest.median_norm
+    same = {"max_norm": max_norm, "precision": inputs.precision}
+
+    def build(folder: Path) -> None:
+        model_marks(inputs.language_model, tokens, lm.hook_name, **same).save(folder)
+
+    contexts = hashlib.sha256(tokens.long().numpy().tobytes()).hexdigest()
+    settings = {"contexts": contexts, "max_norm": max_norm}
+    marks = ModelMarks.load(inputs.kept("marks", settings, build, code=[__name__]))
     return model_preservation(
-        inputs.language_model,
-        inputs.sae,
-        torch.from_numpy(store.contexts[chosen]),
-        inputs.lm.hook_name,
-        max_norm=inputs.lm.drop_norm_ratio * store.manifest.median_norm,
-        precision=inputs.precision,
+        inputs.language_model, inputs.sae, tokens, lm.hook_name, marks=marks, **same
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class ModelMarks(Record):
+    """What no SAE changes: the model untouched and ablated. Losses and divergence in nats per token."""
+
+    FILES: ClassVar[str] = "marks"
+
+    ce_model: float
+    ce_zero: float
+    ce_mean: float
+    kl_zero: float
+    n_unchanged: int
+    """Tokens that keep their activation."""
+
+
+def model_marks(
+    model: TransformerBridge,
+    tokens: Tensor,
+    hook_name: str,
+    *,
+    max_norm: float = math.inf,
+    mean_activation: Tensor | None = None,
+    batch_size: int = 8,
+    precision: Precision = "float32",
+) -> ModelMarks:
+    """Loss of the untouched and of the ablated model, between which SAEs are judged: three passes a token.
+
+    Parameters and errors are those of `model_preservation`, but for
+
+    mean_activation : Tensor, shape (d_in,), optional
+        What mean ablation puts in. None measures it on the replaced tokens, at the cost of one pass up
+        to the hook.
+    """
+    batches = _batches(model, tokens, batch_size)
+    # One context through the model finds a wrong hook or precision before the work begins.
+    activations(model, batches[0][:1], hook_name, precision=precision)
+    if mean_activation is None:
+        mean_activation = _mean_activation(model, batches, hook_name, precision, max_norm)
+    ce = dict.fromkeys(("model", "zero", "mean"), 0.0)
+    kl_zero, n_unchanged = 0.0, 0
+    for batch in batches:
+        untouched = _untouched(model, batch, hook_name, precision, max_norm)
+        n_unchanged += int((~untouched.is_replaced).sum())
+        ce["model"] += _cross_entropy(untouched.log_p, batch)
+        zero = _with_replaced(model, untouched, torch.zeros_like(untouched.x))
+        ce["zero"] += _cross_entropy(zero, batch)
+        kl_zero += _kl_divergence(untouched.log_p, zero)
+        mean = _with_replaced(model, untouched, mean_activation.expand_as(untouched.x))
+        ce["mean"] += _cross_entropy(mean, batch)
+    n = tokens[:, 1:].numel()
+    return ModelMarks(
+        **{f"ce_{arm}": value / n for arm, value in ce.items()},
+        kl_zero=kl_zero / n,
+        n_unchanged=n_unchanged,
     )
 
 
@@ -88,11 +155,11 @@ def model_preservation(
     hook_name: str,
     *,
     max_norm: float = math.inf,
-    mean_activation: Tensor | None = None,
+    marks: ModelMarks | None = None,
     batch_size: int = 8,
     precision: Precision = "float32",
 ) -> ModelPreservation:
-    """Loss and KL divergence with the activation kept, reconstructed and ablated: four passes a token.
+    """Loss and KL divergence with the activation reconstructed, beside the marks: two passes a token.
 
     Parameters
     ----------
@@ -104,9 +171,8 @@ def model_preservation(
         Such as `blocks.4.hook_resid_post`.
     max_norm : float
         Tokens of a larger norm keep their activation.
-    mean_activation : Tensor, shape (d_in,), optional
-        What mean ablation puts in. None measures it on the replaced tokens, at the cost of one pass up
-        to the hook.
+    marks : ModelMarks, optional
+        What `model_marks` returned for the same model, tokens and settings. None measures them.
     batch_size : int
         Contexts per forward pass. Memory is about 5 · batch_size · context_size · vocabulary
         floats.
@@ -117,59 +183,79 @@ def model_preservation(
     Raises ValueError if `tokens` has no two-dimensional shape with contexts of two tokens or more, or if
     `activations` refuses the hook or the precision.
     """
+    if marks is None:
+        same = {"max_norm": max_norm, "batch_size": batch_size, "precision": precision}
+        marks = model_marks(model, tokens, hook_name, **same)
+    ce_sae = kl_sae = 0.0
+    for batch in _batches(model, tokens, batch_size):
+        untouched = _untouched(model, batch, hook_name, precision, max_norm)
+        log_p = _with_replaced(model, untouched, _reconstruct(sae, untouched.x))
+        ce_sae += _cross_entropy(log_p, batch)
+        kl_sae += _kl_divergence(untouched.log_p, log_p)
+    n_tokens = tokens[:, 1:].numel()
+    ce_sae, kl_sae = ce_sae / n_tokens, kl_sae / n_tokens
+    return ModelPreservation(
+        ce_loss_score=_recovered(marks.ce_zero, ce_sae, marks.ce_model),
+        ce_loss_with_ablation=marks.ce_zero,
+        ce_loss_with_sae=ce_sae,
+        ce_loss_without_sae=marks.ce_model,
+        kl_div_score=(marks.kl_zero - kl_sae) / marks.kl_zero if marks.kl_zero else None,
+        kl_div_with_ablation=marks.kl_zero,
+        kl_div_with_sae=kl_sae,
+        ce_loss_score_mean_ablation=_recovered(marks.ce_mean, ce_sae, marks.ce_model),
+        ce_loss_with_mean_ablation=marks.ce_mean,
+        n_predicted_tokens=n_tokens,
+        n_unchanged_tokens=marks.n_unchanged,
+    )
+
+
+class _Untouched(NamedTuple):
+    """A batch of contexts through the model as it is, and what a pass with other activations needs."""
+
+    tokens: Tensor
+    hook_name: str
+    precision: Precision
+    log_p: Tensor
+    activation: Tensor
+    """(batch, context, d_in)."""
+    is_replaced: Tensor
+    """Which tokens an SAE may replace, bool, (batch, context)."""
+
+    @property
+    def x(self) -> Tensor:
+        """The activations to be replaced, float32, (n, d_in)."""
+        return self.activation[self.is_replaced].float()
+
+
+def _untouched(
+    model: TransformerBridge, batch: Tensor, hook_name: str, precision: Precision, max_norm: float
+) -> _Untouched:
+    seen: list[Tensor] = []
+    log_p = log_probs(model, batch, hook_name, seen.append, precision=precision)
+    return _Untouched(batch, hook_name, precision, log_p, seen[0], _is_replaced(seen[0], max_norm))
+
+
+def _with_replaced(model: TransformerBridge, untouched: _Untouched, x: Tensor) -> Tensor:
+    """Log-probabilities of the same batch with x, (n, d_in), in the place of what is replaced."""
+    edited = untouched.activation.clone()
+    edited[untouched.is_replaced] = x.to(edited)
+    return log_probs(
+        model,
+        untouched.tokens,
+        untouched.hook_name,
+        lambda _: edited,
+        precision=untouched.precision,
+    )
+
+
+def _batches(model: TransformerBridge, tokens: Tensor, batch_size: int) -> Sequence[Tensor]:
+    """The contexts batch by batch, on the model's device."""
     if tokens.ndim != 2 or tokens.shape[0] < 1 or tokens.shape[1] < 2:
         raise ValueError(
             f"tokens has shape {tuple(tokens.shape)}; expected (n_contexts, context_size) with at "
             "least one context of at least two tokens."
         )
-    tokens = tokens.to(next(model.parameters()).device, torch.long)
-    # One context through the model finds a wrong hook or precision before the work begins.
-    activations(model, tokens[:1], hook_name, precision=precision)
-    batches = tokens.split(batch_size)
-    if mean_activation is None:
-        mean_activation = _mean_activation(model, batches, hook_name, precision, max_norm)
-    mean_activation = mean_activation.to(tokens.device)
-
-    ce = dict.fromkeys(("model", "zero", "mean", "sae"), 0.0)
-    kl = dict.fromkeys(("zero", "sae"), 0.0)
-    n_unchanged = 0
-    for batch in batches:
-        seen: list[Tensor] = []
-        log_p_model = log_probs(model, batch, hook_name, seen.append, precision=precision)
-        activation, is_replaced = seen[0], _is_replaced(seen[0], max_norm)
-        n_unchanged += int((~is_replaced).sum())
-        x = activation[is_replaced].float()
-        ce["model"] += _cross_entropy(log_p_model, batch)
-        replacements = {
-            "zero": torch.zeros_like(x),
-            "mean": mean_activation.expand_as(x),
-            "sae": _reconstruct(sae, x),
-        }
-        for arm, replacement in replacements.items():
-            edited = activation.clone()
-            edited[is_replaced] = replacement.to(edited)
-            log_p = log_probs(
-                model, batch, hook_name, lambda _, new=edited: new, precision=precision
-            )
-            ce[arm] += _cross_entropy(log_p, batch)
-            if arm in kl:
-                kl[arm] += _kl_divergence(log_p_model, log_p)
-
-    n_tokens = tokens[:, 1:].numel()
-    ce, kl = ({arm: value / n_tokens for arm, value in sums.items()} for sums in (ce, kl))
-    return ModelPreservation(
-        ce_loss_score=_recovered(ce["zero"], ce["sae"], ce["model"]),
-        ce_loss_with_ablation=ce["zero"],
-        ce_loss_with_sae=ce["sae"],
-        ce_loss_without_sae=ce["model"],
-        kl_div_score=(kl["zero"] - kl["sae"]) / kl["zero"] if kl["zero"] else None,
-        kl_div_with_ablation=kl["zero"],
-        kl_div_with_sae=kl["sae"],
-        ce_loss_score_mean_ablation=_recovered(ce["mean"], ce["sae"], ce["model"]),
-        ce_loss_with_mean_ablation=ce["mean"],
-        n_predicted_tokens=n_tokens,
-        n_unchanged_tokens=n_unchanged,
-    )
+    return tokens.to(next(model.parameters()).device, torch.long).split(batch_size)
 
 
 def _recovered(ce_ablated: float, ce_sae: float, ce_model: float) -> float | None:

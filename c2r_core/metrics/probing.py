@@ -23,6 +23,7 @@ from torch import Tensor
 from c2r_core.errors import NotEvaluable
 from c2r_core.metrics import Headline, metric
 from c2r_core.metrics.pooling import PooledActs, pooled_passages, split_by_document, task_rows
+from c2r_core.metrics.rows import none_of
 
 if TYPE_CHECKING:
     from c2r_core.metrics.inputs import Inputs
@@ -110,12 +111,6 @@ def probe_sparsely(
         num_tasks=len(known),
         tasks=tuple(rows),
     )
-
-
-def none_of(what: str, rows: Sequence[object]) -> NotEvaluable:
-    """What to raise where each row says why it is not evaluable."""
-    example = f"; for example: {rows[0].not_evaluable}" if rows else ""
-    return NotEvaluable(f"None of the {len(rows)} {what} could be measured{example}.")
 
 
 def _probe(pooled: PooledActs, labels: Tensor, task: str, seed: int) -> ProbedTask:

@@ -197,10 +197,14 @@ def _ask(
     value = torch.tensor([answers.index(v) for v in values])
 
     def respond(rows: Tensor, replacements: Tensor | None) -> Tensor:
-        log_probs = answer_log_probs(
-            model, prompts.chosen(rows), hook_name, replacements, precision=precision
+        return answer_log_probs(
+            model,
+            prompts.chosen(rows),
+            hook_name,
+            replacements,
+            answers=ids,
+            precision=precision,
         )
-        return log_probs[:, ids]
 
     said = respond(torch.arange(len(values)), None).argmax(1)
     activations = activations_at(model, prompts, hook_name, precision=precision)

@@ -25,8 +25,10 @@ First-letter absorption scores every word in one of its splits.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -35,10 +37,8 @@ from torch import Tensor
 
 from c2r_core.metrics import Headline, metric
 from c2r_core.metrics.encoding import encode_sparse
-from c2r_core.metrics.letter_probes import letter_splits
-from c2r_core.metrics.probing import none_of
-from c2r_core.metrics.rows import mean_of
-from c2r_core.metrics.use_task import PER_LETTER, UseTask, letter_use_task
+from c2r_core.metrics.rows import mean_of, none_of
+from c2r_core.metrics.use_task import PER_LETTER, UseTask, letters_to_use
 from c2r_core.saes.interface import AnySAE
 from c2r_core.seeds import mix_seeds
 
@@ -120,22 +120,33 @@ class Use:
 )
 def measure(inputs: Inputs) -> Use:
     """Pick each letter's latent on one half of the words, erase and steer with it on the other."""
-    words = letter_splits(inputs)[0].task  # assignment consistency scores its test words
-    task = letter_use_task(
-        inputs.language_model, words, precision=inputs.precision, seed=inputs.seed
-    )
+    task = letters_to_use(inputs)
     found = measure_use(inputs.sae, task, seed=inputs.seed)
     if found.n_evaluated == 0:
         raise none_of("letters", found.concepts)
     return Use(
         sae=found,
-        difference_of_means=measure_use_of_means(task, seed=inputs.seed),
+        difference_of_means=_kept_use_of_means(inputs, task),
         n_picking_words=int(task.for_picking.sum()),
         n_using_words=int((~task.for_picking).sum()),
         most_using_words_of_a_letter=PER_LETTER,
         n_samples=N_SAMPLES,
         steering_scale=STEERING_SCALE,
     )
+
+
+def _kept_use_of_means(inputs: Inputs, task: UseTask) -> DirectionUse:
+    """`measure_use_of_means`, once for all SAEs."""
+
+    def build(folder: Path) -> None:
+        found = measure_use_of_means(task, seed=inputs.seed)
+        (folder / "use.json").write_text(json.dumps(asdict(found)), encoding="utf-8")
+
+    settings = {"words": inputs.lm.first_letter_words, "seed": inputs.seed}
+    folder = inputs.kept("use_of_means", settings, build, code=[__name__])
+    values = json.loads((folder / "use.json").read_text(encoding="utf-8"))
+    rows = values.pop("concepts")
+    return DirectionUse(**values, concepts=tuple(ConceptUse(**row) for row in rows))
 
 
 # -- directions, and what they are worth -------------------------------------------------------
@@ -154,6 +165,8 @@ class Direction(NamedTuple):
 
 Pick = Callable[[int], Direction | None]
 """The direction for a concept (its number); None if there is none."""
+Key = tuple[int, str]
+"""A concept's number, and what is done to it."""
 
 
 def measure_use(
@@ -228,7 +241,7 @@ def _measure(
     task: UseTask, pick: Pick, n_samples: int, steering_scale: float, seed: int
 ) -> DirectionUse:
     is_right = task.is_right()
-    rows = []
+    rows, moved = [], {}
     for c, name in enumerate(task.names):
         holds = task.concepts == c
         right = (holds & is_right).nonzero()[:, 0]
@@ -250,16 +263,21 @@ def _measure(
             some[torch.randperm(len(some), generator=generator)[:n_samples]]
             for some in (right, others)
         )
-        without = _erase(task, direction, others)
-        kl = task.before[others].double().exp() * (task.before[others].double() - without.double())
-        scores = {
-            "erased": _share(_erase(task, direction, held)[:, :-1].argmax(1) != c),
-            "steered": _share(
-                _steer(task, direction, c, others, steering_scale)[:, :-1].argmax(1) == c
-            ),
-            "collateral": float(kl.sum()) / len(others),
-        }
-        rows.append(replace(row, **direction.found, **scores))
+        moved[c, "erased"] = _erase(task, direction, held)
+        moved[c, "steered"] = _steer(task, direction, c, others, steering_scale)
+        moved[c, "collateral"] = _erase(task, direction, others)
+        rows.append(replace(row, **direction.found))
+    answers = _answers(task, moved)
+    for c, row in enumerate(rows):
+        if row.not_evaluable is None:
+            before = task.before[moved[c, "collateral"].rows].double()
+            kl = before.exp() * (before - answers[c, "collateral"].double())
+            rows[c] = replace(
+                row,
+                erased=_share(answers[c, "erased"][:, :-1].argmax(1) != c),
+                steered=_share(answers[c, "steered"][:, :-1].argmax(1) == c),
+                collateral=float(kl.sum()) / len(before),
+            )
     evaluated = [row for row in rows if row.not_evaluable is None]
     names = ("picking_f1", "using_f1", "erased", "steered", "collateral")
     means = {f"mean_{name}": mean_of(evaluated, name) for name in names}
@@ -270,22 +288,39 @@ def _share(is_so: Tensor) -> float:
     return float(is_so.double().mean())
 
 
-def _erase(task: UseTask, direction: Direction, rows: Tensor) -> Tensor:
-    """Answers with the concept taken out; where nothing is taken out, those of before."""
-    answers = task.before[rows].clone()
-    touched = direction.part[rows].any(1)
-    if touched.any():
-        hit = rows[touched]
-        answers[touched] = task.respond(hit, task.activations[hit] - direction.part[hit])
-    return answers
+class _Moved(NamedTuple):
+    """Samples of the using half, and the activations that they are given."""
+
+    rows: Tensor
+    """Int, (n,)."""
+    x: Tensor
+    """(n, d_in)."""
 
 
-def _steer(task: UseTask, direction: Direction, concept: int, rows: Tensor, scale: float) -> Tensor:
-    """Answers with the activations moved along the direction, as far as the concept's mean is away."""
+def _erase(task: UseTask, direction: Direction, rows: Tensor) -> _Moved:
+    """The concept taken out."""
+    return _Moved(rows, task.activations[rows] - direction.part[rows])
+
+
+def _steer(task: UseTask, direction: Direction, concept: int, rows: Tensor, scale: float) -> _Moved:
+    """Moved along the direction, as far as the concept's mean is away."""
     mean_with, mean_without = task.means(concept)
     along = torch.nn.functional.normalize(direction.along, dim=0)
     shift = scale * (mean_with - mean_without).norm() * along
-    return task.respond(rows, task.activations[rows] + shift)
+    return _Moved(rows, task.activations[rows] + shift)
+
+
+def _answers(task: UseTask, moved: Mapping[Key, _Moved]) -> dict[Key, Tensor]:
+    """Answers to all that is moved, asked together; to activations left as they are, those of before."""
+    if not moved:
+        return {}
+    rows, x = (torch.cat(parts) for parts in zip(*moved.values(), strict=True))
+    answers = task.before[rows].clone()
+    touched = (x != task.activations[rows]).any(1)
+    if touched.any():
+        answers[touched] = task.respond(rows[touched], x[touched])
+    parts = answers.split([len(one.rows) for one in moved.values()])
+    return dict(zip(moved, parts, strict=True))
 
 
 # -- as text -----------------------------------------------------------------------------------
@@ -343,8 +378,14 @@ def use_examples(
         return task.names[best] if best < len(task.names) else "something else"
 
     concepts = list(rows)
+    pairs = list(zip(concepts[:n], concepts[1:] + concepts[:1], strict=False))
+    moved = {}
+    for c, target in pairs:
+        moved[c, "erased"] = _erase(task, directions[c], rows[c])
+        moved[c, "steered"] = _steer(task, directions[target], target, rows[c], steering_scale)
+    answers = _answers(task, moved)
     examples = []
-    for c, target in zip(concepts[:n], concepts[1:] + concepts[:1], strict=False):
+    for c, target in pairs:
         row, own = rows[c], directions[c]
         examples.append(
             UseExample(
@@ -352,9 +393,9 @@ def use_examples(
                 before=said(task.before[row]),
                 latent=own.found["latent"],
                 fires=bool(own.part[row].any()),
-                after_erasing=said(_erase(task, own, row)),
+                after_erasing=said(answers[c, "erased"]),
                 steered_to=task.names[target],
-                after_steering=said(_steer(task, directions[target], target, row, steering_scale)),
+                after_steering=said(answers[c, "steered"]),
             )
         )
     return examples

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from c2r_core.data.forward import Precision, answer_log_probs, make_prompts
+from c2r_core.data.forward import answer_log_probs, make_prompts
+from c2r_core.data.precision import Precision
 from c2r_core.data.words import LETTERS, FirstLetterTask
 from c2r_core.errors import NotEvaluable
+from c2r_core.metrics.letter_probes import letter_splits
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
+
+    from c2r_core.metrics.inputs import Inputs
 
 PER_LETTER = 60
 TEMPLATE = "{subject} has the first letter:"
@@ -40,10 +46,14 @@ class UseTask:
     concept's answer and of all other answers together, for samples `rows`, with their activations replaced by
     `replacements` (len(rows), d_in), or untouched where that is None.
     """
+    kept_before: Tensor | None = None
+    """`before`, where it is known already; no SAE changes it."""
 
     @cached_property
     def before(self) -> Tensor:
         """Answers to the untouched samples of the using half, (n, n_concepts + 1); else NaN."""
+        if self.kept_before is not None:
+            return self.kept_before
         using = (~self.for_picking).nonzero()[:, 0]
         answers = self.respond(using, None)
         before = torch.full((len(self.concepts), answers.shape[1]), torch.nan)
@@ -59,6 +69,24 @@ class UseTask:
         holds = self.concepts == concept
         with_it = self.activations[self.for_picking & holds].mean(0)
         return with_it, self.activations[self.for_picking & ~holds].mean(0)
+
+
+def letters_to_use(inputs: Inputs) -> UseTask:
+    """`letter_use_task` on the words that assignment consistency does not score.
+
+    The model answers them untouched once for all SAEs. Errors are those of `letter_use_task`.
+    """
+    words = letter_splits(inputs)[0].task  # assignment consistency scores its test words
+    task = letter_use_task(
+        inputs.language_model, words, precision=inputs.precision, seed=inputs.seed
+    )
+
+    def build(folder: Path) -> None:
+        save_file({"before": task.before}, folder / "before.safetensors")
+
+    settings = {"words": inputs.lm.first_letter_words, "seed": inputs.seed}
+    folder = inputs.kept("use_before", settings, build, code=[__name__])
+    return replace(task, kept_before=load_file(folder / "before.safetensors")["before"])
 
 
 def letter_use_task(
@@ -87,7 +115,7 @@ def letter_use_task(
             f"The letters {', '.join(long)} behind a space are several tokens each in this tokenizer, "
             "so there is no one answer to look for."
         )
-    answers = torch.tensor(ids)[:, 0]
+    answers = [tokens[0] for tokens in ids]
     free = (~task.is_test).nonzero()[:, 0]
     words = [task.words[i] for i in free]
     prompts, kept = make_prompts(tokenizer, task.prefix, words, TEMPLATE)
@@ -102,10 +130,14 @@ def letter_use_task(
     prompts = prompts.chosen(wanted)
 
     def respond(rows: Tensor, replacements: Tensor | None) -> Tensor:
-        log_probs = answer_log_probs(
-            model, prompts.chosen(rows), task.hook_name, replacements, precision=precision
+        known = answer_log_probs(
+            model,
+            prompts.chosen(rows),
+            task.hook_name,
+            replacements,
+            answers=answers,
+            precision=precision,
         )
-        known = log_probs[:, answers]
         rest = torch.log1p(-known.double().exp().sum(1).clamp(max=1 - 1e-9)).float()
         return torch.cat([known, rest[:, None]], dim=1)
 

@@ -1,0 +1,110 @@
+"""The precision of matrix products, and which one `auto` means on this machine."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from c2r_core.artefacts.files import whole_file
+from c2r_core.artefacts.paths import cache_dir
+
+Precision = Literal["float32", "bfloat16"]
+
+MIN_SPEED_UP = 1.2
+"""How many times as fast as float32 bfloat16 must be on a processor: it costs accuracy."""
+SHAPE = (256, 576, 2048)
+"""Of the product that is timed: rows, inner and outer width; of an MLP of SmolLM2, about."""
+N_TIMED = 5
+
+_log = logging.getLogger(__name__)
+
+
+def resolve_precision(precision: str, device: str) -> Precision:
+    """The precision that `auto` means: bfloat16 where the device multiplies in it, and fast.
+
+    A CUDA device is asked. A processor is timed once, and the answer kept in the cache's folder. On any other
+    device it is float32. ValueError if there is no such precision.
+    """
+    if precision == "auto":
+        return _chosen(torch.device(device).type, cache_dir() / "precision.json")
+    if precision not in ("float32", "bfloat16"):
+        raise ValueError(f"precision is {precision!r}; expected 'float32' or 'bfloat16'.")
+    return precision
+
+
+@functools.cache
+def _chosen(kind: str, kept: Path) -> Precision:
+    """Once a process, so that the log says it once."""
+    if kind == "cuda":
+        is_fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        precision = "bfloat16" if is_fast else "float32"
+    else:
+        precision = faster_on_processor(kept) if kind == "cpu" else "float32"
+    _log.info("precision auto is %s on %s", precision, kind)
+    return precision
+
+
+def faster_on_processor(
+    kept: Path, seconds: Callable[[torch.dtype], float] | None = None
+) -> Precision:
+    """bfloat16 if this processor multiplies in it at least 1.2 times as fast as in float32.
+
+    Parameters
+    ----------
+    kept : Path
+        JSON file of the answers so far, by processor and version of torch; made if it is not there.
+    seconds : callable, optional
+        `seconds(dtype)` times a product; by default one of SHAPE, at best of a few.
+    """
+    from filelock import FileLock  # comes with the extras
+
+    machine = f"{_processor()}, torch {torch.__version__}"
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(kept.with_suffix(".lock")):
+        known = _read(kept)
+        if known.get(machine) not in ("float32", "bfloat16"):
+            seconds = seconds or _seconds
+            gain = seconds(torch.float32) / seconds(torch.bfloat16)
+            known[machine] = "bfloat16" if gain >= MIN_SPEED_UP else "float32"
+            with whole_file(kept) as part:
+                part.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
+    return known[machine]
+
+
+def _read(kept: Path) -> dict[str, str]:
+    """What is kept; nothing where the file is not there or was damaged."""
+    try:
+        known = json.loads(kept.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
+def _processor() -> str:
+    """Its name; on Linux as the kernel tells it, since Python knows none there."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _seconds(dtype: torch.dtype) -> float:
+    """Of one product, the best of a few behind one that warms up. Draws no random numbers."""
+    n, inner, outer = SHAPE
+    x, w = torch.ones(n, inner, dtype=dtype), torch.ones(inner, outer, dtype=dtype)
+    times = []
+    for _ in range(1 + N_TIMED):
+        start = time.perf_counter()
+        x @ w
+        times.append(time.perf_counter() - start)
+    return min(times[1:])

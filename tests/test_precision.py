@@ -1,0 +1,88 @@
+"""What precision `auto` means: asked of a GPU, timed once on a processor."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import pytest
+import torch
+
+from c2r_core.data import precision as module
+from c2r_core.data.precision import faster_on_processor, resolve_precision
+
+
+@pytest.fixture(autouse=True)
+def nothing_known(monkeypatch, tmp_path):
+    monkeypatch.setenv("C2R_CACHE", str(tmp_path))
+    module._chosen.cache_clear()
+    yield
+    module._chosen.cache_clear()
+
+
+def timer(bfloat16: float, calls: list | None = None):
+    """float32 takes a second, bfloat16 so long."""
+
+    def seconds(dtype):
+        if calls is not None:
+            calls.append(dtype)
+        return 1.0 if dtype == torch.float32 else bfloat16
+
+    return seconds
+
+
+def refuse(dtype):
+    raise AssertionError("timed again")
+
+
+def test_a_precision_that_is_named_is_taken():
+    for name in ("float32", "bfloat16"):
+        assert resolve_precision(name, "cpu") == resolve_precision(name, "cuda") == name
+    with pytest.raises(ValueError, match="precision is 'half'"):
+        resolve_precision("half", "cpu")
+
+
+@pytest.mark.parametrize(("supported", "expected"), [(True, "bfloat16"), (False, "float32")])
+def test_a_gpu_is_asked(monkeypatch, supported, expected):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: supported)
+    assert resolve_precision("auto", "cuda:0") == expected
+    assert resolve_precision("auto", "mps") == "float32"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"), [(0.5, "bfloat16"), (0.9, "float32"), (9, "float32")]
+)
+def test_a_processor_must_gain_a_fifth(tmp_path, seconds, expected):
+    assert faster_on_processor(tmp_path / "here.json", timer(seconds)) == expected
+
+
+def test_it_is_timed_once_a_machine(tmp_path, monkeypatch):
+    file, calls = tmp_path / "deep" / "here.json", []
+    assert faster_on_processor(file, timer(0.5, calls)) == "bfloat16"
+    assert calls == [torch.float32, torch.bfloat16]
+    assert faster_on_processor(file, refuse) == "bfloat16"
+    monkeypatch.setattr(module, "_processor", lambda: "another")
+    assert faster_on_processor(file, timer(2)) == "float32"
+    known = json.loads(file.read_text())
+    assert sorted(known.values()) == ["bfloat16", "float32"]
+    assert f"another, torch {torch.__version__}" in known
+    for damaged in ("{", "[]", json.dumps(dict.fromkeys(known, "half"))):
+        file.write_text(damaged)
+        assert faster_on_processor(file, timer(0.5)) == "bfloat16"
+
+
+def test_auto_times_the_processor_and_says_so_once(monkeypatch, tmp_path, caplog):
+    monkeypatch.setattr(module, "_seconds", timer(0.5))
+    with caplog.at_level(logging.INFO, logger=module.__name__):
+        assert [resolve_precision("auto", "cpu") for _ in range(3)] == ["bfloat16"] * 3
+    assert caplog.messages == ["precision auto is bfloat16 on cpu"]
+    monkeypatch.setattr(module, "_seconds", refuse)
+    module._chosen.cache_clear()  # as in another process
+    assert resolve_precision("auto", "cpu") == "bfloat16"
+
+
+def test_the_products_are_timed_and_no_random_number_is_drawn():
+    before = torch.get_rng_state()
+    assert all(module._seconds(dtype) > 0 for dtype in (torch.float32, torch.bfloat16))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert module._processor()
