@@ -289,12 +289,10 @@ def _share(is_so: Tensor) -> float:
 
 
 class _Moved(NamedTuple):
-    """Samples of the using half, and the activations that they are given."""
+    """Samples `rows` of the using half, (n,), and the activations that they are given, (n, d_in)."""
 
     rows: Tensor
-    """Int, (n,)."""
     x: Tensor
-    """(n, d_in)."""
 
 
 def _erase(task: UseTask, direction: Direction, rows: Tensor) -> _Moved:
