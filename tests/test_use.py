@@ -252,7 +252,7 @@ def test_samples_asked_together_answer_as_each_alone(model, words):
     rows = torch.arange(len(use.samples))
     moved = use.activations.flip(0)
     together = use.respond(rows, moved)
-    alone = torch.cat([use.respond(rows[[i]], moved[[i]]) for i in rows])
+    alone = torch.cat([use.respond(i[None], moved[i][None]) for i in rows])
     assert torch.allclose(together, alone, atol=1e-5)
 
 
