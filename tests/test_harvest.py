@@ -21,7 +21,7 @@ from c2r_core.data import harvest as harvesting
 from c2r_core.data.forward import activations
 from c2r_core.data.harvest import harvest
 from c2r_core.data.language_models import RANDOM, SMOLLM2, load_language_model, model_fingerprint
-from c2r_core.data.store import ActivationStore, HarvestConfig
+from c2r_core.data.store import ActivationStore
 from c2r_core.data.text import Corpus, Document
 from c2r_core.errors import NotEvaluable
 
@@ -73,10 +73,7 @@ def test_a_tokenizer_without_bos_gives_contexts_of_text_only(model) -> None:
         def __call__(self, *arguments, **settings):
             return model.tokenizer(*arguments, **settings)
 
-    corpus = Corpus("c", (Document("d", "one two three four five"),))
-    contexts, _ = harvesting._cut_contexts(
-        WithoutBos(), corpus, HarvestConfig(hook_name=HOOK, context_size=2)
-    )
+    (contexts,) = harvesting.cut_contexts(WithoutBos(), ["one two three four five"], 2)
     assert [model.tokenizer.decode(context) for context in contexts] == ["one two", " three four"]
 
 

@@ -91,6 +91,9 @@ class LanguageModelProfile(_Section):
     held_out_share: Probability
     """Share of the documents that no SAE is trained on."""
     train_tokens: Count
+    """Tokens harvested from the training documents, evenly spread; not where these are streamed."""
+    streamed: bool = False
+    """Train while the text goes through the model, in order and as often as the steps need it; no store."""
     held_out_tokens: Count
     """Tokens harvested from the held-out documents."""
     drop_norm_ratio: Positive

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from c2r_core.data.words import LETTERS
 from c2r_core.errors import NotEvaluable
 from c2r_core.metrics.carriers import NO_CARRIER, assignment_consistency, carriers, modal_latent
@@ -32,7 +30,7 @@ def letter_concepts(inputs: Inputs, saes: dict[str, AnySAE]) -> list[dict[str, A
     words = [
         word for word, is_test in zip(task.words, task.is_test.tolist(), strict=True) if is_test
     ]
-    holds = probes.recognises(x) & (letters[:, None] == torch.arange(len(LETTERS)))
+    holds = probes.holds(x, letters)
     carried = {
         name: carriers(x, encode_sparse(sae, x), sae.W_dec, probes.weights)
         for name, sae in saes.items()

@@ -88,7 +88,7 @@ class Reader:
         self.store, self.firings, self.seed = store, firings(sae, store), seed
         self.rows = torch.nn.functional.normalize(sae.W_dec.detach().float().cpu(), dim=1)
         self.unembedding = _unembedding(model)
-        self._positions = np.flatnonzero(store.kept)
+        self._positions = store.kept_positions
         self._decode = functools.cache(lambda token: model.tokenizer.decode([token]))
 
     def summaries(self) -> list[dict[str, Any]]:

@@ -1,10 +1,15 @@
-"""From text to a store of activations."""
+"""From text to a store of activations.
+
+How contexts are cut, what of them is stored, and which tokens are kept is one rule for stores and for streams
+(`c2r_core.data.streaming`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,7 +39,8 @@ if TYPE_CHECKING:
 
 # A token id (int32) and a mark in kept.npy.
 _OTHER_BYTES_A_TOKEN = 5
-_DOCUMENTS_TOKENISED_AT_ONCE = 64
+_TEXTS_TOKENISED_AT_ONCE = 64
+_ROWS_AT_ONCE = 4096
 _LIBRARIES = ("torch", "transformers", "transformer_lens", "numpy")
 
 
@@ -90,15 +96,9 @@ def harvest(
             f"contexts_per_pass is {contexts_per_pass} and shard_tokens is {shard_tokens}; expected at "
             "least 1 of each."
         )
-    contexts, n_short_documents = _cut_contexts(model.tokenizer, corpus, config)
-
-    def run(batch: np.ndarray) -> Tensor:
-        tokens = torch.from_numpy(batch)
-        x = activations(model, tokens, config.hook_name, precision=config.precision)
-        return to_storage(x.flatten(0, 1), config.dtype, "Harvest with dtype='float32'.")
-
+    contexts, n_short_documents = _contexts_of(model.tokenizer, corpus, config)
     # One context tells the width, and whether the hook works at all.
-    first = run(contexts[:1])
+    first = stored_activations(model, contexts[:1], config)
     d_in = first.shape[1]
     n_bytes = contexts.size * (d_in * first.element_size() + _OTHER_BYTES_A_TOKEN)
     with (
@@ -109,10 +109,11 @@ def harvest(
         shards, norms = [], []
         for block in _slices(contexts, max(1, shard_tokens // config.context_size)):
             path = part / f"shard-{len(shards):05d}.npy"
-            batches = (run(batch).cpu().numpy() for batch in _slices(block, contexts_per_pass))
+            passes = _slices(block, contexts_per_pass)
+            batches = (stored_activations(model, batch, config) for batch in passes)
             norms += _write_shard(path, batches, (block.size, d_in), config.dtype, bar)
             shards.append(Shard(path.name, block.size, path.stat().st_size))
-        kept, median_norm, norm_factor = _statistics(np.concatenate(norms), config)
+        kept, median, factor = _statistics(np.concatenate(norms), config)
         np.save(part / TOKENS, contexts)
         np.save(part / KEPT, kept)
         Manifest(
@@ -126,8 +127,8 @@ def harvest(
             d_in=d_in,
             n_tokens=contexts.size,
             n_kept=int(kept.sum()),
-            median_norm=median_norm,
-            norm_factor=norm_factor,
+            median_norm=median,
+            norm_factor=factor,
             shards=tuple(shards),
             library_versions={library: version(library) for library in _LIBRARIES},
         ).write(part)
@@ -156,34 +157,25 @@ def _check_arguments(
     check_hook_name(model, config.hook_name)
 
 
-def _cut_contexts(
+def _contexts_of(
     tokenizer: PreTrainedTokenizerBase, corpus: Corpus, config: HarvestConfig
 ) -> tuple[np.ndarray, int]:
     """Token ids, shape (n_contexts, context_size), and how many documents gave no context."""
     context_size, max_tokens = config.context_size, config.max_tokens
-    bos = tokenizer.bos_token_id
-    n_text = context_size if bos is None else context_size - 1
-    pieces = []
-    n_longest = 0
-    for start in range(0, len(corpus), _DOCUMENTS_TOKENISED_AT_ONCE):
-        documents = corpus.documents[start : start + _DOCUMENTS_TOKENISED_AT_ONCE]
-        texts = [document.text for document in documents]
-        for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:
-            n_longest = max(n_longest, len(ids))
-            full = np.array(ids[: len(ids) // n_text * n_text], dtype=np.int32)
-            pieces.append(full.reshape(-1, n_text))
-    contexts = np.concatenate(pieces)
+    texts = [document.text for document in corpus.documents]
+    by_document = list(cut_contexts(tokenizer, texts, context_size))
+    contexts = np.concatenate(by_document)
     if len(contexts) == 0:
+        n_text = context_size - (tokenizer.bos_token_id is not None)
+        n_longest = max(map(len, _token_ids(tokenizer, texts)))
         raise NotEvaluable(
             f"No document of corpus {corpus.name!r} fills a context: the longest has {n_longest} "
             f"tokens, a context needs {n_text}. Take longer texts or a smaller context_size."
         )
-    if max_tokens is not None and max_tokens < len(contexts) * context_size:
+    if max_tokens is not None and max_tokens < contexts.size:
         n_contexts = max_tokens // context_size
         contexts = contexts[np.arange(n_contexts) * len(contexts) // n_contexts]
-    if bos is not None:
-        contexts = np.insert(contexts, 0, bos, axis=1)
-    return contexts, sum(len(piece) == 0 for piece in pieces)
+    return contexts, sum(len(one) == 0 for one in by_document)
 
 
 def _slices(array: np.ndarray, size: int) -> Iterator[np.ndarray]:
@@ -192,26 +184,97 @@ def _slices(array: np.ndarray, size: int) -> Iterator[np.ndarray]:
 
 
 def _write_shard(
-    path: Path, batches: Iterator[np.ndarray], shape: tuple[int, int], dtype: str, bar: tqdm
+    path: Path, batches: Iterator[Tensor], shape: tuple[int, int], dtype: str, bar: tqdm
 ) -> list[np.ndarray]:
-    """Write a .npy file batch by batch; returns the norms of the stored values (float64)."""
+    """Write a .npy file batch by batch; returns the norms of the stored values."""
     norms = []
     # Plain writes: on a full disk they raise an OSError, where a memory map would kill the process.
     with path.open("wb") as file:
         header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, header)
         for stored in batches:
-            file.write(stored.data)
-            norms.append(np.sqrt(np.einsum("nd,nd->n", stored, stored, dtype=np.float64)))
+            file.write(stored.numpy().data)
+            norms.append(row_norms(stored))
             bar.update(len(stored))
     return norms
 
 
 def _statistics(norms: np.ndarray, config: HarvestConfig) -> tuple[np.ndarray, float, float]:
     """Which tokens are kept, the median norm, and the norm factor."""
-    is_first = np.arange(len(norms)) % config.context_size == 0
-    median_norm = float(np.median(norms[~is_first]))
-    if median_norm == 0:
+    median = median_norm(norms, config.context_size)
+    positions = kept_positions(norms, config.context_size, config.drop_norm_ratio * median)
+    kept = np.zeros(len(norms), dtype=bool)
+    kept[positions] = True
+    return kept, median, norm_factor(norms[positions])
+
+
+# -- the rules that stores and streams share ----------------------------------------------------
+
+
+def cut_contexts(
+    tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], context_size: int
+) -> Iterator[np.ndarray]:
+    """The contexts of each text in turn: token ids, int32, (n_contexts, context_size); n_contexts may be 0.
+
+    Each context starts with the BOS token, where the tokenizer has one. What is left of a text after its last
+    full context is not used. Texts are read a few at a time.
+    """
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    n_text = context_size - len(bos)
+    for ids in _token_ids(tokenizer, texts):
+        n_contexts = len(ids) // n_text
+        contexts = np.empty((n_contexts, context_size), dtype=np.int32)
+        contexts[:, : len(bos)] = bos
+        contexts[:, len(bos) :] = np.reshape(ids[: n_contexts * n_text], (n_contexts, n_text))
+        yield contexts
+
+
+def _token_ids(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> Iterator[list[int]]:
+    remaining = iter(texts)
+    while batch := list(islice(remaining, _TEXTS_TOKENISED_AT_ONCE)):
+        yield from tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def stored_activations(
+    model: TransformerBridge, contexts: np.ndarray, config: HarvestConfig
+) -> Tensor:
+    """What is stored of contexts (n, context_size): (n · context_size, d_in), in `config.dtype`, on the CPU.
+
+    Raises NotEvaluable if an activation is NaN, infinite, or too large for the type.
+    """
+    tokens = torch.from_numpy(contexts)
+    x = activations(model, tokens, config.hook_name, precision=config.precision)
+    return to_storage(x.flatten(0, 1), config.dtype, "Take dtype='float32'.").cpu()
+
+
+def row_norms(stored: Tensor) -> np.ndarray:
+    """Norms of stored activations (n, d_in) on the CPU: float64, (n,), summed in float32."""
+    parts = stored.split(_ROWS_AT_ONCE)
+    norms = [torch.linalg.vector_norm(part.float(), dim=-1) for part in parts]
+    return torch.cat(norms).double().numpy()
+
+
+def median_norm(norms: np.ndarray, context_size: int) -> float:
+    """Median of the norms of whole contexts' tokens (n,), without the first of each context.
+
+    Raises NotEvaluable if it is zero.
+    """
+    median = float(np.median(norms.reshape(-1, context_size)[:, 1:]))
+    if median == 0:
         raise NotEvaluable("Most activations at this hook are zero; choose another hook.")
-    kept = ~is_first & (norms <= config.drop_norm_ratio * median_norm)
-    return kept, median_norm, float(1 / np.sqrt(np.mean(norms[kept] ** 2)))
+    return median
+
+
+def kept_positions(norms: np.ndarray, context_size: int, largest_norm: float) -> np.ndarray:
+    """Which tokens of whole contexts count, by their norms (n,): places, int64, rising.
+
+    The first token of each context is left out, and tokens of a norm over `largest_norm`.
+    """
+    kept = norms <= largest_norm
+    kept[::context_size] = False
+    return np.flatnonzero(kept)
+
+
+def norm_factor(norms: np.ndarray) -> float:
+    """The c for which the mean of ||c x||^2 is 1, from the norms of all x."""
+    return float(1 / np.sqrt(np.mean(norms**2)))

@@ -130,6 +130,8 @@ class ActivationStore:
         Token ids, dropped tokens included.
     kept : bool array, shape (n_tokens,)
         Which tokens of `contexts.ravel()` count.
+    kept_positions : int array, shape (n_kept,)
+        Where in `contexts.ravel()` each numbered row stands, rising.
     """
 
     def __init__(self, folder: Path, manifest: Manifest):
@@ -137,7 +139,7 @@ class ActivationStore:
         self.manifest = manifest
         self.contexts = np.load(folder / TOKENS)
         self.kept = np.load(folder / KEPT)
-        self._kept_positions = np.flatnonzero(self.kept)
+        self.kept_positions = np.flatnonzero(self.kept)
         self._shards = [np.load(folder / shard.name, mmap_mode="r") for shard in manifest.shards]
         self._shard_starts = np.cumsum([0] + [shard.n_tokens for shard in manifest.shards])
 
@@ -205,7 +207,7 @@ class ActivationStore:
                 f"Row indices run from {rows.min()} to {rows.max()}; the store has rows 0 to "
                 f"{len(self) - 1}."
             )
-        positions = self._kept_positions[rows]
+        positions = self.kept_positions[rows]
         # Ascending reads touch each page of the memory maps once.
         order = np.argsort(positions)
         positions = positions[order]
@@ -255,7 +257,7 @@ class ActivationStore:
         """
         if not 0 <= row < len(self):
             raise IndexError(f"Row is {row}; the store has rows 0 to {len(self) - 1}.")
-        context, position = divmod(int(self._kept_positions[row]), self.manifest.context_size)
+        context, position = divmod(int(self.kept_positions[row]), self.manifest.context_size)
         first = max(0, position - before)
         ids = self.contexts[context, first : position + after + 1]
         return TextWindow(tuple(tokenizer.decode([int(i)]) for i in ids), position - first)

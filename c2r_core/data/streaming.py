@@ -22,16 +22,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from c2r_core.data.forward import activations, check_hook_name
+from c2r_core.data.forward import check_hook_name
+from c2r_core.data.harvest import (
+    cut_contexts,
+    kept_positions,
+    median_norm,
+    norm_factor,
+    row_norms,
+    stored_activations,
+)
 from c2r_core.data.language_models import model_fingerprint
-from c2r_core.data.store import HarvestConfig, to_storage
+from c2r_core.data.store import HarvestConfig
 from c2r_core.data.text import Corpus, Document, load_corpus
 from c2r_core.errors import NotEvaluable
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
-_DOCUMENTS_TOKENISED_AT_ONCE = 64
 _CONTEXTS_PER_PASS = 32
 _HASH_RANGE = 2**32
 _USUALLY_KEPT = 0.99
@@ -242,17 +249,17 @@ class StreamedBatches:
         contexts = self._take(block)
         self._x = torch.empty(0)  # one block at a time
         passes = range(0, len(contexts), _CONTEXTS_PER_PASS)
-        x = torch.cat([self._activations(contexts[i : i + _CONTEXTS_PER_PASS]) for i in passes])
-        norms = torch.cat([torch.linalg.vector_norm(part.float(), dim=-1) for part in x.split(8192)])
-        first = torch.arange(len(x)) % self.config.context_size == 0
+        parts = (contexts[i : i + _CONTEXTS_PER_PASS] for i in passes)
+        x = torch.cat([stored_activations(self.model, part, self.config) for part in parts])
+        norms, size = row_norms(x), self.config.context_size
         if block == 0:
-            self._largest_norm = self.config.drop_norm_ratio * norms[~first].median().item()
-        kept = (~first & (norms <= self._largest_norm)).nonzero().flatten()
+            self._largest_norm = self.config.drop_norm_ratio * median_norm(norms, size)
+        kept = kept_positions(norms, size, self._largest_norm)
         if len(kept) == 0:
             raise NotEvaluable(f"No token of block {block} is within drop_norm_ratio; raise it.")
         if block == 0:
-            self.norm_factor = norms[kept].double().square().mean().rsqrt().item()
-        shuffled = np.random.default_rng([self.seed, block]).permutation(kept.numpy())
+            self.norm_factor = norm_factor(norms[kept])
+        shuffled = np.random.default_rng([self.seed, block]).permutation(kept)
         self._order = np.resize(shuffled, self.batches_per_block * self.batch_size)
         self._x, self._block = x, block
 
@@ -269,13 +276,6 @@ class StreamedBatches:
         self._next_block = block + 1
         return np.stack(contexts)
 
-    def _activations(self, contexts: np.ndarray) -> Tensor:
-        config = self.config
-        x = activations(
-            self.model, torch.from_numpy(contexts), config.hook_name, precision=config.precision
-        )
-        return to_storage(x.flatten(0, 1), config.dtype, "Take dtype='float32'.").cpu()
-
     def _contexts(self) -> Iterator[np.ndarray]:
         """Token ids, context by context, none across documents."""
         n_found = 1
@@ -288,10 +288,5 @@ class StreamedBatches:
                 return
 
     def _contexts_once(self) -> Iterator[np.ndarray]:
-        tokenizer, size = self.model.tokenizer, self.config.context_size
-        bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-        n_text, texts = size - len(bos), iter(self.texts)
-        while batch := list(islice(texts, _DOCUMENTS_TOKENISED_AT_ONCE)):
-            for ids in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]:
-                for start in range(0, len(ids) - n_text + 1, n_text):
-                    yield np.array([*bos, *ids[start : start + n_text]], dtype=np.int32)
+        for of_text in cut_contexts(self.model.tokenizer, self.texts, self.config.context_size):
+            yield from of_text

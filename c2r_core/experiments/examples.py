@@ -119,8 +119,8 @@ def absorbed_words(inputs: Inputs) -> dict[str, Any]:
 @torch.no_grad()
 def used(inputs: Inputs) -> list[dict[str, Any]]:
     """Answers of the model before, after erasing a letter's latent, and after steering to another."""
-    examples = use_examples(inputs.sae, letters_to_use(inputs), N_LATENTS)
-    return [vars(one) | {"line": str(one)} for one in examples]
+    shown = use_examples(inputs.sae, letters_to_use(inputs), N_LATENTS, seed=inputs.seed)
+    return [vars(one) | {"line": str(one)} for one in shown]
 
 
 KINDS = {

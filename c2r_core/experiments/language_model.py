@@ -23,6 +23,7 @@ from c2r_core.data.harvest import harvest
 from c2r_core.data.language_models import load_language_model, model_fingerprint
 from c2r_core.data.precision import resolve_precision
 from c2r_core.data.store import ActivationStore, HarvestConfig
+from c2r_core.data.streaming import StreamedBatches, TextStream
 from c2r_core.data.text import SPLIT_SEED, Corpus, load_corpus, split_documents
 from c2r_core.evaluate.evaluation import evaluate
 from c2r_core.experiments.study import Study
@@ -40,6 +41,7 @@ _READ = (
     "context_size",
     "held_out_share",
     "train_tokens",
+    "streamed",
     "held_out_tokens",
     "drop_norm_ratio",
     "precision",
@@ -93,6 +95,16 @@ def language_model(name: str, device: str = "cpu") -> TransformerBridge:
     return load_language_model(name, device=device)
 
 
+def _harvest_config(lm: LanguageModelProfile, max_tokens: int | None, device: str) -> HarvestConfig:
+    return HarvestConfig(
+        hook_name=lm.hook_name,
+        context_size=lm.context_size,
+        max_tokens=max_tokens,
+        drop_norm_ratio=lm.drop_norm_ratio,
+        precision=resolve_precision(lm.precision, device),
+    )
+
+
 def stored(
     lm: LanguageModelProfile, corpus: Corpus, max_tokens: int, device: str = "cpu"
 ) -> ActivationStore:
@@ -103,13 +115,7 @@ def stored(
     ValueError
         If the corpus has fewer tokens than are asked for.
     """
-    config = HarvestConfig(
-        hook_name=lm.hook_name,
-        context_size=lm.context_size,
-        max_tokens=max_tokens,
-        drop_norm_ratio=lm.drop_norm_ratio,
-        precision=resolve_precision(lm.precision, device),
-    )
+    config = _harvest_config(lm, max_tokens, device)
     key = asdict(config) | {"model": _model(lm.model), "text": corpus.fingerprint}
 
     def build(part: Path) -> None:
@@ -131,8 +137,40 @@ def training_corpus(lm: LanguageModelProfile) -> Corpus:
 
 
 def training_store(lm: LanguageModelProfile, device: str = "cpu") -> ActivationStore:
-    """Their activations."""
-    return stored(lm, training_corpus(lm), lm.train_tokens, device)
+    """Their activations; where the profile streams, of as many tokens as are held out: to measure on."""
+    tokens = min(lm.train_tokens, lm.held_out_tokens) if lm.streamed else lm.train_tokens
+    return stored(lm, training_corpus(lm), tokens, device)
+
+
+@dataclass(frozen=True)
+class TrainingStream:
+    """The training documents of a profile that streams: in order, and again from the beginning."""
+
+    lm: LanguageModelProfile
+    device: str = "cpu"
+
+    def settings(self) -> dict[str, Any]:
+        """What decides the batches, but their size and seed: JSON."""
+        text = training_corpus(self.lm).fingerprint
+        return asdict(self._config()) | {"model": _model(self.lm.model), "text": text}
+
+    def batches(self, batch_size: int, seed: int) -> StreamedBatches:
+        """Batches straight from the model; errors are those of `StreamedBatches`."""
+        corpus = training_corpus(self.lm)
+        texts = TextStream(corpus.name, lambda: (document.text for document in corpus.documents))
+        model = language_model(self.lm.model, self.device)
+        chosen = {"batch_size": batch_size, "seed": seed, "repeat": True}
+        return StreamedBatches(model, texts, self._config(), **chosen)
+
+    def _config(self) -> HarvestConfig:
+        return _harvest_config(self.lm, None, self.device)
+
+
+def training_data(
+    lm: LanguageModelProfile, device: str = "cpu"
+) -> ActivationStore | TrainingStream:
+    """What SAEs are trained on: a store, or a stream where the profile says so."""
+    return TrainingStream(lm, device) if lm.streamed else training_store(lm, device)
 
 
 # -- arms ---------------------------------------------------------------------------------------
@@ -140,7 +178,7 @@ def training_store(lm: LanguageModelProfile, device: str = "cpu") -> ActivationS
 
 @dataclass(frozen=True)
 class LanguageModelArm:
-    """One way to train an SAE on stored activations; strengths are as in `weight_from_strength`."""
+    """One way to train an SAE on activations; strengths are as in `weight_from_strength`."""
 
     architecture: str
     d_sae: int
@@ -204,17 +242,22 @@ def standard_arms(lm: LanguageModelProfile, device: str = "cpu") -> dict[str, La
 
 def trained(
     arm: LanguageModelArm,
-    store: ActivationStore,
+    data: ActivationStore | TrainingStream,
     seed: int,
     device: str = "cpu",
     progress: bool = False,
 ) -> SAE:
     """The arm's SAE, for activations of norm 1 (see `fold_norm_factor`), trained or from the cache."""
+    is_streamed = isinstance(data, TrainingStream)
 
     def build(folder: Path) -> None:
-        sae = create_sae(arm.architecture, d_in=store.d_in, d_sae=arm.d_sae, k=arm.k, seed=seed)
+        if is_streamed:
+            batches = data.batches(arm.batch_size, seed)
+        else:
+            batches = StoreBatches(data, arm.batch_size, seed)
+        d_in = batches(0).shape[-1]
+        sae = create_sae(arm.architecture, d_in=d_in, d_sae=arm.d_sae, k=arm.k, seed=seed)
         sae = sae.to(device)
-        batches = StoreBatches(store, arm.batch_size, seed)
         checkpoint = folder / "checkpoint.safetensors"
         config = replace(arm.config, seed=seed)
         train(sae, batches, config, arm.penalties(), checkpoint=checkpoint, progress=progress)
@@ -223,7 +266,7 @@ def trained(
 
     key = arm.settings() | {
         "seed": seed,
-        "data": asdict(store.manifest),
+        "data": data.settings() if is_streamed else asdict(data.manifest),
         "device": device.partition(":")[0],
     }
     code = ["c2r_core.experiments.language_model:trained"]
@@ -249,7 +292,7 @@ def of_trained(measure: Callable[..., Any]) -> Callable[..., Any]:
     def of_arm(
         arm: LanguageModelArm, sources: Sources, seeds: Sequence[int], device: str, **given: Any
     ) -> Any:
-        sae = trained(arm, training_store(sources.lm, device), seeds[0], device)
+        sae = trained(arm, training_data(sources.lm, device), seeds[0], device)
         return measure(inputs_of(sae, sources, device), **given)
 
     return of_arm
@@ -292,8 +335,8 @@ def measure(
     device: str,
 ) -> dict[str, Any]:
     """{metric: its record} from the report of `evaluate`."""
+    sae = trained(arm, training_data(sources.lm, device), seeds[0], device)
     store = training_store(sources.lm, device)
-    sae = trained(arm, store, seeds[0], device)
     return evaluated(sae, metrics, sources, device, train_store=store)
 
 

@@ -28,6 +28,7 @@ from c2r_core.experiments.language_model import (
     of_trained,
     standard_arms,
     trained,
+    training_data,
     training_store,
 )
 from c2r_core.experiments.study import NamedArm, Study, arm_table
@@ -157,8 +158,8 @@ def measure_norms(
     device: str,
 ) -> dict[str, Any]:
     """`norm_rows` of a trained SAE on random training tokens, and the exponent of its whole penalty."""
+    sae = trained(arm, training_data(sources.lm, device), seeds[0], device)
     store = training_store(sources.lm, device)
-    sae = trained(arm, store, seeds[0], device)
     chunk = min(_CHUNK, max(sizes.batch_sizes))
     batches = StoreBatches(store, chunk, seeds[0])
     n_chunks = min(sizes.tokens, len(store)) // chunk

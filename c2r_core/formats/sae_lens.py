@@ -4,7 +4,8 @@ Read in the code of SAELens 6.54.12. Encode and decode are those of the SAE that
 `SAE.load_from_disk` gives, with these limits:
 
 - architectures standard, topk, jumprelu, gated, and the training checkpoints batchtopk and
-  matryoshka_batchtopk, which become JumpReLU SAEs as in SAELens' own export;
+  matryoshka_batchtopk, which become JumpReLU SAEs as in SAELens' own export; a training checkpoint of
+  `c2r_core.training.sae_lens`, whose names begin with `c2r_`, is read as the architecture it adds C²R to;
 - `rescale_acts_by_decoder_norm` is folded into the weights, so decoder rows then have norm 1 and
   activations are those that SAELens returns;
 - activations that SAELens normalises sample by sample, or reshapes, are refused: such a decoder
@@ -25,6 +26,8 @@ from torch import Tensor
 from c2r_core.formats.inference import Gated, InferenceSAE, JumpReLU, ReLU, TopK, take
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
+OUR_PREFIX = "c2r_"
+"""What `c2r_core.training.sae_lens` puts before SAELens' name of an architecture."""
 ARCHITECTURES = (
     "standard",
     "topk",
@@ -98,7 +101,7 @@ def stated(config: Mapping[str, Any]) -> dict[str, str]:
 
 def _architecture(config: Mapping[str, Any]) -> tuple[str, int | None]:
     """Architecture and k; before version 6, TopK was a "standard" SAE with another activation."""
-    architecture = config.get("architecture", "standard")
+    architecture = str(config.get("architecture", "standard")).removeprefix(OUR_PREFIX)
     activation = config.get("activation_fn", config.get("activation_fn_str", "relu"))
     k = config.get("k")
     if activation == "topk":

@@ -337,7 +337,7 @@ def letter_assignment(
     arguments are as in `measure_assignment`.
     """
     x, letters = task.activations[task.is_test], task.letters[task.is_test]
-    labels = probes.recognises(x) & (letters[:, None] == torch.arange(len(LETTERS)))
+    labels = probes.holds(x, letters)
     usable = torch.tensor([reason is None for reason in probes.not_evaluable])
     report = measure_assignment(
         sae,

@@ -168,7 +168,7 @@ def find_firings(sae: AnySAE, store: ActivationStore, *, chunk_size: int = 2048)
     Raises NotEvaluable if the SAE gives NaN or infinite activations, or is made for another width.
     """
     acts = encode_sparse(sae, store.chunks(chunk_size)).tocsc()
-    return Firings(acts, store.contexts, np.flatnonzero(store.kept))
+    return Firings(acts, store.contexts, store.kept_positions)
 
 
 def firings_of(inputs: Inputs) -> Firings:

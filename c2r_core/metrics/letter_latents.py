@@ -174,5 +174,5 @@ def absorption_by_word(
 
 def true_positives(task: FirstLetterTask, probes: LetterProbes, i: int) -> Tensor:
     """Numbers of a letter's test words that its probe recognises."""
-    recognised = task.activations @ probes.weights[i] + probes.biases[i] > 0
-    return (recognised & task.is_test & (task.letters == i)).nonzero()[:, 0]
+    holds = probes.holds(task.activations, task.letters)[:, i]
+    return (holds & task.is_test).nonzero()[:, 0]

@@ -56,6 +56,13 @@ class LetterProbes(Record):
         """Which of (n, d_in) each probe takes for a word of its letter: bool, (n, 26)."""
         return activations @ self.weights.T + self.biases > 0
 
+    def holds(self, activations: Tensor, letters: Tensor) -> Tensor:
+        """Which letter each word holds, if any: the one that it starts with, if its probe recognises it.
+
+        `activations` are (n, d_in), `letters` int (n,); the answer is bool, (n, 26).
+        """
+        return self.recognises(activations) & (letters[:, None] == torch.arange(len(LETTERS)))
+
 
 class LetterSplit(NamedTuple):
     """Words, some for training and the others for testing, and the probes trained on the former."""

@@ -6,8 +6,9 @@ regression; its accuracy on test texts stands beside that of all latents and of 
 Classes are balanced, so chance is 0.5; training and test texts come from different documents.
 
 Ours: inputs are standardised. The two probes with many inputs choose their penalty on halves of the training
-documents, so that they are a ceiling for the k latents. Topics are lexical, a passage has one if it holds one
-of a list of words: a latent for a single token can tell much of such a label.
+documents. They are a reference for the k latents and no bound: with few documents a probe with many inputs
+overfits, and k latents can do better. Topics are lexical, a passage has one if it holds one of a list of
+words: a latent for a single token can tell much of such a label.
 """
 
 from __future__ import annotations
