@@ -370,6 +370,15 @@ def probes(task):
     )
 
 
+def test_a_word_holds_its_first_letter_if_the_probe_recognises_it(task, probes):
+    holds = probes.holds(task.activations, task.letters)
+    for word, x in enumerate(task.activations):
+        for letter in range(len(LETTERS)):
+            recognised = float(x @ probes.weights[letter] + probes.biases[letter]) > 0
+            assert holds[word, letter] == (recognised and task.letters[word] == letter)
+    assert 0 < holds.sum() < holds.numel()
+
+
 def test_absorbed_words_lower_a_letters_score(task, probes):
     eye = torch.eye(2 + 2 * PER_LETTER)
     absorbed = range(PER_LETTER - N_TEST, PER_LETTER - N_TEST + 4)  # the first 4 test words of A

@@ -18,6 +18,7 @@ from c2r_core.data.words import LETTERS
 from c2r_core.evaluate.evaluation import prepare
 from c2r_core.metrics.encoding import encode
 from c2r_core.metrics.inputs import Options
+from c2r_core.metrics.letter_probes import LetterProbes
 from c2r_core.saes import create_sae, save_sae
 
 EVIL = "<script>document.title='broken'</script><b>bold</b> & \u2028 </script>"
@@ -59,11 +60,14 @@ def planted(inputs):
     task.words = (" apple", " ant", " axe", "bee", "box")
     task.activations = torch.stack([row[0], row[0], row[1], row[2], row[2]]) * 5
     task.letters, task.is_test = torch.tensor([0, 0, 0, 1, 1]), torch.ones(5, dtype=torch.bool)
-    probes = type("Probes", (), {})()
-    probes.weights = torch.zeros(len(LETTERS), 64)
-    probes.weights[0], probes.weights[1] = row[0] + row[1], row[2]
-    probes.not_evaluable = [None, None] + ["no words"] * 24
-    probes.recognises = lambda x: torch.ones(len(x), len(LETTERS), dtype=torch.bool)
+    weights = torch.zeros(len(LETTERS), 64)
+    weights[0], weights[1] = row[0] + row[1], row[2]
+    probes = LetterProbes(
+        weights=weights,
+        biases=torch.full((len(LETTERS),), 100.0),  # every word is recognised
+        f1=(1.0,) * 2 + (None,) * 24,
+        not_evaluable=(None,) * 2 + ("no words",) * 24,
+    )
     return task, probes
 
 

@@ -80,6 +80,25 @@ def test_sae_lens_training_checkpoint_becomes_a_jumprelu(tmp_path, x, architectu
     check(open_sae(tmp_path), x, feature_acts, feature_acts @ p["W_dec"] + p["b_dec"], p["W_dec"])
 
 
+@pytest.mark.parametrize("architecture", ["topk", "jumprelu"])
+def test_the_prefix_of_our_own_training_saes_is_no_part_of_the_architecture(
+    tmp_path, x, architecture
+):
+    write_sae_lens(tmp_path, architecture)
+    plain = open_sae(tmp_path)
+    file = tmp_path / "cfg.json"
+    config = json.loads(file.read_text()) | {"architecture": f"c2r_{architecture}"}
+    file.write_text(json.dumps(config))
+    opened = open_sae(tmp_path)
+    assert opened.architecture == plain.architecture == architecture
+    assert torch.equal(opened.sae.encode(x), plain.sae.encode(x))
+    file.write_text(json.dumps(config | {"architecture": "c2r_temporal"}))
+    with pytest.raises(
+        ValueError, match="architecture is 'c2r_temporal'; this code reads standard"
+    ):
+        open_sae(tmp_path)
+
+
 def test_sae_lens_before_version_6(tmp_path, x):
     p = write_sae_lens(tmp_path)
     old = {

@@ -89,6 +89,23 @@ def test_kept_are_all_but_first_tokens_and_those_of_large_norm(store, model) -> 
     assert len(store) == store.manifest.n_kept == store.kept.sum()
 
 
+def test_norms_and_kept_tokens_by_their_plain_forms() -> None:
+    generator = np.random.default_rng(0)
+    x = generator.normal(size=(6 * CONTEXT, 33)) * generator.lognormal(size=(6 * CONTEXT, 1))
+    x = x.astype(np.float16)
+    norms = harvesting.row_norms(torch.from_numpy(x))
+    by_hand = [np.sqrt(sum(float(value) ** 2 for value in row)) for row in x]
+    np.testing.assert_allclose(norms, by_hand, rtol=1e-6)
+    behind = [norm for i, norm in enumerate(by_hand) if i % CONTEXT]
+    median = harvesting.median_norm(norms, CONTEXT)
+    assert median == pytest.approx(np.median(behind), rel=1e-6)
+    kept = harvesting.kept_positions(norms, CONTEXT, 2 * median)
+    expected = [i for i, norm in enumerate(by_hand) if i % CONTEXT and norm <= 2 * median]
+    assert kept.tolist() == expected and 0 < len(expected) < len(behind)
+    factor = harvesting.norm_factor(norms[kept])
+    assert np.mean((factor * x[kept].astype(float)) ** 2) * 33 == pytest.approx(1, rel=1e-6)
+
+
 def test_the_first_token_of_a_context_is_dropped_whatever_its_norm(model, corpus, tmp_path) -> None:
     store = harvest(model, corpus, small_config(drop_norm_ratio=1e6), tmp_path / "store")
     expected = np.arange(4 * CONTEXT) % CONTEXT != 0

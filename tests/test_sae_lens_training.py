@@ -284,6 +284,9 @@ def test_config_round_trip(kind, tmp_path):
     loaded = sae_lens.TrainingSAE.load_from_disk(tmp_path)
     assert type(loaded) is type(sae) and loaded.cfg == sae.cfg
     assert all(p.equal(sae.state_dict()[name]) for name, p in loaded.state_dict().items())
+    theirs = getattr(sae_lens, f"{kind}TrainingSAEConfig").architecture()
+    assert sae.cfg.architecture() == f"c2r_{theirs}"
+    assert open_sae(tmp_path).architecture == theirs, "a training checkpoint opens by SAELens' name"
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from dataclasses import replace
@@ -15,6 +16,7 @@ from c2r_core.artefacts.fingerprints import fingerprints
 from c2r_core.artefacts.names import slug
 from c2r_core.artefacts.profiles import FIRST_SEED, load_profile, profile_names
 from c2r_core.artefacts.results import results_dir, runs_dir
+from c2r_core.data.store import ActivationStore
 from c2r_core.data.words import FirstLetterTask
 from c2r_core.errors import NotEvaluable
 from c2r_core.experiments import (
@@ -35,7 +37,9 @@ from c2r_core.experiments import (
     tuning,
     validation,
 )
-from c2r_core.saes import ReLUSAE
+from c2r_core.metrics import use
+from c2r_core.saes import ReLUSAE, create_sae
+from c2r_core.training import train
 
 SMOKE = load_profile("smoke")
 SHORT = SMOKE.model_copy(
@@ -265,6 +269,27 @@ def test_a_corpus_with_too_few_tokens_is_an_error():
         language_model.training_store(greedy)
 
 
+def test_where_the_profile_streams_an_sae_is_trained_without_a_store(monkeypatch):
+    lm = LM.model_copy(update={"streamed": True})
+    arm, stream = language_model.standard_arms(lm)["C²R"], language_model.training_data(lm)
+    batches = stream.batches(arm.batch_size, 10)
+    by_hand = create_sae(arm.architecture, d_in=64, d_sae=arm.d_sae, k=arm.k, seed=10)
+    train(by_hand, batches, replace(arm.config, seed=10), arm.penalties(), progress=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(language_model, "stored", None)
+        sae = language_model.trained(arm, stream, seed=10)
+    for name, value in sae.state_dict().items():
+        assert torch.equal(value, by_hand.state_dict()[name]), name
+    assert sae.trained_on["text"] == "sotu/train" and sae.norm_factor == batches.norm_factor
+    sample = language_model.training_store(lm)
+    assert sample.manifest.n_tokens <= lm.held_out_tokens < LM.train_tokens
+    assert isinstance(language_model.training_data(LM), ActivationStore)
+    forbid_training(monkeypatch, language_model)
+    sources = language_model.Sources(SMOKE).with_lm(streamed=True)
+    found = language_model.measure(arm, ["reconstruction"], sources, [10], "cpu")
+    assert found["reconstruction"].values.fvu_on_training_documents is not None
+
+
 def test_metric_cells_are_records_of_evaluate_and_give_tables():
     values = {
         name: read_or_compute(cell_of("language_model", name))
@@ -283,6 +308,30 @@ def test_metric_cells_are_records_of_evaluate_and_give_tables():
     assert rows.to_dict("records") == [{"arm": "baseline", "seed": 11, "a": 1}]
     not_evaluable = {"baseline-seed-11-x": {"x": {"status": "not evaluable", "reason": "few"}}}
     assert language_model.records(not_evaluable, "x", ["baseline"]) == {}
+
+
+def test_the_words_of_the_use_examples_are_those_that_use_uses(monkeypatch):
+    made, seeds = [], []
+    task_of = examples.letter_use_task
+
+    def spy(*given, **settings):
+        seeds.append(settings["seed"])
+        made.append(task_of(*given, **settings))
+        return made[-1]
+
+    monkeypatch.setattr(examples, "letter_use_task", spy)
+    monkeypatch.setattr(use, "letter_use_task", spy)
+    arm = language_model.standard_arms(LM)["baseline"]
+    sae = language_model.trained(arm, language_model.training_store(LM), 10)
+    inputs = language_model.inputs_of(sae, language_model.Sources(SMOKE))
+    inputs.seed = 5
+    shown = examples.used.__wrapped__(inputs)
+    with contextlib.suppress(NotEvaluable):
+        use.measure(inputs)
+    assert seeds == [5, 5] and made[0].samples == made[1].samples
+    assert torch.equal(made[0].for_picking, made[1].for_picking)
+    using = [w for w, picks in zip(made[0].samples, made[0].for_picking, strict=True) if not picks]
+    assert {row["sample"] for row in shown} <= set(using)
 
 
 @pytest.mark.parametrize("kind", examples.KINDS)

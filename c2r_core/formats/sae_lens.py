@@ -101,7 +101,8 @@ def stated(config: Mapping[str, Any]) -> dict[str, str]:
 
 def _architecture(config: Mapping[str, Any]) -> tuple[str, int | None]:
     """Architecture and k; before version 6, TopK was a "standard" SAE with another activation."""
-    architecture = str(config.get("architecture", "standard")).removeprefix(OUR_PREFIX)
+    given = config.get("architecture", "standard")
+    architecture = str(given).removeprefix(OUR_PREFIX)
     activation = config.get("activation_fn", config.get("activation_fn_str", "relu"))
     k = config.get("k")
     if activation == "topk":
@@ -110,7 +111,7 @@ def _architecture(config: Mapping[str, Any]) -> tuple[str, int | None]:
         raise ValueError(f"activation_fn is {activation!r}; this code reads 'relu' and 'topk'.")
     if architecture not in ARCHITECTURES:
         raise ValueError(
-            f"The architecture is {architecture!r}; this code reads {', '.join(ARCHITECTURES)}."
+            f"The architecture is {given!r}; this code reads {', '.join(ARCHITECTURES)}."
         )
     return architecture, k
 
