@@ -95,15 +95,15 @@ def test_norms_and_kept_tokens_by_their_plain_forms() -> None:
     x = x.astype(np.float16)
     norms = harvesting.row_norms(torch.from_numpy(x))
     by_hand = [np.sqrt(sum(float(value) ** 2 for value in row)) for row in x]
-    np.testing.assert_allclose(norms, by_hand, rtol=1e-6)
+    np.testing.assert_allclose(norms, by_hand, rtol=1e-12)
     behind = [norm for i, norm in enumerate(by_hand) if i % CONTEXT]
     median = harvesting.median_norm(norms, CONTEXT)
-    assert median == pytest.approx(np.median(behind), rel=1e-6)
+    assert median == pytest.approx(np.median(behind), rel=1e-12)
     kept = harvesting.kept_positions(norms, CONTEXT, 2 * median)
     expected = [i for i, norm in enumerate(by_hand) if i % CONTEXT and norm <= 2 * median]
     assert kept.tolist() == expected and 0 < len(expected) < len(behind)
     factor = harvesting.norm_factor(norms[kept])
-    assert np.mean((factor * x[kept].astype(float)) ** 2) * 33 == pytest.approx(1, rel=1e-6)
+    assert np.mean((factor * x[kept].astype(float)) ** 2) * 33 == pytest.approx(1, rel=1e-12)
 
 
 def test_the_first_token_of_a_context_is_dropped_whatever_its_norm(model, corpus, tmp_path) -> None:

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 # A token id (int32) and a mark in kept.npy.
 _OTHER_BYTES_A_TOKEN = 5
 _TEXTS_TOKENISED_AT_ONCE = 64
-_ROWS_AT_ONCE = 4096
+_ROWS_AT_ONCE = 256
 _LIBRARIES = ("torch", "transformers", "transformer_lens", "numpy")
 
 
@@ -248,10 +248,9 @@ def stored_activations(
 
 
 def row_norms(stored: Tensor) -> np.ndarray:
-    """Norms of stored activations (n, d_in) on the CPU: float64, (n,), summed in float32."""
+    """Norms of stored activations (n, d_in) on the CPU: float64, (n,)."""
     parts = stored.split(_ROWS_AT_ONCE)
-    norms = [torch.linalg.vector_norm(part.float(), dim=-1) for part in parts]
-    return torch.cat(norms).double().numpy()
+    return torch.cat([torch.linalg.vector_norm(part.double(), dim=-1) for part in parts]).numpy()
 
 
 def median_norm(norms: np.ndarray, context_size: int) -> float:
