@@ -11,7 +11,7 @@ from c2r_core import ReLUSAE
 from c2r_core.data.batches import ToyBatches
 from c2r_core.data.forest import GatedForest
 from c2r_core.errors import NotEvaluable
-from c2r_core.metrics.forest import evaluate_forest
+from c2r_core.metrics.forest import evaluate_forest, forest_sample
 
 SMALL = GatedForest(
     n_features=40,
@@ -32,6 +32,10 @@ def generator(seed: int = 0) -> torch.Generator:
 
 def sample(forest: GatedForest, n: int = 50_000):
     return forest.sample(n, generator(1))
+
+
+def held_out(n_samples: int):
+    return forest_sample(SMALL, n_samples, generator())
 
 
 def changed(**values) -> GatedForest:
@@ -118,6 +122,43 @@ def test_samples_are_scaled_and_repeatable():
     assert not torch.equal(one, other)
 
 
+def drawn_plainly(forest: GatedForest, n: int, generator: torch.Generator) -> torch.Tensor:
+    """The features as the definition says it, level by level and dense: the reference for `sample`."""
+    common = torch.randn(n, forest.correlation_rank, generator=generator)
+    own = torch.randn(n, forest.n_features, generator=generator)
+    on = common @ forest._loadings.mT + own * forest._own_sd > forest._thresholds
+    noise = torch.randn(n, forest.n_features, generator=generator)
+    features = (forest.mean_magnitudes + forest._magnitude_sds * noise).relu() * on
+    for above, below in zip(forest.levels, forest.levels[1:], strict=False):
+        children = features[:, below].unflatten(1, (-1, forest.branching))
+        lots = torch.rand(children.shape, generator=generator) * (children > 0)
+        winner = torch.zeros_like(children).scatter(2, lots.argmax(2, keepdim=True), 1.0)
+        scale = (features[:, above] / forest.mean_magnitudes[above]).unsqueeze(2)
+        features[:, below] = (children * winner * scale).flatten(1)
+    return features
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.3])
+def test_samples_have_the_plain_forms_rates_co_occurrences_and_magnitudes(scale):
+    forest = changed(correlation_scale=scale, correlation_rank=5, bias_norm=0.5)
+    n = 100_000
+    x, features = forest.sample(n, generator(1))
+    plain = drawn_plainly(forest, n, generator(2))
+    torch.testing.assert_close(x, features @ forest.directions + forest._constant)
+    together = [(one > 0).float().T @ (one > 0).float() / n for one in (features, plain)]
+    torch.testing.assert_close(*together, atol=0.009, rtol=0)  # 4 standard errors of a difference
+    for moment in (1, 2):
+        means = [(one**moment).sum(0) / (one > 0).sum(0) for one in (features, plain)]
+        torch.testing.assert_close(*means, atol=0, rtol=0.12)
+
+
+def test_which_features_are_on_before_the_gates_is_the_plain_forms():
+    """Where there are no trees the draws are the same numbers, not only as likely."""
+    forest = changed(n_roots=0, correlation_scale=0.3, correlation_rank=5, magnitude_sd=0.0)
+    drawn = forest.sample(5_000, generator(1)).features > 0
+    assert torch.equal(drawn, drawn_plainly(forest, 5_000, generator(1)) > 0)
+
+
 def test_the_full_definition_has_its_size():
     full = GatedForest.full()
     assert (full.n_features, full.d_in, sum(full.level_sizes)) == (16384, 768, 10880)
@@ -136,9 +177,7 @@ def dictionary(forest: GatedForest, rows: torch.Tensor) -> ReLUSAE:
 
 
 def test_the_true_dictionary_is_perfect():
-    report = evaluate_forest(
-        dictionary(SMALL, torch.eye(40)), SMALL, n_samples=20_480, generator=generator()
-    )
+    report = evaluate_forest(dictionary(SMALL, torch.eye(40)), SMALL, held_out(20_480))
     assert report.mcc == pytest.approx(1) and report.uniqueness == 1 and report.f1 > 0.999
     assert report.fvu < 1e-4 and report.l0 == pytest.approx(report.true_l0, rel=1e-3)
     assert report.absorption == pytest.approx(0, abs=1e-6) and report.n_parents_evaluated > 5
@@ -162,16 +201,14 @@ def test_a_planted_absorption_is_found_exactly():
         return acts.where(~taken, 0.0)
 
     sae.encode = absorbing
-    report = evaluate_forest(sae, SMALL, n_samples=20_480, generator=generator())
+    report = evaluate_forest(sae, SMALL, held_out(20_480))
     n_roots, n_middle = 3, report.n_parents_evaluated - 3
     assert n_middle >= 0
     assert report.absorption == pytest.approx(n_roots / report.n_parents_evaluated, abs=0.02)
 
 
 def test_a_random_dictionary_is_poor():
-    report = evaluate_forest(
-        ReLUSAE(64, 20, l1_weight=0.0), SMALL, n_samples=2048, generator=generator()
-    )
+    report = evaluate_forest(ReLUSAE(64, 20, l1_weight=0.0), SMALL, held_out(2048))
     assert report.mcc < 0.5 and all(band.recovery == 0 for band in report.bands)
     assert report.absorption is None and report.n_parents_evaluated == 0
 
@@ -179,11 +216,11 @@ def test_a_random_dictionary_is_poor():
 def test_what_cannot_be_measured_is_an_error():
     sae = ReLUSAE(64, 20, l1_weight=0.0)
     with pytest.raises(ValueError, match="n_samples is 10; expected at least 1024"):
-        evaluate_forest(sae, SMALL, n_samples=10, generator=generator())
+        held_out(10)
     with torch.no_grad():
         sae.b_enc.fill_(-100)
     with pytest.raises(NotEvaluable, match="No latent fires"):
-        evaluate_forest(sae, SMALL, n_samples=1024, generator=generator())
+        evaluate_forest(sae, SMALL, held_out(1024))
 
 
 @pytest.mark.parametrize(

@@ -38,8 +38,9 @@ from c2r_core.experiments import (
     validation,
 )
 from c2r_core.metrics import use
+from c2r_core.notebook.tables import paired_seeds
 from c2r_core.saes import ReLUSAE, create_sae
-from c2r_core.training import train
+from c2r_core.training import create_regulariser, train
 
 SMOKE = load_profile("smoke")
 SHORT = SMOKE.model_copy(
@@ -124,14 +125,37 @@ def test_a_stack_of_seeds_is_its_seeds(runs):
     torch.testing.assert_close(alone[1].W_dec, runs["baseline"][1].W_dec)
 
 
+@pytest.mark.parametrize("architecture", ["relu", "batch_topk"])
+@pytest.mark.parametrize("penalty", ["c2r", "co_activation"])
+def test_a_stack_of_weights_is_each_weight_alone(architecture, penalty, monkeypatch):
+    baseline = toy.toy_arm(SHORT.toy, architecture, None)
+    weights = [0.0, 0.02, 0.3]
+    arms = {
+        w: replace(baseline, regulariser=create_regulariser(penalty, weight=w)) for w in weights
+    }
+    monkeypatch.setattr(synthetic, "AT_ONCE", 4)  # two stacks: of two weights, of one
+    together = synthetic.trained_at(arms[0.0], weights, [0, 1])
+    assert list(together) == weights
+    for weight, by_seed in together.items():
+        alone = synthetic.trained(arms[weight] if weight else baseline, [0, 1])
+        assert list(by_seed) == [0, 1]
+        for seed, sae in by_seed.items():
+            for name, tensor in alone[seed].state_dict().items():
+                torch.testing.assert_close(sae.state_dict()[name], tensor, rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(together[0.02][0].W_dec, together[0.3][0].W_dec, atol=1e-4)
+    forbid_training(monkeypatch, synthetic)
+    synthetic.trained_at(arms[0.3], weights, [0, 1])
+
+
 def test_toy_cells_give_a_table_and_paired_differences():
     values = {cell.name: read_or_compute(cell) for cell in cells("toy", SHORT)}
     table = toy.toy_table(values, "relu", SHORT.toy)
     assert list(table["arm"]) == ["baseline"] * 2 + ["C²R"] * 2 + ["OrtSAE"] * 2
     numbers = table["fvu"].tolist()
     assert toy.values_by_seed(table.iloc[::-1], "C²R", "fvu") == numbers[2:4]
-    difference = toy.paired_difference(table, "fvu")
-    assert difference.mean == pytest.approx((sum(numbers[2:4]) - sum(numbers[:2])) / 2)
+    difference = paired_seeds(table, "fvu")
+    assert difference.n == "2 seeds"
+    assert difference.interval.mean == pytest.approx((sum(numbers[2:4]) - sum(numbers[:2])) / 2)
 
 
 def test_family_cosines_order_latents_by_what_they_carry():
@@ -174,11 +198,9 @@ def test_benchmark_cells_give_tables_of_runs_and_bands():
 
 def tuned(monkeypatch, recovery):
     """`tune` with a made-up recovery for each weight."""
-
-    def means(arm, on, samples, seeds, device):
-        return {"recovery": recovery(arm.regulariser.weight if arm.regulariser else 0.0)}
-
-    monkeypatch.setattr(tuning, "means", means)
+    monkeypatch.setattr(tuning, "trained", lambda *_: 0.0)
+    monkeypatch.setattr(tuning, "trained_at", lambda _, weights, *__: {w: w for w in weights})
+    monkeypatch.setattr(tuning, "means", lambda weight, *_: {"recovery": recovery(weight)})
     arm = toy.toy_arm(SMOKE.toy, "relu", None)
     return tuning.tune(arm, "orthogonality", "toy", "recovery", 10, [0], "cpu")
 
@@ -206,17 +228,17 @@ def test_a_grid_goes_on_until_its_best_is_not_on_an_edge(monkeypatch):
 
 def test_what_cannot_be_measured_is_never_chosen_and_a_bug_surfaces(monkeypatch):
     def measure(error):
-        def raise_it(**_):
+        def raise_it(*_):
             raise error
 
         return raise_it
 
-    arm = toy.toy_arm(SMOKE.toy, "relu", None)
-    monkeypatch.setitem(tuning.MEASURES, "toy", measure(NotEvaluable("dead")))
-    assert tuning.means(arm, "toy", 10, [0], "cpu")["recovery"] is None
-    monkeypatch.setitem(tuning.MEASURES, "toy", measure(ValueError("a bug")))
+    tree = toy.feature_tree(SMOKE.toy)
+    monkeypatch.setitem(tuning.REPORTS, "toy", measure(NotEvaluable("dead")))
+    assert tuning.means({}, tree, "toy", 10)["recovery"] is None
+    monkeypatch.setitem(tuning.REPORTS, "toy", measure(ValueError("a bug")))
     with pytest.raises(ValueError, match="a bug"):
-        tuning.means(arm, "toy", 10, [0], "cpu")
+        tuning.means({}, tree, "toy", 10)
 
 
 def test_tuning_cells_run_and_give_a_table(monkeypatch):

@@ -188,6 +188,18 @@ def test_the_best_threshold_by_hand():
     assert _best_f1(acts, on).tolist() == pytest.approx([6 / 7, 2 / 5])
 
 
+def test_the_best_threshold_is_the_best_of_all():
+    """Against every activation as a threshold, with ties, a column that never fires and one never on."""
+    draws = torch.Generator().manual_seed(0)
+    acts = (torch.randn(300, 6, generator=draws) * 4).round().relu() / 4
+    on = torch.rand(300, 6, generator=draws) < 0.2
+    acts[:, 0], on[:, 1] = 0.0, False
+    fires = acts > torch.cat([torch.zeros(1), acts.flatten().unique()])[:, None, None]
+    f1 = 2 * (fires & on).sum(1) / (fires.sum(1) + on.sum(0)).clamp(min=1)
+    torch.testing.assert_close(_best_f1(acts, on), f1.amax(0).double(), rtol=1e-6, atol=1e-9)
+    assert _best_f1(acts, on)[:2].tolist() == [0, 0]
+
+
 def test_a_folded_sae_scores_as_it_did():
     sae = perfect_sae(TREE.directions)
     sae.norm_factor = TREE.norm_factor

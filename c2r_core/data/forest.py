@@ -199,20 +199,56 @@ class GatedForest:
         """Draw n samples; x is not normalised."""
         common = torch.randn(n, self.correlation_rank, generator=generator)
         own = torch.randn(n, self.n_features, generator=generator)
-        on = common @ self._loadings.mT + own * self._own_sd > self._thresholds
-        rows, which = on.nonzero(as_tuple=True)
+        # Few features are on, so all that follows is about these entries alone, sample by sample.
+        entries = (own > torch.addmm(self._own_threshold, common, self._own_loadings)).flatten()
+        entries = entries.nonzero().squeeze(1)
+        which = entries % self.n_features
         noise = torch.randn(len(which), generator=generator)
-        features = torch.zeros(n, self.n_features)
-        features[rows, which] = (
-            self.mean_magnitudes[which] + self._magnitude_sds[which] * noise
-        ).relu()
-        for above, below in zip(self.levels, self.levels[1:], strict=False):
-            children = features[:, below].unflatten(1, (-1, self.branching))
-            lots = torch.rand(children.shape, generator=generator) * (children > 0)
-            winner = torch.zeros_like(children).scatter(2, lots.argmax(2, keepdim=True), 1.0)
-            scale = (features[:, above] / self.mean_magnitudes[above]).unsqueeze(2)
-            features[:, below] = (children * winner * scale).flatten(1)
-        return ToySample(features @ self.directions + self._constant, features)
+        magnitudes = (self.mean_magnitudes[which] + self._magnitude_sds[which] * noise).relu()
+        parents = self.parents[which]
+        features = torch.zeros(n * self.n_features)
+        features[entries] = magnitudes.where(parents < 0, 0.0)
+        children = ((parents >= 0) & (magnitudes > 0)).nonzero().squeeze(1)
+        children = children[self._wins(entries[children], n, generator)]
+        levels = self._level_of[which[children]]
+        for level in range(1, len(self.levels)):
+            own, above = children[levels == level], parents[children[levels == level]]
+            scale = features[entries[own] - which[own] + above] / self.mean_magnitudes[above]
+            features[entries[own]] = magnitudes[own] * scale
+        first = torch.searchsorted(entries, torch.arange(n) * self.n_features)
+        x = torch.nn.functional.embedding_bag(
+            which, self.directions, first, mode="sum", per_sample_weights=features[entries]
+        )
+        return ToySample(x + self._constant, features.unflatten(0, (n, self.n_features)))
+
+    def _wins(self, children: Tensor, n: int, generator: Generator) -> Tensor:
+        """Which of the children that are on stays, of those of one parent in one sample: drawn by lot.
+
+        Children are entries of the flattened features of n samples; bool, as they are.
+        """
+        which = children % self.n_features
+        families = children - which + self.parents[which]
+        lots = torch.rand(len(children), generator=generator, dtype=torch.float64)
+        best = torch.zeros(n * self.n_features, dtype=torch.float64)
+        return lots == best.scatter_reduce(0, families, lots, "amax")[families]
+
+    @cached_property
+    def _level_of(self) -> Tensor:
+        """Level of each feature, 0 for those on their own, (n_features,)."""
+        levels = torch.zeros(self.n_features, dtype=torch.long)
+        for number, features in enumerate(self.levels):
+            levels[features] = number
+        return levels
+
+    @cached_property
+    def _own_threshold(self) -> Tensor:
+        """What a feature's own draw must be above where the common draws are 0, (n_features,)."""
+        return self._thresholds / self._own_sd
+
+    @cached_property
+    def _own_loadings(self) -> Tensor:
+        """How much the common draws lower it, (rank, n_features)."""
+        return -(self._loadings / self._own_sd.unsqueeze(1)).mT
 
     @cached_property
     def _loadings(self) -> Tensor:

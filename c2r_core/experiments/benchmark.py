@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import pandas as pd
@@ -16,7 +16,8 @@ from c2r_core.artefacts.profiles import BenchmarkProfile, Profile, training_seed
 from c2r_core.data.forest import GatedForest
 from c2r_core.experiments.study import NamedArm, Study
 from c2r_core.experiments.synthetic import EVALUATION_SEED, Arm, trained
-from c2r_core.metrics.forest import evaluate_forest
+from c2r_core.metrics.forest import ForestSample, evaluate_forest, forest_sample
+from c2r_core.saes import SAE
 from c2r_core.training import C2R, Orthogonality, Regulariser, TrainConfig, weight_from_strength
 
 TITLES = ("baseline", "C²R", "OrtSAE")
@@ -63,19 +64,23 @@ def benchmark_arm(benchmark: BenchmarkProfile, regulariser: Regulariser | None) 
 
 
 def measure(arm: Arm, samples: int, seeds: Sequence[int], device: str) -> list[dict[str, Any]]:
-    """`ForestReport` of each seed, all on the same samples, which no run has seen."""
+    """`ForestReport` of each seed, on samples that no run has seen."""
+    return reports(trained(arm, seeds, device), arm.features, samples)
+
+
+def reports(saes: Mapping[int, SAE], features: GatedForest, samples: int) -> list[dict[str, Any]]:
+    """`ForestReport` of SAEs by seed."""
+    sample = evaluation_sample(features, samples)
     return [
-        {"seed": seed}
-        | asdict(
-            evaluate_forest(
-                sae,
-                arm.features,
-                n_samples=samples,
-                generator=torch.Generator().manual_seed(EVALUATION_SEED),
-            )
-        )
-        for seed, sae in trained(arm, seeds, device).items()
+        {"seed": seed} | asdict(evaluate_forest(sae, features, sample))
+        for seed, sae in saes.items()
     ]
+
+
+@lru_cache(maxsize=1)
+def evaluation_sample(features: GatedForest, samples: int) -> ForestSample:
+    """The samples on which all SAEs on these features are measured."""
+    return forest_sample(features, samples, torch.Generator().manual_seed(EVALUATION_SEED))
 
 
 def benchmark_table(values: Mapping[str, Any]) -> pd.DataFrame:

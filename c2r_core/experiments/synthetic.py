@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from c2r_core.artefacts.cache import cached
@@ -14,6 +14,8 @@ from c2r_core.saes import SAE, create_sae, load_sae, save_sae
 from c2r_core.training import Regulariser, TrainConfig, train
 
 EVALUATION_SEED = 10**6  # no training seed comes near, so evaluation samples are new
+AT_ONCE = 12
+"""SAEs in a stack."""
 
 
 @dataclass(frozen=True)
@@ -47,20 +49,51 @@ class Arm:
 
 def trained(arm: Arm, seeds: Sequence[int], device: str = "cpu") -> dict[int, SAE]:
     """The arm's SAE of every seed, trained or from the cache."""
-    seeds = list(seeds)
+    weight = arm.regulariser.weight if arm.regulariser else 0.0
+    return trained_at(arm, [weight], seeds, device)[weight]
+
+
+def trained_at(
+    arm: Arm, weights: Sequence[float], seeds: Sequence[int], device: str = "cpu"
+) -> dict[float, dict[int, SAE]]:
+    """By weight of the arm's penalty, in place of its own: the SAE of every seed, trained or from the cache.
+
+    Each SAE is what it would be alone. Up to AT_ONCE of them are trained in one stack, with each seed's
+    batches drawn once for all weights.
+    """
+    seeds, found = list(seeds), {}
+    per_stack = max(1, AT_ONCE // len(seeds))
+    for first in range(0, len(weights), per_stack):
+        found |= _stack(arm, list(weights[first : first + per_stack]), seeds, device)
+    return found
+
+
+def _stack(
+    arm: Arm, weights: list[float], seeds: list[int], device: str
+) -> dict[float, dict[int, SAE]]:
+    pairs = [(weight, seed) for weight in weights for seed in seeds]
 
     def build(folder) -> None:
-        d_in = arm.features.d_in
         stack = create_sae(
-            arm.architecture, d_in=d_in, d_sae=arm.d_sae, seed=seeds, **arm.arguments
-        )
-        stack = stack.to(device)
-        batches = ToyBatches(arm.features, arm.batch_size, seeds)
-        penalties = [arm.regulariser] if arm.regulariser else []
+            arm.architecture,
+            d_in=arm.features.d_in,
+            d_sae=arm.d_sae,
+            seed=[seed for _, seed in pairs],
+            **arm.arguments,
+        ).to(device)
+        batches = ToyBatches(arm.features, arm.batch_size, [seed for _, seed in pairs])
+        penalties = []
+        if arm.regulariser:
+            penalties = [replace(arm.regulariser, weight=[weight for weight, _ in pairs])]
         train(stack, batches, arm.config, penalties, progress=False)
-        for seed, sae in zip(seeds, stack.unstack(), strict=True):
-            save_sae(sae, folder / str(seed))
+        for (weight, seed), sae in zip(pairs, stack.unstack(), strict=True):
+            save_sae(sae, folder / str(weights.index(weight)) / str(seed))
 
-    key = arm.settings() | {"seeds": seeds, "device": device.partition(":")[0]}
+    penalty = arm.regulariser and replace(arm.regulariser, weight=weights)
+    key = replace(arm, regulariser=penalty).settings()
+    key |= {"seeds": seeds, "device": device.partition(":")[0]}
     folder = cached("sae", key, build, code=["c2r_core.experiments.synthetic:trained"])
-    return {seed: load_sae(folder / str(seed)) for seed in seeds}
+    return {
+        weight: {seed: load_sae(folder / str(number) / str(seed)) for seed in seeds}
+        for number, weight in enumerate(weights)
+    }

@@ -18,7 +18,6 @@ from c2r_core.experiments.study import NamedArm, Study, arm_table
 from c2r_core.experiments.synthetic import EVALUATION_SEED, Arm, trained
 from c2r_core.metrics.toy import evaluate_toy
 from c2r_core.saes import SAE
-from c2r_core.statistics import Interval, paired_interval
 from c2r_core.training import C2R, Orthogonality, Regulariser, TrainConfig, weight_from_strength
 
 ARCHITECTURES = {"relu": "ReLU", "batch_topk": "BatchTopK"}
@@ -83,10 +82,14 @@ def toy_cells(
 
 def measure(arm: Arm, samples: int, seeds: Sequence[int], device: str) -> list[dict[str, Any]]:
     """`ToyReport` of each seed, on samples that no run has seen."""
-    sample = evaluation_sample(arm.features, samples)
+    return reports(trained(arm, seeds, device), arm.features, samples)
+
+
+def reports(saes: Mapping[int, SAE], features: FeatureTree, samples: int) -> list[dict[str, Any]]:
+    """`ToyReport` of SAEs by seed."""
+    sample = evaluation_sample(features, samples)
     return [
-        {"seed": seed} | asdict(evaluate_toy(sae, arm.features, sample))
-        for seed, sae in trained(arm, seeds, device).items()
+        {"seed": seed} | asdict(evaluate_toy(sae, features, sample)) for seed, sae in saes.items()
     ]
 
 
@@ -106,20 +109,6 @@ def toy_table(values: Mapping[str, Any], architecture: str, toy: ToyProfile) -> 
 def values_by_seed(table: pd.DataFrame, arm: str, metric: str) -> list[float]:
     """One arm's values of a metric, ordered by seed."""
     return table[table["arm"] == arm].sort_values("seed")[metric].tolist()
-
-
-def paired_difference(
-    table: pd.DataFrame,
-    metric: str,
-    *,
-    arm: str = "C²R",
-    baseline: str = "baseline",
-    scale: float = 1.0,
-    level: float = 0.95,
-) -> Interval:
-    """Interval of arm − scale · baseline in one metric of a table of arms, paired by seed."""
-    values = (values_by_seed(table, name, metric) for name in (arm, baseline))
-    return paired_interval(*values, scale=scale, level=level)
 
 
 @torch.no_grad()

@@ -27,13 +27,16 @@ import pandas as pd
 from c2r_core.artefacts.cells import Cell
 from c2r_core.artefacts.names import slug
 from c2r_core.artefacts.profiles import Profile
+from c2r_core.data.forest import GatedForest
+from c2r_core.data.toy import FeatureTree
 from c2r_core.errors import NotEvaluable
 from c2r_core.experiments.benchmark import benchmark_arm
-from c2r_core.experiments.benchmark import measure as measure_benchmark
+from c2r_core.experiments.benchmark import reports as benchmark_reports
 from c2r_core.experiments.study import Study
-from c2r_core.experiments.synthetic import Arm
-from c2r_core.experiments.toy import measure as measure_toy
+from c2r_core.experiments.synthetic import Arm, trained, trained_at
+from c2r_core.experiments.toy import reports as toy_reports
 from c2r_core.experiments.toy import toy_arm
+from c2r_core.saes import SAE
 from c2r_core.training import Regulariser, create_regulariser, weight_from_strength
 
 SEEDS = (0, 1, 2)
@@ -62,9 +65,9 @@ SHOWN = {
     + ["fvu", "l0"],
     "benchmark": ["f1", "mcc", "uniqueness", "absorption", "near_duplicates", "fvu", "l0"],
 }
-MEASURES: dict[str, Callable[..., list[dict[str, Any]]]] = {
-    "toy": measure_toy,
-    "benchmark": measure_benchmark,
+REPORTS: dict[str, Callable[..., list[dict[str, Any]]]] = {
+    "toy": toy_reports,
+    "benchmark": benchmark_reports,
 }
 
 
@@ -114,7 +117,10 @@ def tune_sparsity(
             penalty: replace(arm, regulariser=regulariser_of(penalty, CENTRES[penalty], arm))
             for penalty in ("c2r", "orthogonality")
         }
-        found = {name: means(own, on, samples, seeds, device) for name, own in penalised.items()}
+        found = {
+            name: means(trained(own, seeds, device), arm.features, on, samples)
+            for name, own in penalised.items()
+        }
         score = sum(of[by] or 0.0 for of in found.values()) / len(found)
         tried.append({"arguments": dict(arm.arguments)} | found | {by: score})
     return {"chosen": _best(tried, by)["arguments"], "tried": tried}
@@ -124,20 +130,25 @@ def tune(
     arm: Arm, penalty: str, on: str, by: str, samples: int, seeds: Sequence[int], device: str
 ) -> dict[str, Any]:
     """What was tried, by rising weight, means over the seeds; the best weight, and if it is on an edge."""
+    penalised = replace(arm, regulariser=regulariser_of(penalty, CENTRES[penalty], arm))
 
-    def tried_at(weight: float) -> dict[str, Any]:
-        regulariser = regulariser_of(penalty, weight, arm) if weight else None
-        found = means(replace(arm, regulariser=regulariser), on, samples, seeds, device)
-        return {"weight": weight} | found
+    def measured(weight: float, saes: Mapping[int, SAE]) -> dict[str, Any]:
+        return {"weight": weight} | means(saes, arm.features, on, samples)
 
-    weights = [CENTRES[penalty] * RATIO**i for i in range(-(POINTS // 2), POINTS // 2 + 1)]
-    tried = [tried_at(weight) for weight in [0.0, *(_rounded(w) for w in weights)]]
+    def tried_at(points: Sequence[float]) -> list[dict[str, Any]]:
+        weights = [regulariser_of(penalty, point, arm).weight for point in points]
+        found = trained_at(penalised, weights, seeds, device)
+        return [measured(point, found[w]) for point, w in zip(points, weights, strict=True)]
+
+    powers = range(-(POINTS // 2), POINTS // 2 + 1)
+    tried = [measured(0.0, trained(arm, seeds, device))]  # the same for every penalty: kept
+    tried += tried_at([_rounded(CENTRES[penalty] * RATIO**i) for i in powers])
     for _ in range(EXTENSIONS):
         best = _best(tried[1:], by)
         if best is tried[1]:
-            tried.insert(1, tried_at(_rounded(best["weight"] / RATIO)))
+            tried[1:1] = tried_at([_rounded(best["weight"] / RATIO)])
         elif best is tried[-1]:
-            tried.append(tried_at(_rounded(best["weight"] * RATIO)))
+            tried += tried_at([_rounded(best["weight"] * RATIO)])
         else:
             break
     best = _best(tried[1:], by)
@@ -157,11 +168,11 @@ def regulariser_of(penalty: str, weight: float, arm: Arm) -> Regulariser:
 
 
 def means(
-    arm: Arm, on: str, samples: int, seeds: Sequence[int], device: str
+    saes: Mapping[int, SAE], features: FeatureTree | GatedForest, on: str, samples: int
 ) -> dict[str, float | None]:
     """Means over the seeds of what is shown; None, and why, where a seed's SAE cannot be measured."""
     try:
-        rows = MEASURES[on](arm=arm, samples=samples, seeds=seeds, device=device)
+        rows = REPORTS[on](saes, features, samples)
     except NotEvaluable as error:
         return dict.fromkeys(SHOWN[on]) | {"not_evaluable": str(error)}
     return {name: _mean([row[name] for row in rows]) for name in SHOWN[on]}

@@ -3,7 +3,7 @@ a feature fires."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -70,58 +70,85 @@ class ForestReport:
     """The features by how often they fire."""
 
 
+@dataclass(frozen=True)
+class ForestSample:
+    """Held-out samples, and what all SAEs that are measured on them share. Made by `forest_sample`."""
+
+    x: Tensor
+    """(n, d_in), not normalised."""
+    on: Tensor
+    """Which features are on, bool (n, n_features)."""
+    parents: Tensor
+    """Numbers of the features that have children, (n_parents,)."""
+    alone: Tensor
+    """Parent on, none of its children on, bool (n, n_parents)."""
+    with_child: Tensor
+    """Parent on, and a child, bool (n, n_parents)."""
+    present: Tensor
+    """Samples in which each feature is on, (n_features,), float64."""
+
+
+def forest_sample(forest: GatedForest, n_samples: int, generator: Generator) -> ForestSample:
+    """Draw samples to measure SAEs on: as many whole blocks of AT_ONCE as n_samples has.
+
+    Raises ValueError if n_samples is less than one block.
+    """
+    if n_samples < AT_ONCE:
+        raise ValueError(f"n_samples is {n_samples}; expected at least {AT_ONCE}.")
+    parent_of = forest.parents.cpu()
+    child = parent_of >= 0  # -1 is no parent
+    parents = parent_of[child].unique()
+    blocks = []
+    for _ in range(n_samples // AT_ONCE):
+        sample = forest.sample(AT_ONCE, generator)
+        on = sample.features.cpu() > 0
+        n_children = torch.zeros(on.shape).index_add(1, parent_of[child], on[:, child].float())
+        parent_on, with_child = on[:, parents], n_children[:, parents] > 0
+        blocks.append((sample.x, on, parent_on & ~with_child, parent_on & with_child))
+    x, on, alone, with_child = (torch.cat(parts) for parts in zip(*blocks, strict=True))
+    return ForestSample(x, on, parents, alone, with_child, on.sum(0).double())
+
+
 @torch.no_grad()
 def evaluate_forest(
     sae: AnySAE,
     forest: GatedForest,
+    sample: ForestSample,
     *,
-    n_samples: int,
-    generator: Generator,
     band_edges: Sequence[float] = (0.0, 1e-3, 3e-3, 1e-2, 3e-2, 1.0),
 ) -> ForestReport:
-    """Measure one SAE trained on batches of a forest, streaming over fresh samples.
+    """Measure one SAE trained on batches of a forest.
 
     Parameters
     ----------
     sae : any object with encode, decode and W_dec
         One of this package as `train` leaves it (it takes x · sae.norm_factor) or folded; any other takes x.
-    n_samples : int
-        Fresh samples, at least 1024.
-    generator : torch.Generator
-        Draws them.
+    sample : ForestSample
+        Of this forest, from `forest_sample`.
     band_edges : sequence of float
         Rising rates; a band without features is left out.
 
-    Raises ValueError if fewer samples are asked for. Raises NotEvaluable if no latent fires: nothing can be
-    measured.
+    Raises NotEvaluable if no latent fires: nothing can be measured.
     """
-    if n_samples < AT_ONCE:
-        raise ValueError(f"n_samples is {n_samples}; expected at least {AT_ONCE}.")
     rows = torch.nn.functional.normalize(sae.W_dec.detach().float().cpu(), dim=-1)
     cosines = rows @ forest.directions.cpu().T
     nearest_feature, best_latent = cosines.abs().argmax(1), cosines.argmax(0)
-    counts = _Counts(forest, nearest_feature, best_latent)
-    scale = trained_scale(sae)
-
-    def batches() -> Iterator[Tensor]:
-        for _ in range(n_samples // AT_ONCE):
-            sample = forest.sample(AT_ONCE, generator)
-            x = sample.x * scale
-            counts.add(sae.encode(x.to(sae.W_dec.device)).cpu() > 0, sample.features.cpu() > 0)
-            yield x
-
-    reconstruction, _ = evaluate_reconstruction(sae, batches())
-    if not counts.fired.any():
+    chunks = (sample.x * trained_scale(sae)).split(AT_ONCE)
+    reconstruction, _ = evaluate_reconstruction(sae, chunks)
+    fires = torch.cat([sae.encode(x.to(sae.W_dec.device)).cpu() > 0 for x in chunks])
+    fired = fires.sum(0).double()
+    if not fired.any():
         raise NotEvaluable(
             "No latent fires on the samples; the SAE is dead and cannot be measured."
         )
-    absorption, n_parents = counts.absorption(cosines.amax(0) > 0.5)
-    precision, recall, f1 = detection(
-        counts.latent_hits, counts.fired, counts.present[nearest_feature]
-    )
+    absorption, n_parents = _absorption(sample, fires[:, best_latent[sample.parents]], cosines)
+    hits = (fires & sample.on[:, nearest_feature]).sum(0).double()
+    precision, recall, f1 = detection(hits, fired, sample.present[nearest_feature])
+    hits = (fires[:, best_latent] & sample.on).sum(0).double()
+    _, _, f1_of_features = detection(hits, fired[best_latent], sample.present)
     return ForestReport(
         l0=reconstruction.l0,
-        true_l0=float(counts.present.sum() / reconstruction.total_tokens_eval_reconstruction),
+        true_l0=float(sample.present.sum() / len(sample.x)),
         fvu=reconstruction.fvu,
         shrinkage=reconstruction.l2_ratio,
         live_share=reconstruction.frac_alive,
@@ -133,51 +160,26 @@ def evaluate_forest(
         near_duplicates=float((nearest_neighbours(rows).cosine > 0.7).double().mean()),
         absorption=absorption,
         n_parents_evaluated=n_parents,
-        bands=_bands(forest, cosines, counts, band_edges),
+        bands=_bands(forest.firing_rates.cpu(), cosines, f1_of_features, band_edges),
     )
 
 
-class _Counts:
-    """Who fired where, summed over batches in float64."""
-
-    def __init__(self, forest: GatedForest, nearest_feature: Tensor, best_latent: Tensor) -> None:
-        self.nearest_feature, self.best_latent = nearest_feature, best_latent
-        self.parent_of = forest.parents.cpu()
-        self.parents = self.parent_of.unique()
-        self.parents = self.parents[self.parents >= 0]  # -1 is no parent
-        self.fired, self.latent_hits = torch.zeros(2, len(nearest_feature), dtype=torch.float64)
-        self.present, self.feature_hits = torch.zeros(2, len(best_latent), dtype=torch.float64)
-        # For each parent, without and with a child: samples, and those in which its latent is silent.
-        self.cases, self.silent = torch.zeros(2, 2, len(self.parents), dtype=torch.float64)
-
-    def add(self, fires: Tensor, on: Tensor) -> None:
-        self.fired += fires.sum(0)
-        self.present += on.sum(0)
-        self.latent_hits += (fires & on[:, self.nearest_feature]).sum(0)
-        self.feature_hits += (fires[:, self.best_latent] & on).sum(0)
-        child = self.parent_of >= 0
-        n_children = torch.zeros(on.shape).index_add(1, self.parent_of[child], on[:, child].float())
-        with_child, parent_on = n_children[:, self.parents] > 0, on[:, self.parents]
-        silent = ~fires[:, self.best_latent[self.parents]]
-        for row, condition in enumerate((parent_on & ~with_child, parent_on & with_child)):
-            self.cases[row] += condition.sum(0)
-            self.silent[row] += (condition & silent).sum(0)
-
-    def absorption(self, has_latent: Tensor) -> tuple[float | None, int]:
-        """Mean over the evaluable parents, and their number."""
-        usable = (self.cases >= MIN_CASES).all(0) & has_latent[self.parents]
-        if not usable.any():
-            return None, 0
-        alone, with_child = (self.silent / self.cases.clamp(min=1))[:, usable]
-        return float((with_child - alone).mean()), int(usable.sum())
+def _absorption(sample: ForestSample, fires: Tensor, cosines: Tensor) -> tuple[float | None, int]:
+    """Mean over the evaluable parents, and their number; fires (n, n_parents) is of the parents' latents."""
+    conditions = (sample.alone, sample.with_child)
+    cases = torch.stack([condition.sum(0) for condition in conditions])
+    silent = torch.stack([(condition & ~fires).sum(0) for condition in conditions])
+    usable = (cases >= MIN_CASES).all(0) & (cosines.amax(0) > 0.5)[sample.parents]
+    if not usable.any():
+        return None, 0
+    alone, with_child = (silent.double() / cases.clamp(min=1))[:, usable]
+    return float((with_child - alone).mean()), int(usable.sum())
 
 
 def _bands(
-    forest: GatedForest, cosines: Tensor, counts: _Counts, edges: Sequence[float]
+    rates: Tensor, cosines: Tensor, f1: Tensor, edges: Sequence[float]
 ) -> tuple[FrequencyBand, ...]:
-    fired = counts.fired[counts.best_latent]
-    _, _, f1 = detection(counts.feature_hits, fired, counts.present)
-    best, rates = cosines.amax(0).double(), forest.firing_rates.cpu()
+    best = cosines.amax(0).double()
     bands = []
     for low, high in zip(edges, edges[1:], strict=False):
         inside = (rates > low) & (rates <= high)
