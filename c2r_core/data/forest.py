@@ -199,10 +199,13 @@ class GatedForest:
         """Draw n samples; x is not normalised."""
         common = torch.randn(n, self.correlation_rank, generator=generator)
         own = torch.randn(n, self.n_features, generator=generator)
-        # Few features are on, so all that follows is about these entries alone, sample by sample.
-        entries = (own > torch.addmm(self._own_threshold, common, self._own_loadings)).flatten()
-        entries = entries.nonzero().squeeze(1)
-        which = entries % self.n_features
+        on = own > torch.addmm(self._own_threshold, common, self._own_loadings)
+        if self.levels:
+            self._gate(on)
+        # Few features are on now, so all that follows is about these alone, sample by sample.
+        drawn = on.flatten().nonzero().squeeze(1)
+        which = self._order[drawn % self.n_features]
+        entries = drawn - drawn % self.n_features + which  # in the flattened features
         noise = torch.randn(len(which), generator=generator)
         magnitudes = (self.mean_magnitudes[which] + self._magnitude_sds[which] * noise).relu()
         parents = self.parents[which]
@@ -215,11 +218,17 @@ class GatedForest:
             own, above = children[levels == level], parents[children[levels == level]]
             scale = features[entries[own] - which[own] + above] / self.mean_magnitudes[above]
             features[entries[own]] = magnitudes[own] * scale
-        first = torch.searchsorted(entries, torch.arange(n) * self.n_features)
+        first = torch.searchsorted(drawn, torch.arange(n) * self.n_features)
         x = torch.nn.functional.embedding_bag(
             which, self.directions, first, mode="sum", per_sample_weights=features[entries]
         )
         return ToySample(x + self._constant, features.unflatten(0, (n, self.n_features)))
+
+    def _gate(self, on: Tensor) -> None:
+        """Switch off, in place, features whose parent is off; on (n, n_features) is in `_order`."""
+        *above, _ = by_level = on[:, : sum(self.level_sizes)].split(self.level_sizes, dim=1)
+        for parents, children in zip(above, by_level[1:], strict=True):
+            children.unflatten(1, (-1, self.branching)).logical_and_(parents.unsqueeze(2))
 
     def _wins(self, children: Tensor, n: int, generator: Generator) -> Tensor:
         """Which of the children that are on stays, of those of one parent in one sample: drawn by lot.
@@ -233,6 +242,14 @@ class GatedForest:
         return lots == best.scatter_reduce(0, families, lots, "amax")[families]
 
     @cached_property
+    def _order(self) -> Tensor:
+        """Features level by level, then those on their own: a level is a block, (n_features,)."""
+        alone = torch.ones(self.n_features, dtype=torch.bool)
+        for level in self.levels:
+            alone[level] = False
+        return torch.cat([*self.levels, alone.nonzero().squeeze(1)])
+
+    @cached_property
     def _level_of(self) -> Tensor:
         """Level of each feature, 0 for those on their own, (n_features,)."""
         levels = torch.zeros(self.n_features, dtype=torch.long)
@@ -242,13 +259,13 @@ class GatedForest:
 
     @cached_property
     def _own_threshold(self) -> Tensor:
-        """What a feature's own draw must be above where the common draws are 0, (n_features,)."""
-        return self._thresholds / self._own_sd
+        """What a feature's own draw must be above where the common draws are 0, in `_order`."""
+        return (self._thresholds / self._own_sd)[self._order]
 
     @cached_property
     def _own_loadings(self) -> Tensor:
-        """How much the common draws lower it, (rank, n_features)."""
-        return -(self._loadings / self._own_sd.unsqueeze(1)).mT
+        """How much the common draws change that, (rank, n_features) in `_order`."""
+        return -(self._loadings / self._own_sd.unsqueeze(1))[self._order].mT
 
     @cached_property
     def _loadings(self) -> Tensor:

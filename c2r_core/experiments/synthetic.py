@@ -14,7 +14,7 @@ from c2r_core.saes import SAE, create_sae, load_sae, save_sae
 from c2r_core.training import Regulariser, TrainConfig, train
 
 EVALUATION_SEED = 10**6  # no training seed comes near, so evaluation samples are new
-AT_ONCE = 12
+AT_ONCE = 24
 """SAEs in a stack."""
 
 
