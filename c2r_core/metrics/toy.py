@@ -132,22 +132,13 @@ def evaluate_toy(sae: AnySAE, tree: FeatureTree, sample: ToySample) -> ToyReport
 
 def _best_f1(acts: Tensor, on: Tensor) -> Tensor:
     """Largest F1 of (acts > t) over thresholds t ≥ 0, column by column of (n, n_features), float64."""
-    # Only activations above 0 count, and they are few: these in falling order, column by column.
-    columns, samples = (acts > 0).T.nonzero(as_tuple=True)
-    values = acts[samples, columns]
-    order = values.argsort(descending=True)
-    order = order[columns[order].argsort(stable=True)]
-    columns, samples, values = columns[order], samples[order], values[order]
-    n_before = torch.searchsorted(columns, torch.arange(acts.shape[1]))
-    hits = torch.cat([torch.zeros(1, dtype=torch.long), on[samples, columns].cumsum(0)])
-    n_above = torch.arange(1, len(values) + 1) - n_before[columns]
-    n_hits = (hits[1:] - hits[n_before][columns]).double()
-    f1 = 2 * n_hits / (n_above + on.sum(0)[columns])
-    # A threshold lies between two activations that differ.
-    is_end = torch.ones(len(values), dtype=torch.bool)
-    is_end[:-1] = (values[:-1] > values[1:]) | (columns[:-1] != columns[1:])
-    best = torch.zeros(acts.shape[1], dtype=torch.float64)
-    return best.scatter_reduce(0, columns, f1.where(is_end, 0.0), "amax")
+    sorted_acts, order = acts.sort(dim=0, descending=True)
+    hits = on.gather(0, order).cumsum(0).double()
+    n_above = torch.arange(1, len(acts) + 1).unsqueeze(1)
+    f1 = 2 * hits / (n_above + on.sum(0))
+    # A threshold lies between two activations that differ, and not below 0.
+    below = torch.cat([sorted_acts[1:], torch.full_like(sorted_acts[:1], -torch.inf)])
+    return f1.where((sorted_acts > 0) & (sorted_acts > below), 0.0).amax(0)
 
 
 def _silence(tree: FeatureTree, on: Tensor, fires: Tensor) -> tuple[Tensor, Tensor]:
