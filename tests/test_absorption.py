@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy.sparse import csr_array
 
 from c2r_core.data.words import LETTERS, FirstLetterTask
 from c2r_core.errors import NotEvaluable
@@ -195,13 +196,16 @@ def test_scale_between_activation_and_decoder_does_not_matter(task, probes):
     assert scored(scaled, task, probes) == scored(sae, task, probes)
 
 
-def test_chunks_do_not_matter_and_a_seed_repeats(task, probes):
+def test_chunks_do_not_matter_and_a_seed_repeats(task, probes, monkeypatch):
     sae = absorbing_sae(words_of(0, train=16, test=4), own_share=0.25)
     report = scored(sae, task, probes, seed=3)
     assert scored(sae, task, probes, seed=3) == report
-    assert scored(sae, task, probes, seed=3, chunk_size=7) == report
     again, other = (train_letter_probes(task, seed=seed) for seed in (0, 0))
     assert torch.equal(again.weights, other.weights) and again.f1 == other.f1
+    acts = csr_array(sae.encode(task.activations).numpy())
+    assert scored(sae, task, probes, seed=3, acts=acts) == report
+    monkeypatch.setattr("c2r_core.metrics.encoding.CHUNK", 7)
+    assert scored(sae, task, probes, seed=3) == report
 
 
 def test_silent_dictionary_is_not_evaluable(task, probes):

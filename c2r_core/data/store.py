@@ -130,8 +130,8 @@ class ActivationStore:
         Token ids, dropped tokens included.
     kept : bool array, shape (n_tokens,)
         Which tokens of `contexts.ravel()` count.
-    kept_positions : int array, shape (n_kept,)
-        Where in `contexts.ravel()` each numbered row stands, rising.
+    kept_positions : int array, shape (len(store),)
+        Where in `contexts.ravel()` each row is, rising: the tokens of a context that an SAE sees.
     """
 
     def __init__(self, folder: Path, manifest: Manifest):

@@ -110,15 +110,16 @@ def measure(inputs: Inputs, protocol: Protocol, splits: int) -> list[dict[str, A
         n_train = int((~task.is_test).sum())
         probes = train_letter_probes(task, batch_size=batch_size(n_train, protocol.probe_steps))
         try:
+            acts = encode_sparse(inputs.sae, task.activations)
             report = evaluate_first_letter(
                 inputs.sae,
                 [LetterSplit(task, probes)],
+                acts=acts,
                 selector_batch_size=batch_size(n_train, protocol.selector_steps),
             )
         except NotEvaluable as error:
             rows.append({"split": number, "not_evaluable": str(error)})
             continue
-        acts = encode_sparse(inputs.sae, task.activations, 256)
         rows.append({"split": number} | scores(report, acts, task))
     return rows
 

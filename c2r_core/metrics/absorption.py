@@ -41,7 +41,13 @@ from c2r_core.errors import NotEvaluable
 from c2r_core.metrics import metric
 from c2r_core.metrics.encoding import encode_sparse
 from c2r_core.metrics.inputs import Inputs
-from c2r_core.metrics.letter_latents import SplitLatents, absorption, split_latents, true_positives
+from c2r_core.metrics.letter_latents import (
+    SplitLatents,
+    absorption,
+    letter_acts,
+    split_latents,
+    true_positives,
+)
 from c2r_core.metrics.letter_probes import LetterSplit, letter_splits, why_no_letter
 from c2r_core.metrics.rows import mean_of, sd_of
 from c2r_core.saes.interface import AnySAE
@@ -132,24 +138,25 @@ class AbsorptionFirstLetter:
 )
 def measure_absorption(inputs: Inputs) -> AbsorptionFirstLetter:
     """Splitting and absorption of first letters, on words of the held-out documents."""
-    return evaluate_first_letter(inputs.sae, letter_splits(inputs), seed=inputs.seed)
+    splits, acts = letter_splits(inputs), letter_acts(inputs)
+    return evaluate_first_letter(inputs.sae, splits, acts=acts, seed=inputs.seed)
 
 
 def evaluate_first_letter(
     sae: AnySAE,
     splits: Sequence[LetterSplit],
     *,
+    acts: csr_array | None = None,
     seed: int = 0,
-    chunk_size: int = 256,
     selector_batch_size: int | None = None,
 ) -> AbsorptionFirstLetter:
     """Splitting and absorption of every letter that has a good probe, in every split.
 
     The SAE takes raw activations (see `fold_norm_factor`), each row on its own. The splits are of the same
-    words, each with the probes trained on it. `seed` is of the order in which the selector sees the words,
-    and of the bootstrap. `chunk_size` words are encoded at a time: memory is as many rows of d_sae, and 8
-    bytes for each activation that is not zero. `selector_batch_size` is in place of that of
-    `train_letter_probes`.
+    words, each with the probes trained on it. `acts` are the words' feature activations, (n_words, d_sae),
+    where they are at hand. `seed` is of the order in which the selector sees the words, and of the bootstrap.
+    `selector_batch_size` is in place of that of `train_letter_probes`. Memory is that of `encode_sparse`, and
+    of a few (d_sae, 26) in float32.
 
     Raises NotEvaluable if SAE or probes are made for another width, if the SAE returns NaN or infinite
     values, or if no letter can be measured.
@@ -162,8 +169,10 @@ def evaluate_first_letter(
                 f"{words.activations.shape[1]} entries, the width of the activations at {words.hook_name!r}."
             )
     norms = sae.W_dec.detach().float().norm(dim=1).cpu().numpy()
-    acts = encode_sparse(sae, words.activations, chunk_size)
-    scaled = acts.multiply(norms).tocsr()
+    if acts is None:
+        acts = encode_sparse(sae, words.activations)
+    scaled = acts.copy()
+    scaled.data *= norms[scaled.indices]
     select = partial(split_latents, scaled, seed=seed, batch_size=selector_batch_size)
     scored = [_score(sae, split, acts, select) for split in splits]
     if not any(scores for _, scores in scored):
@@ -202,12 +211,15 @@ def _score(
             reason = "the probe recognises no test word of this letter"
         else:
             reason = None
+            # The letter's own latents come first; one that fires on none of these words carries nothing.
+            of_words = acts[chosen.numpy()]
+            among = np.concatenate([latents, np.setdiff1d(of_words.indices, latents)])
             scores = absorption(
                 task.activations[chosen],
-                torch.from_numpy(acts[chosen.numpy()].toarray()),
-                W_dec,
+                torch.from_numpy(of_words[:, among].toarray()),
+                W_dec[among],
                 probes.weights[i],
-                latents,
+                range(len(latents)),
             )
             both = np.stack([scores.fraction.numpy(), scores.full.numpy()], 1)
             found[i] = chosen.numpy(), both

@@ -25,9 +25,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from statistics import fmean
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,16 +35,18 @@ from c2r_core.errors import NotEvaluable
 from c2r_core.metrics import Headline, metric
 from c2r_core.metrics.carriers import (
     NO_CARRIER,
+    Carried,
+    Concepts,
     assignment_consistency,
-    carriers,
+    carry,
     check_concepts,
     consistency_interval,
     effective_latents,
     modal_latent,
 )
-from c2r_core.metrics.encoding import encode_sparse
 from c2r_core.metrics.exemplars import ExemplarDictionary
 from c2r_core.metrics.inputs import Inputs
+from c2r_core.metrics.letter_latents import letter_acts
 from c2r_core.metrics.letter_probes import LetterProbes, letter_splits
 from c2r_core.metrics.rows import mean_of, none_of
 from c2r_core.saes.interface import AnySAE
@@ -139,8 +140,8 @@ class AssignmentConsistency:
 )
 def measure_assignment_consistency(inputs: Inputs) -> AssignmentConsistency:
     """Is a first letter carried by one latent? On words of the held-out documents, with its guards."""
-    task, probes = letter_splits(inputs)[0]
-    report = letter_assignment(inputs.sae, task, probes, seed=inputs.seed)
+    split, acts = letter_splits(inputs)[0], letter_acts(inputs)
+    report = letter_assignment(inputs.sae, *split, acts=acts, seed=inputs.seed)
     if report.n_evaluated == 0:
         raise none_of("letters", report.concepts)
     return report
@@ -185,15 +186,28 @@ def measure_assignment(
     Raises NotEvaluable if the SAE is made for another width, or something is NaN or infinite; ValueError if
     shapes do not fit, labels are not bool, or n_samples is below 4.
     """
-    check_concepts(activations, labels, directions, sae.W_dec)
+    names = tuple(names or (f"concept {c}" for c in range(labels.shape[-1])))
+    concepts = Concepts(activations, labels, directions, names)
+    return _measure(sae, concepts, n_samples=n_samples, baseline=baseline, seed=seed)
+
+
+def _measure(
+    sae: AnySAE,
+    concepts: Concepts,
+    *,
+    n_samples: int,
+    baseline: AnySAE | Tensor | None,
+    seed: int,
+    acts: csr_array | None = None,
+) -> AssignmentConsistency:
+    """As `measure_assignment`; `acts` are the SAE's of the activations, where they are at hand."""
+    check_concepts(concepts, sae.W_dec)
+    activations, labels, directions, names = concepts
     if n_samples < 4:
         raise ValueError(
             f"n_samples is {n_samples}; expected at least 4, so that halves of them have pairs."
         )
-    names = tuple(names or (f"concept {c}" for c in range(labels.shape[1])))
-    if len(names) != labels.shape[1]:
-        raise ValueError(f"There are {len(names)} names for {labels.shape[1]} concepts.")
-    own = _carry(sae, activations, directions)
+    own = carry(sae, activations, directions, acts)
     other, no_baseline = None, None
     try:
         if baseline is None or isinstance(baseline, Tensor):
@@ -202,7 +216,7 @@ def measure_assignment(
     except NotEvaluable as error:
         no_baseline = str(error)
     else:
-        other = _carry(baseline, activations, directions)
+        other = carry(baseline, activations, directions)
 
     rows = []
     for c, name in enumerate(names):
@@ -231,27 +245,9 @@ def measure_assignment(
     )
 
 
-class _Carried(NamedTuple):
-    acts: csr_array
-    carriers: Tensor  # (n_concepts, n)
-
-    @property
-    def n_live(self) -> int:
-        return len(np.unique(self.acts.indices))
-
-    @property
-    def l0(self) -> float:
-        return self.acts.nnz / self.acts.shape[0]
-
-
-def _carry(sae: AnySAE, activations: Tensor, directions: Tensor) -> _Carried:
-    acts = encode_sparse(sae, activations)
-    return _Carried(acts, carriers(activations, acts, sae.W_dec, directions))
-
-
 def _score(
     row: ConceptAssignment,
-    own: _Carried,
+    own: Carried,
     carried_by: Tensor,
     drawn: Tensor,
     holds: Tensor,
@@ -323,6 +319,7 @@ def letter_assignment(
     task: FirstLetterTask,
     probes: LetterProbes,
     *,
+    acts: csr_array | None = None,
     n_samples: int = N_SAMPLES,
     baseline: AnySAE | None = None,
     seed: int = 0,
@@ -333,21 +330,20 @@ def letter_assignment(
     absorption; the letter's direction is the probe's weights. A letter without a good probe stays in
     the report, with the probe's reason. The exemplars of the default baseline are drawn from all words.
 
-    The SAE takes raw activations (see `fold_norm_factor`); the probes are trained on this task; the other
-    arguments are as in `measure_assignment`.
+    The SAE takes raw activations (see `fold_norm_factor`); the probes are trained on this task; `acts` are
+    the feature activations of all words, (n_words, d_sae), where they are at hand; the other arguments are
+    as in `measure_assignment`.
     """
     x, letters = task.activations[task.is_test], task.letters[task.is_test]
     labels = probes.holds(x, letters)
     usable = torch.tensor([reason is None for reason in probes.not_evaluable])
-    report = measure_assignment(
+    report = _measure(
         sae,
-        x,
-        labels,
-        probes.weights * usable[:, None],
-        names=LETTERS,
+        Concepts(x, labels, probes.weights * usable[:, None], tuple(LETTERS)),
         n_samples=n_samples,
         baseline=task.activations if baseline is None else baseline,
         seed=seed,
+        acts=None if acts is None else acts[task.is_test.numpy()],
     )
     rows = tuple(
         replace(row, not_evaluable=reason) if reason else row

@@ -5,13 +5,15 @@ The definition is in the docstring of `c2r_core.metrics.assignment`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from c2r_core.errors import NotEvaluable
+from c2r_core.metrics.encoding import encode_sparse
+from c2r_core.saes.interface import AnySAE
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_array
@@ -21,6 +23,36 @@ MIN_SHARE = 0.4
 N_HALVES = 1000
 NO_CARRIER = -1
 
+ROWS_AT_ONCE = 8192
+"""Decoder rows that are in memory in float64 at a time."""
+
+
+class Carried(NamedTuple):
+    """What an SAE makes of n samples."""
+
+    acts: csr_array
+    """Feature activations, (n, d_sae)."""
+    carriers: Tensor
+    """Of each concept in each sample, (n_concepts, n)."""
+
+    @property
+    def n_live(self) -> int:
+        """Latents that fire at all."""
+        return len(np.unique(self.acts.indices))
+
+    @property
+    def l0(self) -> float:
+        """Mean number of active latents per sample."""
+        return self.acts.nnz / self.acts.shape[0]
+
+
+def carry(
+    sae: AnySAE, activations: Tensor, directions: Tensor, acts: csr_array | None = None
+) -> Carried:
+    """The SAE's feature activations, unless they are at hand, and the `carriers` of each direction."""
+    acts = encode_sparse(sae, activations) if acts is None else acts
+    return Carried(acts, carriers(activations, acts, sae.W_dec, directions))
+
 
 def carriers(
     activations: Tensor, feature_acts: csr_array, W_dec: Tensor, directions: Tensor
@@ -29,7 +61,8 @@ def carriers(
 
     `activations` are (n, d_in), `feature_acts` (n, d_sae), `W_dec` (d_sae, d_in) with rows of any norm, since
     scale may move between a latent's activation and its row; `directions` (n_concepts, d_in) of any norm.
-    Nothing carries a direction that is zero. Ties go to the lowest number.
+    Nothing carries a direction that is zero. Ties go to the lowest number. Memory is that of one direction's
+    products with the activations that are not zero, beside 8 bytes for each concept and latent or sample.
 
     >>> from scipy.sparse import csr_array
     >>> x = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
@@ -37,10 +70,15 @@ def carriers(
     tensor([[ 0, -1]])
     """
     tiny = torch.finfo(torch.float64).tiny
-    rows, units = W_dec.detach().cpu().double(), directions.cpu().double()
+    units = directions.cpu().double()
     units = units / units.norm(dim=1, keepdim=True).clamp_min(tiny)
-    along = units @ rows.T
-    cosines = along / rows.norm(dim=1).clamp_min(tiny)
+    along, norms = [], []
+    for rows in W_dec.detach().split(ROWS_AT_ONCE):
+        rows = rows.cpu().double()
+        along.append(units @ rows.T)
+        norms.append(rows.norm(dim=1))
+    along = torch.cat(along, dim=1)
+    cosines = along / torch.cat(norms).clamp_min(tiny)
     totals = (units @ activations.cpu().double().T).numpy()
     found = [
         _carriers_of_one(feature_acts, *of_one)
@@ -61,7 +99,7 @@ def _carriers_of_one(
     most = np.maximum.reduceat(written, acts.indptr[fires])
     row_of = np.repeat(np.arange(len(fires)), np.diff(acts.indptr)[fires])
     at = np.flatnonzero(written == most[row_of])
-    first = at[np.unique(row_of[at], return_index=True)[1]]
+    first = at[np.diff(row_of[at], prepend=-1) > 0]
     latent, total = acts.indices[first], total[fires]
     counts = (cosine[latent] >= MIN_COSINE) & (most >= MIN_SHARE * total) & (total > 0)
     found[fires[counts]] = latent[counts]
@@ -140,8 +178,21 @@ def _check_carriers(carried_by: Tensor, at_least: int = 2) -> None:
         )
 
 
-def check_concepts(activations: Tensor, labels: Tensor, directions: Tensor, W_dec: Tensor) -> None:
-    """Raise an error where these are not samples, which of them hold a concept, and where it points."""
+class Concepts(NamedTuple):
+    """Samples, which of them hold each concept, and where it points; see `measure_assignment`."""
+
+    activations: Tensor
+    """(n, d_in)."""
+    labels: Tensor
+    """Bool, (n, n_concepts)."""
+    directions: Tensor
+    """(n_concepts, d_in)."""
+    names: tuple[str, ...]
+
+
+def check_concepts(concepts: Concepts, W_dec: Tensor) -> None:
+    """Raise NotEvaluable if something is NaN or infinite, ValueError if it is not what `Concepts` says."""
+    activations, labels, directions, names = concepts
     tensors = {
         "activations": activations,
         "labels": labels,
@@ -161,6 +212,8 @@ def check_concepts(activations: Tensor, labels: Tensor, directions: Tensor, W_de
         )
     if labels.dtype != torch.bool:
         raise ValueError(f"labels are {labels.dtype}; expected bool, such as features > 0.")
+    if len(names) != labels.shape[1]:
+        raise ValueError(f"There are {len(names)} names for {labels.shape[1]} concepts.")
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise NotEvaluable(f"{name} hold NaN or infinite values.")

@@ -41,14 +41,15 @@ def encode(sae: AnySAE, x: Tensor) -> Tensor:
     return acts
 
 
-def encode_sparse(sae: AnySAE, x: Tensor | Iterable[Tensor], chunk: int | None = None) -> csr_array:
+def encode_sparse(sae: AnySAE, x: Tensor | Iterable[Tensor]) -> csr_array:
     """Feature activations without the zeros, (n, d_sae), float32: 8 bytes each.
 
-    x is (n, d_in), of which `chunk` rows (None: `chunk_size`) are encoded at a time; or chunks of it.
-    Raises as `encode`.
+    x is (n, d_in), of which `chunk_size` rows are encoded at a time; or chunks of it. Memory beside the
+    result is that of a few dense chunks: at most 128 MB each, whatever the SAE's width. Raises as `encode`.
     """
     from scipy.sparse import csr_array, vstack
 
-    chunks = x.split(chunk or chunk_size(sae)) if isinstance(x, Tensor) else x
-    rows = [csr_array(encode(sae, part).numpy()) for part in chunks]
+    chunks = [x] if isinstance(x, Tensor) else x
+    parts = (part for chunk in chunks for part in chunk.split(chunk_size(sae)))
+    rows = [csr_array(encode(sae, part).numpy()) for part in parts]
     return vstack(rows, format="csr") if rows else csr_array((0, len(sae.W_dec)), dtype="float32")

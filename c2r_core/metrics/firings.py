@@ -15,7 +15,7 @@ import numpy as np
 
 from c2r_core.data.store import ActivationStore
 from c2r_core.errors import NotEvaluable
-from c2r_core.metrics.encoding import encode_sparse
+from c2r_core.metrics.encoding import chunk_size, encode_sparse
 from c2r_core.saes.interface import AnySAE
 
 if TYPE_CHECKING:
@@ -161,21 +161,18 @@ class Firings:
         )
 
 
-def find_firings(sae: AnySAE, store: ActivationStore, *, chunk_size: int = 2048) -> Firings:
-    """Encode a store of raw activations, `chunk_size` tokens at a time, keeping what is not zero: 8 bytes
-    each.
+def find_firings(sae: AnySAE, store: ActivationStore) -> Firings:
+    """Encode a store of raw activations in blocks (see `chunk_size`), keeping what is not zero: 8 bytes each.
 
     Raises NotEvaluable if the SAE gives NaN or infinite activations, or is made for another width.
     """
-    acts = encode_sparse(sae, store.chunks(chunk_size)).tocsc()
+    acts = encode_sparse(sae, store.chunks(chunk_size(sae))).tocsc()
     return Firings(acts, store.contexts, store.kept_positions)
 
 
 def firings_of(inputs: Inputs) -> Firings:
     """Where every latent fires on the held-out tokens."""
-    return inputs.once(
-        "firings", lambda: find_firings(inputs.sae, inputs.activations, chunk_size=inputs.chunk)
-    )
+    return inputs.once("firings", lambda: find_firings(inputs.sae, inputs.activations))
 
 
 def drawn_latents(firings: Firings, n: int, min_firings: int, seed: int) -> np.ndarray:

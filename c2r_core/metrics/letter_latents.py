@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from c2r_core.data.words import LETTERS, FirstLetterTask
-from c2r_core.metrics.encoding import encode
-from c2r_core.metrics.letter_probes import LetterProbes, f1, fit_probes, one_hot
+from c2r_core.metrics.encoding import encode, encode_sparse
+from c2r_core.metrics.letter_probes import LetterProbes, f1, fit_probes, letters, one_hot
 from c2r_core.saes.interface import AnySAE
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_array
+
+    from c2r_core.metrics.inputs import Inputs
 
 # Constants of SAEBench 0.6.0.
 MAX_SPLIT_SIZE = 10
@@ -25,6 +27,12 @@ MAX_ABSORBERS = 3
 ABSORBER_MIN_COSINE = 0.1
 FULL_ABSORBER_MIN_COSINE = 0.025
 MIN_ABSORBED_SHARE = 0.4
+
+
+def letter_acts(inputs: Inputs) -> csr_array:
+    """The SAE's feature activations of all words, (n_words, d_sae): encoded once."""
+    words = letters(inputs)
+    return inputs.once("letter acts", lambda: encode_sparse(inputs.sae, words.activations))
 
 
 class SplitLatents(NamedTuple):
@@ -61,15 +69,19 @@ def split_latents(
     feature_acts, is_letter = csr_array(feature_acts), one_hot(letters)
     train, test = (~is_test).numpy(), is_test.numpy()
     acts_train, acts_test = feature_acts[train], feature_acts[test]
+    # The weight of a latent that no training word makes fire stays at zero, where it starts.
+    firing = np.unique(acts_train.indices)
+    acts_train, acts_test = acts_train[:, firing], acts_test[:, firing]
     penalties = {"weight_decay": 1e-6, "l1": 0.01}
     weights, _ = fit_probes(
         acts_train, is_letter[train], **penalties, seed=seed, batch_size=batch_size
     )
+    by_latent_train, by_latent_test = acts_train.tocsc(), acts_test.tocsc()
     splits = {}
     for i in evaluable:
         best = np.argsort(-weights[:, i], kind="stable")[:MAX_SPLIT_SIZE]
         best = best[weights[best, i] > 0]
-        x_train, x_test = acts_train[:, best].toarray(), acts_test[:, best].toarray()
+        x_train, x_test = by_latent_train[:, best].toarray(), by_latent_test[:, best].toarray()
         of_size, size = [], 0
         for k in range(1, len(best) + 1):
             predicted = _refit(x_train[:, :k], is_letter[train, i], x_test[:, :k])
@@ -77,7 +89,7 @@ def split_latents(
             if k > 1 and of_size[-1] <= of_size[-2] + SPLIT_F1_GAIN:
                 break
             size = k
-        splits[i] = SplitLatents(tuple(best[:size].tolist()), tuple(of_size))
+        splits[i] = SplitLatents(tuple(firing[best[:size]].tolist()), tuple(of_size))
     return splits
 
 

@@ -51,7 +51,7 @@ def pool(sae: AnySAE, passages: Passages, *, chunk_size: int = 2048) -> PooledAc
     sae : any object with encode, decode and W_dec
         Takes raw activations; rows of W_dec may have any norm.
     chunk_size : int
-        About so many tokens are in memory at a time.
+        About so many tokens are in memory at a time; a wide SAE encodes fewer (see `encode_sparse`).
 
     Raises NotEvaluable if the SAE is made for another width, or gives NaN or infinite activations.
     """
@@ -68,7 +68,7 @@ def pool(sae: AnySAE, passages: Passages, *, chunk_size: int = 2048) -> PooledAc
         weights = (1 / np.repeat(counts, counts), np.arange(len(x)), bounds - bounds[0])
         mean = csr_array(weights, shape=(len(counts), len(x)))
         means.append((mean @ x.double().numpy()).astype("float32"))
-        feature_acts.append(mean @ encode_sparse(sae, x, chunk_size))
+        feature_acts.append(mean @ encode_sparse(sae, x))
     rows = sae.W_dec.detach().float().cpu()
     acts = csr_array(vstack(feature_acts, format="csr"))
     acts.data *= rows.norm(dim=1).numpy()[acts.indices]

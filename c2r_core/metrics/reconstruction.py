@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from c2r_core.data.store import ActivationStore
 from c2r_core.errors import NotEvaluable
 from c2r_core.metrics import Headline, metric
 from c2r_core.metrics.inputs import Inputs
@@ -70,7 +71,8 @@ def measure_reconstruction(inputs: Inputs) -> Reconstruction:
     """FVU, L0, shrinkage and densities on held-out activations."""
     sae, store, train = inputs.sae, inputs.activations, inputs.options.train_store
     report, _ = streamed(inputs)
-    with_dropped, _ = evaluate_reconstruction(sae, store.chunks(inputs.chunk, dropped=True))
+    # The sums over all tokens are those over the kept ones and those over the few others.
+    kept, dropped = _streamed_sums(inputs), _Sums.of(sae, _dropped(store, inputs.chunk))
     on_training = None
     if train is not None:
         rows = np.linspace(0, len(train) - 1, min(len(train), len(store))).astype(int)
@@ -78,7 +80,7 @@ def measure_reconstruction(inputs: Inputs) -> Reconstruction:
         on_training = evaluate_reconstruction(sae, map(train.batch, parts))[0].fvu
     return replace(
         report,
-        fvu_with_dropped_tokens=with_dropped.fvu,
+        fvu_with_dropped_tokens=(kept + dropped).fvu(),
         fvu_on_training_documents=on_training,
         warning=_scale_warning(sae, next(iter(store.chunks(inputs.chunk)))),
     )
@@ -86,13 +88,22 @@ def measure_reconstruction(inputs: Inputs) -> Reconstruction:
 
 def streamed(inputs: Inputs) -> tuple[Reconstruction, Tensor]:
     """The report on held-out activations, and each latent's density; made once."""
+    return _report(_streamed_sums(inputs))
+
+
+def _streamed_sums(inputs: Inputs) -> _Sums:
     return inputs.once(
-        "reconstruction",
-        lambda: evaluate_reconstruction(inputs.sae, inputs.activations.chunks(inputs.chunk)),
+        "reconstruction", lambda: _Sums.of(inputs.sae, inputs.activations.chunks(inputs.chunk))
     )
 
 
-@torch.no_grad()
+def _dropped(store: ActivationStore, chunk: int) -> Iterator[Tensor]:
+    """Activations of the tokens that are no rows of the store."""
+    chunks = store.chunks(chunk, dropped=True)
+    for start, x in zip(range(0, len(store.kept), chunk), chunks, strict=True):
+        yield x[torch.from_numpy(~store.kept[start : start + chunk])]
+
+
 def evaluate_reconstruction(sae: AnySAE, chunks: Iterable[Tensor]) -> tuple[Reconstruction, Tensor]:
     """Measure an SAE on activations that come in chunks.
 
@@ -101,6 +112,7 @@ def evaluate_reconstruction(sae: AnySAE, chunks: Iterable[Tensor]) -> tuple[Reco
     sae : any object with encode, decode and W_dec
         Takes the chunks as they are: fold the normalising factor in first for raw activations.
     chunks : iterable of Tensor, each (n, d_in)
+        Memory is that of a few (n, d_sae) in float32: see `chunk_size`.
 
     Returns
     -------
@@ -111,46 +123,80 @@ def evaluate_reconstruction(sae: AnySAE, chunks: Iterable[Tensor]) -> tuple[Reco
     Raises NotEvaluable if there are no tokens, if all activations are equal (nothing can be explained), or
     if something is not finite.
     """
-    device = sae.W_dec.device
-    n, fires = 0, torch.zeros(sae.W_dec.shape[0], dtype=torch.float64, device=device)
-    sums = dict.fromkeys(("error", "square", "x_hat", "product", "cosine", "ratio"), 0.0)
-    total = torch.zeros(sae.W_dec.shape[1], dtype=torch.float64, device=device)
-    for chunk in chunks:
-        x = chunk.to(device)
+    return _report(_Sums.of(sae, chunks))
+
+
+@dataclass(frozen=True, eq=False)
+class _Sums:
+    """Sums over n tokens, float64: the same of two sets of tokens, added, are those of both."""
+
+    n: int
+    fires: Tensor  # (d_sae,)
+    x: Tensor  # (d_in,)
+    error: float
+    square: float
+    x_hat: float
+    product: float
+    cosine: float
+    ratio: float
+
+    def __add__(self, other: _Sums) -> _Sums:
+        return _Sums(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(_Sums)))
+
+    @classmethod
+    def of(cls, sae: AnySAE, chunks: Iterable[Tensor]) -> _Sums:
+        none = (torch.zeros(n, dtype=torch.float64) for n in sae.W_dec.shape)
+        return sum((cls.of_chunk(sae, x) for x in chunks), cls(0, *none, *[0.0] * 6))
+
+    @classmethod
+    @torch.no_grad()
+    def of_chunk(cls, sae: AnySAE, x: Tensor) -> _Sums:
+        x = x.to(sae.W_dec.device)
         feature_acts = sae.encode(x)
         x_hat = sae.decode(feature_acts).double()
-        fires += (feature_acts != 0).sum(0)
         x = x.double()
         squares, hat_squares = x.square().sum(-1), x_hat.square().sum(-1)
         products = (x * x_hat).sum(-1)
         norms, hat_norms = squares.sqrt().clamp(min=1e-12), hat_squares.sqrt()
-        n += len(x)
-        total += x.sum(0)
-        sums["error"] += float((x - x_hat).square().sum())
-        sums["square"] += float(squares.sum())
-        sums["x_hat"] += float(hat_squares.sum())
-        sums["product"] += float(products.sum())
-        sums["cosine"] += float((products / (norms * hat_norms.clamp(min=1e-12))).sum())
-        sums["ratio"] += float((hat_norms / norms).sum())
-    if n == 0:
-        raise NotEvaluable("There are no tokens to evaluate on; expected at least one chunk.")
-    variance = sums["square"] / n - float((total / n).square().sum())
-    if not math.isfinite(variance + sums["error"]):
-        raise NotEvaluable(
-            "A NaN or an infinity is among the activations or their reconstructions."
+        return cls(
+            n=len(x),
+            fires=(feature_acts != 0).sum(0).double().cpu(),
+            x=x.sum(0).cpu(),
+            error=float((x - x_hat).square().sum()),
+            square=float(squares.sum()),
+            x_hat=float(hat_squares.sum()),
+            product=float(products.sum()),
+            cosine=float((products / (norms * hat_norms.clamp(min=1e-12))).sum()),
+            ratio=float((hat_norms / norms).sum()),
         )
-    if variance <= 0:
-        raise NotEvaluable(f"All {n} activations are equal, so there is no variance to explain.")
-    fvu, density = sums["error"] / n / variance, (fires / n).cpu()
+
+    def fvu(self) -> float:
+        """Raises as `evaluate_reconstruction`."""
+        if self.n == 0:
+            raise NotEvaluable("There are no tokens to evaluate on; expected at least one chunk.")
+        variance = self.square / self.n - float((self.x / self.n).square().sum())
+        if not math.isfinite(variance + self.error):
+            raise NotEvaluable(
+                "A NaN or an infinity is among the activations or their reconstructions."
+            )
+        if variance <= 0:
+            raise NotEvaluable(
+                f"All {self.n} activations are equal, so there is no variance to explain."
+            )
+        return self.error / self.n / variance
+
+
+def _report(sums: _Sums) -> tuple[Reconstruction, Tensor]:
+    fvu, n, density = sums.fvu(), sums.n, sums.fires / sums.n
     over_1, over_10 = density > 0.01, density > 0.1
     n_firings = float(density.sum()) or 1.0
     report = Reconstruction(
         explained_variance=1 - fvu,
         fvu=fvu,
-        cossim=sums["cosine"] / n,
-        l2_ratio=sums["ratio"] / n,
-        relative_reconstruction_bias=sums["x_hat"] / sums["product"] if sums["product"] else None,
-        l0=float(fires.sum()) / n,
+        cossim=sums.cosine / n,
+        l2_ratio=sums.ratio / n,
+        relative_reconstruction_bias=sums.x_hat / sums.product if sums.product else None,
+        l0=float(sums.fires.sum()) / n,
         frac_alive=float((density > 0).double().mean()),
         num_alive=int((density > 0).sum()),
         freq_under_001_percent=float((density < 1e-4).double().mean()),
@@ -180,7 +226,7 @@ def _scale_warning(sae: AnySAE, x: Tensor) -> str | None:
     """Would the SAE do much better on activations of E‖x‖² = 1, or = d_in, as trainers scale them?"""
     norm = float(x.square().sum(-1).mean().sqrt())
     scales = {1.0: "raw", 1 / norm: "1", x.shape[1] ** 0.5 / norm: "d_in"}
-    fvu = {c: evaluate_reconstruction(_Scaled(sae, c), [x])[0].fvu for c in scales}
+    fvu = {c: _Sums.of_chunk(_Scaled(sae, c), x).fvu() for c in scales}
     best = min(fvu, key=fvu.get)
     if fvu[best] > 0.8 * fvu[1.0]:
         return None
