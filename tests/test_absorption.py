@@ -10,11 +10,17 @@ import numpy as np
 import pytest
 import torch
 from scipy.sparse import csr_array
+from sklearn.linear_model import LogisticRegression
 
 from c2r_core.data.words import LETTERS, FirstLetterTask
 from c2r_core.errors import NotEvaluable
 from c2r_core.metrics.absorption import evaluate_first_letter
-from c2r_core.metrics.letter_latents import absorption, absorption_by_word, split_latents
+from c2r_core.metrics.letter_latents import (
+    _refit,
+    absorption,
+    absorption_by_word,
+    split_latents,
+)
 from c2r_core.metrics.letter_probes import (
     LetterProbes,
     LetterSplit,
@@ -174,6 +180,21 @@ def test_partial_absorption_by_hand(task, probes):
     assert scored(sae, task, probes).letters[2].mean_absorption_fraction == 0
 
 
+def test_latents_that_do_not_fire_on_a_letters_words_change_nothing(task, probes):
+    """Scores of the latents that fire equal the plain form, that of all latents."""
+    generator = torch.Generator().manual_seed(0)
+    sae = absorbing_sae(words_of(0, train=16, test=4), own_share=0.25)
+    noise = 0.3 * torch.randn(200, 3 + N_WORDS, generator=generator)
+    sae.W_enc, sae.W_dec = torch.cat([sae.W_enc, noise.T], 1), torch.cat([sae.W_dec, noise])
+    sae.encode = lambda x: torch.relu(x @ sae.W_enc - 2)
+    report = scored(sae, task, probes)
+    for row in report.letters[:3]:
+        _, plain = absorption_by_word(sae, task, probes, row.first_letter, row.split_features)
+        assert row.mean_absorption_fraction == pytest.approx(float(plain.fraction.mean()))
+        assert row.full_absorption_rate == pytest.approx(float(plain.full.double().mean()))
+    assert report.mean_absorption_fraction_score > 0
+
+
 def test_letter_over_two_latents_has_split_size_two(task, probes):
     clean = clean_sae()
     encoder, decoder = clean.W_enc, clean.W_dec
@@ -244,6 +265,17 @@ def test_probe_that_recognises_nothing_is_not_evaluable(task, probes):
     blind = replace(probes, biases=probes.biases - 100 * (torch.arange(26) == 0))
     row = scored(clean_sae(), task, blind).letters[0]
     assert row.num_probe_true_positives == 0 and "recognises no test word" in row.not_evaluable
+
+
+def test_words_without_the_latents_count_by_their_weight():
+    """Predictions equal those of the plain form, a regression on all words."""
+    generator = np.random.default_rng(0)
+    y = generator.random(2000) < 0.1
+    x = generator.random((2000, 3)) * (generator.random((2000, 3)) < 0.03 + 0.4 * y[:, None])
+    plain = LogisticRegression(class_weight="balanced", max_iter=500).fit(x[:1500], y[:1500])
+    expected = plain.decision_function(x[1500:]) > 0
+    assert 0 < expected.sum() < 500
+    assert np.array_equal(_refit(x[:1500], y[:1500], x[1500:]), expected)
 
 
 def test_silent_latents_never_count(task):

@@ -92,6 +92,25 @@ def test_blocks_of_the_wide_search_change_nothing(monkeypatch):
     assert blocks.mean_at_most == pytest.approx(whole.mean_at_most)
 
 
+@pytest.mark.parametrize("spread", [1.0, 0.1, 0.0])
+@pytest.mark.parametrize("sizes", [(60, 60), (40, 60), (60, 40)])
+def test_candidates_give_the_optimum(sizes, spread, monkeypatch):
+    """Also where the nearest partners of many rows are the same few."""
+    a, b = (normal(n, 8, seed=n + i) for i, n in enumerate(sizes))
+    crowd = normal(8, seed=9)
+    a[10:], b[30:] = crowd + spread * a[10:], crowd + spread * b[30:]
+    dense = match_latents(a, b)
+    for module, value in {"DENSE_LIMIT": 1, "_N_CANDIDATES": 2, "_BLOCK_ENTRIES": 7 * 50}.items():
+        monkeypatch.setattr(f"c2r_core.metrics.matching.{module}", value)
+    found = match_latents(a, b)
+    assert found.latents_a.tolist() == sorted(set(found.latents_a.tolist()))
+    assert len(set(found.latents_b.tolist())) == min(sizes)
+    assert float(found.cosine.mean()) == pytest.approx(float(dense.cosine.mean()), abs=1e-6)
+    assert found.mean_at_most == pytest.approx(dense.mean_at_most, abs=1e-6)
+    if spread == 1:
+        assert torch.equal(found.latents_b, dense.latents_b)
+
+
 def test_cosine_is_signed():
     rows = torch.eye(4)
     assert match_latents(rows, -rows).cosine.max() == 0

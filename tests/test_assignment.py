@@ -120,6 +120,33 @@ def test_wrong_carriers_are_explained(wrong):
 # -- carriers ----------------------------------------------------------------------------------
 
 
+def plain_carriers(x, acts, W_dec, directions):
+    """The definition, dense."""
+    units = torch.nn.functional.normalize(directions.double(), dim=1)
+    rows = []
+    for u in units:
+        written = acts.double() * (W_dec.double() @ u)
+        silent = torch.where(acts > 0, 0, -torch.inf)
+        most, latent = (written + silent).max(1)
+        cosine = torch.nn.functional.cosine_similarity(W_dec.double(), u[None])[latent]
+        total = x.double() @ u
+        counts = (cosine >= 0.1) & (total > 0) & (most >= 0.4 * total)
+        rows.append(torch.where(counts, latent, NO_CARRIER))
+    return torch.stack(rows)
+
+
+def test_carriers_equal_the_plain_form_whatever_the_blocks(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    x, W_dec = (torch.randn(n, 12, generator=generator) for n in (200, 50))
+    acts = (x @ W_dec.T - 2).relu()
+    directions = torch.randn(5, 12, generator=generator)
+    plain = plain_carriers(x, acts, W_dec, directions)
+    assert (plain >= 0).any() and (plain == NO_CARRIER).any()
+    assert torch.equal(carriers(x, csr_array(acts.numpy()), W_dec, directions), plain)
+    monkeypatch.setattr("c2r_core.metrics.carriers.ROWS_AT_ONCE", 7)
+    assert torch.equal(carriers(x, csr_array(acts.numpy()), W_dec, directions), plain)
+
+
 def test_carrier_by_hand():
     u = torch.tensor([1.0, 0.0, 0.0])
     W_dec = torch.tensor([[1.0, 0, 0], [0.6, 0.8, 0], [0.09, 0, 0.996], [-1.0, 0, 0]])
@@ -395,6 +422,9 @@ def test_absorbed_words_lower_a_letters_score(task, probes):
     assert [row.concept for row in report.concepts] == list(LETTERS)
     assert report.concepts[25].not_evaluable == "no words" and report.n_evaluated == 2
     assert report.live_latents == 6
+
+    acts = csr_array(sae.encode(task.activations).numpy())
+    assert letter_assignment(sae, task, probes, acts=acts, n_samples=N_TEST) == report
 
     unrecognised = replace(probes, biases=probes.biases - 100)
     a = letter_assignment(sae, task, unrecognised).concepts[0]

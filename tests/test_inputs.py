@@ -13,8 +13,11 @@ from c2r_core.data.language_models import RANDOM, load_language_model
 from c2r_core.data.text import SPLIT_SEED, Corpus, Document, held_out_documents, split_documents
 from c2r_core.errors import NotEvaluable
 from c2r_core.evaluate import Options, evaluate
+from c2r_core.metrics.encoding import encode_sparse
 from c2r_core.metrics.inputs import Inputs
+from c2r_core.metrics.letter_latents import letter_acts
 from c2r_core.metrics.letter_probes import letter_splits, letters
+from c2r_core.metrics.reconstruction import evaluate_reconstruction, measure_reconstruction
 from c2r_core.saes import BatchTopKSAE
 
 PROFILE = load_profile("smoke")
@@ -133,6 +136,17 @@ def test_kept_by_the_models_content_not_by_its_name(
         next(iter(model.original_model.parameters())).mul_(2)
     assert folder() != first
     shutil.rmtree(tmp_path / "cache")
+
+
+def test_every_token_and_word_is_encoded_once_for_all_metrics(sae, random_model, few_documents):
+    inputs = Inputs(sae, SMOKE, SIZES, language_model=random_model, corpus=few_documents)
+    words = encode_sparse(sae, letters(inputs).activations)
+    assert letter_acts(inputs) is letter_acts(inputs)
+    assert (letter_acts(inputs) != words).nnz == 0
+    report, chunks = measure_reconstruction(inputs), inputs.activations.chunks(64, dropped=True)
+    with_dropped, _ = evaluate_reconstruction(sae, chunks)
+    assert report.fvu_with_dropped_tokens == pytest.approx(with_dropped.fvu, rel=1e-6)
+    assert report.fvu_with_dropped_tokens != report.fvu
 
 
 def test_probes_of_every_split_are_kept(sae, random_model, few_documents, monkeypatch):

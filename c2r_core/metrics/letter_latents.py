@@ -94,15 +94,23 @@ def split_latents(
 
 
 def _refit(x_train: np.ndarray, y_train: np.ndarray, x_test: np.ndarray) -> np.ndarray:
-    """Predictions of a logistic regression on a few latents."""
+    """Predictions of a logistic regression on a few latents, classes balanced.
+
+    Words on which none of the latents fires are all alike: one of each class stands for them, with their
+    weight.
+    """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
-    classifier = LogisticRegression(class_weight="balanced", max_iter=500)
+    fires = x_train.any(1)
+    x, y = np.pad(x_train[fires], ((0, 2), (0, 0))), np.append(y_train[fires], [False, True])
+    times = np.append(np.ones(fires.sum()), np.bincount(y_train[~fires], minlength=2))
+    balance = len(y_train) / (2 * np.bincount(y_train, minlength=2))
+    classifier = LogisticRegression(max_iter=500)
     with warnings.catch_warnings():
         # Stopping after 500 iterations, converged or not, is part of the definition.
         warnings.simplefilter("ignore", ConvergenceWarning)
-        classifier.fit(x_train, y_train)
+        classifier.fit(x, y, sample_weight=times * balance[y.astype(int)])
     return classifier.decision_function(x_test) > 0
 
 
