@@ -16,7 +16,7 @@ from c2r_core.losses.neighbours import check_decoder, unit_rows
 EXACT_LIMIT = 16_384
 """Widest pair of dictionaries to match exactly: about 36 s of one core (4096: about 4.5 s)."""
 
-DENSE_LIMIT = 2048
+DENSE_LIMIT = 4096
 """Widest pair of dictionaries whose cosines are all held at once; of wider ones candidates are matched."""
 
 _N_CANDIDATES = 32
