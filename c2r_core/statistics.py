@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
 
 N_RESAMPLES = 2000
 
@@ -36,10 +35,12 @@ def paired_interval(
 
 def mean_interval(values: Sequence[float] | np.ndarray, *, level: float = 0.95) -> Interval:
     """Interval of the mean of at least two independent values (Student's t)."""
+    from scipy.stats import t  # slow to import
+
     (values,) = _checked(2, "two values", values)
     mean = float(values.mean())
     error = float(values.std(ddof=1)) / len(values) ** 0.5
-    half_width = float(stats.t.ppf(0.5 + level / 2, len(values) - 1)) * error
+    half_width = float(t.ppf(0.5 + level / 2, len(values) - 1)) * error
     return Interval(mean, mean - half_width, mean + half_width)
 
 
@@ -109,7 +110,9 @@ def _checked(least: int, of_what: str, *sequences: Sequence[float] | np.ndarray)
 
 def _spearman(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Along the last axis; NaN where one of them does not vary."""
-    ranks = [stats.rankdata(values, axis=-1) for values in (x, y)]
+    from scipy.stats import rankdata  # slow to import
+
+    ranks = [rankdata(values, axis=-1) for values in (x, y)]
     spread = ranks[0].std(-1) * ranks[1].std(-1)
     centred = [values - values.mean(-1, keepdims=True) for values in ranks]
     together = (centred[0] * centred[1]).mean(-1)

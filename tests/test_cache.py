@@ -126,14 +126,16 @@ def test_two_processes_build_once(cache_folder):
 
 def test_only_the_code_of_its_kind_counts(cache_folder):
     described = {}
-    for kind in ("activations", "sae", "else"):
-        folder = cached(kind, {"k": 3}, write_artefact)
-        described[kind] = json.loads((folder / "key.json").read_text())["entries"]
-    assert "c2r_core.training" not in described["activations"]
-    assert "c2r_core.training" in described["sae"]
-    assert described["else"] == all_modules(), "an unknown kind depends on everything"
-    with_more = cached("sae", {"k": 3}, write_artefact, code=["c2r_core.metrics"])
-    assert with_more != cached("sae", {"k": 3}, write_artefact)
+    for kind, code in (("activations", []), ("sae", ["c2r_core.saes.topk"]), ("sae", [])):
+        folder = cached(kind, {"k": 3}, write_artefact, code=code)
+        described[kind, *code] = json.loads((folder / "key.json").read_text())["entries"]
+    assert described == {
+        ("activations",): ["c2r_core.data.harvest"],
+        ("sae", "c2r_core.saes.topk"): ["c2r_core.saes.topk"],
+        ("sae",): all_modules(),  # it is not said on what, so on everything
+    }
+    with_more = cached("activations", {"k": 3}, write_artefact, code=["c2r_core.data.words"])
+    assert with_more != cached("activations", {"k": 3}, write_artefact)
 
 
 def test_prune_removes_what_no_code_would_find(cache_folder):

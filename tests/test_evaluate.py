@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import sys
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
 
+from c2r_core.artefacts import fingerprints
 from c2r_core.artefacts.profiles import load_profile
+from c2r_core.artefacts.results import plain, read_json, write_json
 from c2r_core.data.forward import activations
 from c2r_core.data.text import SPLIT_SEED, Corpus, Document, split_documents
 from c2r_core.data.words import LETTERS, FirstLetterTask
@@ -231,6 +235,27 @@ def test_what_was_not_measured_says_so(sae, measured):
     assert report["decoder"] is report.metrics["decoder"].values
 
 
+def test_of_a_metric_that_is_not_registered_here_the_values_are_read(sae, measured, tmp_path):
+    report = measured(sae, "decoder")
+    content = plain(report)
+    content["metrics"] |= {
+        "foreign": {"values": {"number": 2.0}, "status": "evaluated"},
+        "impossible": {"reason": "no such text", "status": "not evaluable"},
+    }
+    write_json(tmp_path / "report.json", content)
+    again = read_report(tmp_path / "report.json")
+    assert again["foreign"] == {"number": 2.0} and again["decoder"] == report["decoder"]
+    assert again.not_evaluable == {"impossible": "no such text"}
+    with pytest.raises(NotEvaluable, match="no such text"):
+        again["impossible"]
+    write_report(again, tmp_path / "again.json")
+    assert read_json(tmp_path / "again.json") == content
+    content["metrics"]["foreign"] = {"number": 2.0}
+    write_json(tmp_path / "report.json", content)
+    with pytest.raises(ValueError, match="'foreign'"):
+        read_report(tmp_path / "report.json")
+
+
 def test_headlines_have_a_direction_and_a_baseline(sae, measured):
     report = measured(sae, "reconstruction", "decoder")
     rows = {(row.metric, row.field): row for row in report.headline()}
@@ -437,7 +462,7 @@ def test_only_what_is_refused_on_purpose_becomes_a_record(sae, measured, monkeyp
         assert caught.value.__notes__ == ["while measuring 'decoder'"]
     for nonsense in ("many", float("nan")):
         measuring("decoder", Broken(nonsense))
-        with pytest.raises(ValueError, match="number"):
+        with pytest.raises(ValueError, match="(?s)'decoder'.*number"):
             measured(sae, "decoder")
     measuring("decoder", NotEvaluable("not this SAE"))
     report = measured(sae, "decoder", "meta_sae")
@@ -465,17 +490,69 @@ def test_an_error_loses_no_finished_metric(sae, measured, monkeypatch, tmp_path)
             measured(sae, "core", keep=tmp_path / "kept")
         assert counted == [1]
         patch.setitem(METRICS, "decoder", replace(METRICS["decoder"], measure=whole_measure))
-        assert measured(sae, "core", keep=tmp_path / "kept") == whole
+        assert measured(sae, "core", keep=tmp_path / "kept").metrics == whole.metrics
         assert counted == [1], "taken from what was kept"
         with (tmp_path / "kept").open("a") as file:
             file.write('["live_decoder", {"val')  # killed while writing
-        assert measured(sae, "core", keep=tmp_path / "kept") == whole
+        assert measured(sae, "core", keep=tmp_path / "kept").metrics == whole.metrics
         another = BatchTopKSAE(D_IN, D_SAE, k=8, seed=2)
         measured(another, "core", keep=tmp_path / "kept")
         assert counted == [1, 1], "of another SAE nothing is taken"
 
 
 whole_measure = METRICS["decoder"].measure
+
+
+OWN_METRIC = """
+from dataclasses import dataclass
+
+from c2r_core.metrics import metric
+
+
+@dataclass(frozen=True)
+class Own:
+    number: float
+
+
+@metric("to_edit", group="own", headline={"number": "higher"}, reads_model=False)
+def measure(inputs) -> Own:
+    return Own(%s)
+"""
+
+
+def test_of_a_plugin_that_was_edited_nothing_is_taken(sae, measured, monkeypatch, tmp_path):
+    monkeypatch.setattr("sys.path", [str(tmp_path), *sys.path])
+    monkeypatch.setattr("sys.dont_write_bytecode", True)
+
+    def found(text):
+        """In a process that has not seen the plugin."""
+        (tmp_path / "metric_to_edit.py").write_text(text)
+        importlib.invalidate_caches()
+        try:
+            importlib.import_module("metric_to_edit")
+            return measured(sae, "to_edit", keep=tmp_path / "kept")["to_edit"].number
+        finally:
+            METRICS.pop("to_edit", None)
+            sys.modules.pop("metric_to_edit", None)
+            fingerprints._read.cache_clear()
+
+    assert found(OWN_METRIC % "1.0") == 1.0
+    lines = (tmp_path / "kept").read_text().splitlines()
+    (tmp_path / "kept").write_text("\n".join([lines[0], lines[1].replace("1.0", "7.0")]) + "\n")
+    assert found(OWN_METRIC % "1.0  # the same") == 7.0, "taken from what was kept"
+    assert found(OWN_METRIC % "2.0") == 2.0
+
+
+def test_of_a_metric_whose_code_is_in_no_file_nothing_is_kept(sae, measured, monkeypatch, tmp_path):
+    def typed(inputs):
+        counted.append(1)
+        return whole_measure(inputs)
+
+    counted, typed.__module__ = [], "__prompt__"
+    monkeypatch.setitem(METRICS, "decoder", replace(METRICS["decoder"], measure=typed))
+    for n in (1, 2):
+        measured(sae, "decoder", keep=tmp_path / "kept")
+        assert counted == [1] * n
 
 
 class Turned:

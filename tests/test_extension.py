@@ -9,11 +9,16 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
 import pytest
 
+from c2r_core.artefacts import fingerprints as fingerprints_module
+from c2r_core.artefacts.fingerprints import fingerprints
+from c2r_core.artefacts.profiles import load_profile
+from c2r_core.experiments import STUDIES, cells
 from conftest import PROJECT
 
 SESSION = """
@@ -91,3 +96,27 @@ def test_newcomers_train_save_load_and_are_measured(folder):
     assert 0 < share < 1
     report = json.loads((folder / "report0.0.json").read_text(encoding="utf-8"))
     assert report["metrics"]["busiest"]["values"] == {"busiest_share": share}
+
+
+LINES = {
+    "own_architecture": "saes",
+    "own_regulariser": "training",
+    "own_metric": "metrics",
+}
+"""By file, the room that it goes to, and whose __init__ gets its line."""
+
+
+def test_newcomers_in_the_package_make_no_cell_stale(folder, monkeypatch, tmp_path):
+    smoke = load_profile("smoke")
+    made = {f"{study}/{one.name}": one for study in STUDIES for one in cells(study, smoke)}
+    before = {name: fingerprints(one.modules) for name, one in made.items()}
+    package = tmp_path / "c2r_core"
+    shutil.copytree(PROJECT / "c2r_core", package, ignore=shutil.ignore_patterns("__pycache__"))
+    for name, room in LINES.items():
+        shutil.copy(folder / f"{name}.py", package / room)
+        with (package / room / "__init__.py").open("a", encoding="utf-8") as file:
+            file.write(f"from c2r_core.{room} import {name}  # noqa\n")
+    monkeypatch.setattr(fingerprints_module, "PACKAGE", package)
+    assert "c2r_core.saes.own_architecture" in fingerprints(["c2r_core.saes"]), "the copy is read"
+    for name, one in made.items():
+        assert fingerprints(one.modules) == before[name], name

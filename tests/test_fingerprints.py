@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
+
 import pytest
 
 from c2r_core.artefacts import fingerprints as module
-from c2r_core.artefacts.fingerprints import all_modules, fingerprint, fingerprints
+from c2r_core.artefacts.fingerprints import (
+    all_modules,
+    fingerprint,
+    fingerprints,
+    has_source,
+)
 
 FILES = {
     "__init__.py": "from c2r_core.saes import SAE\n",
     "losses/__init__.py": "from c2r_core.losses.pairs import loss\n",
     "losses/pairs.py": "def loss(x):\n    return x * 2\n",
-    "saes/__init__.py": "from .base import SAE\n",
+    "saes/__init__.py": "from .base import SAE\nfrom .topk import TopK\nWIDTHS = (1, 2)\n",
     "saes/base.py": "import c2r_core.losses\n\nclass SAE:\n    pass\n",
+    "saes/topk.py": "from c2r_core.saes.base import SAE\n\nclass TopK(SAE):\n    pass\n",
     "artefacts/__init__.py": "",
     "artefacts/cache.py": "from c2r_core.saes import SAE\n",
     "metrics/__init__.py": "",
@@ -54,7 +63,8 @@ def names(*entries: str) -> list[str]:
 
 
 def test_imports_are_followed_and_artefacts_are_not(package):
-    assert names("c2r_core.saes") == ["losses", "losses.pairs", "saes", "saes.base"]
+    whole = ["losses", "losses.pairs", "saes", "saes.base", "saes.topk"]
+    assert names("c2r_core.saes") == whole
     assert names("c2r_core.experiments.toy") == [
         "experiments.toy",
         "losses",
@@ -65,11 +75,10 @@ def test_imports_are_followed_and_artefacts_are_not(package):
 
 
 def test_of_a_study_only_what_is_reached_counts(package):
-    reached = ["experiments.toy:measure", "losses", "losses.pairs", "metrics.toy"]
+    reached = ["experiments.toy:measure", "losses.pairs", "metrics.toy"]
     assert names("c2r_core.experiments.toy:measure") == reached
     assert names("c2r_core.experiments.toy:trained") == [
         "experiments.toy:trained",
-        "losses",
         "losses.pairs",
     ]
     assert "experiments.toy:trained" in names("c2r_core.experiments.other")
@@ -79,6 +88,33 @@ def test_of_a_study_only_what_is_reached_counts(package):
     assert fingerprint(["c2r_core.experiments.toy:measure"]) == before
     package("experiments/toy.py", source.replace("SAMPLES = 5", "SAMPLES = 6"))
     assert fingerprint(["c2r_core.experiments.toy:measure"]) != before
+
+
+def test_of_a_package_only_the_names_asked_for_count(package):
+    assert names("c2r_core.saes:SAE") == ["losses", "losses.pairs", "saes.base"]
+    package("experiments/widths.py", "from c2r_core.saes import WIDTHS\n")
+    assert names("c2r_core.experiments.widths") == ["experiments.widths", "saes:WIDTHS"]
+    before = fingerprints(["c2r_core.experiments.toy:trained", "c2r_core.saes:SAE"])
+    package("saes/own.py", "from c2r_core.saes.base import SAE\n\nclass Own(SAE):\n    pass\n")
+    package("saes/__init__.py", FILES["saes/__init__.py"] + "from .own import Own\n")
+    assert fingerprints(["c2r_core.experiments.toy:trained", "c2r_core.saes:SAE"]) == before
+
+
+def test_a_module_of_the_user_s_own_is_its_file_and_what_that_imports_of_the_package(
+    package, monkeypatch, tmp_path
+):
+    own = ModuleType("own_metric")
+    monkeypatch.setitem(sys.modules, "own_metric", own)
+    assert not has_source("own_metric"), "typed at a prompt"
+    with pytest.raises(ModuleNotFoundError, match="own_metric"):
+        fingerprints(["own_metric"])
+    own.__file__ = str(tmp_path / "own_metric.py")
+    package("own_metric.py", "import torch\nfrom c2r_core import C2R\nimport c2r_core.losses\n")
+    assert has_source("own_metric")
+    before = fingerprints(["own_metric"])
+    assert set(before) >= {"own_metric", "c2r_core.losses.pairs"}
+    package("own_metric.py", "import c2r_core.losses\nNUMBER = 1\n")
+    assert fingerprints(["own_metric"])["own_metric"] != before["own_metric"]
 
 
 def test_code_counts_and_comments_do_not(package):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 
 import pandas as pd
@@ -39,8 +40,8 @@ from c2r_core.experiments import (
 )
 from c2r_core.metrics import use
 from c2r_core.notebook.tables import paired_seeds
-from c2r_core.saes import ReLUSAE, create_sae
-from c2r_core.training import create_regulariser, train
+from c2r_core.saes import ARCHITECTURES, ReLUSAE, create_sae
+from c2r_core.training import REGULARISERS, create_regulariser, train
 
 SMOKE = load_profile("smoke")
 SHORT = SMOKE.model_copy(
@@ -86,8 +87,43 @@ def test_what_decides_a_trained_sae_is_not_its_metrics_or_tables():
         reached = fingerprints([f"c2r_core.experiments.{entry}"])
         assert not [name for name in reached if ".metrics" in name or ".evaluate" in name]
         assert "c2r_core.training.trainer" in reached
+        taken_by_name = ("saes.topk", "saes.relu", "saes.gated", "training.ablations")
+        assert not reached.keys() & {f"c2r_core.{name}" for name in taken_by_name}
     measured = fingerprints(cell_of("language_model", "baseline-seed-10-decoder").modules)
     assert "c2r_core.metrics.decoder" in measured and "c2r_core.metrics.use" not in measured
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_a_cell_rests_on_the_architecture_and_the_regulariser_that_it_names(study):
+    classes = dict(ARCHITECTURES) | dict(REGULARISERS)
+    for cell in cells(study, SMOKE):
+        named = {classes[name].__module__ for name in names_in(cell.settings) & classes.keys()}
+        assert named <= fingerprints(cell.modules).keys(), cell.name
+
+
+def names_in(settings) -> set[str]:
+    """What settings say is the architecture, the regulariser or the penalty of an arm."""
+    if isinstance(settings, list | tuple):
+        return set().union(*map(names_in, settings))
+    if not isinstance(settings, Mapping):
+        return set()
+    found = set().union(*map(names_in, settings.values()))
+    for key in ("architecture", "regulariser", "penalty"):
+        value = settings.get(key)
+        found |= {value["name"] if isinstance(value, Mapping) else value} - {None}
+    return found
+
+
+def test_cells_of_toys_rest_on_no_language_model_and_the_others_on_no_toy():
+    toys, model = (
+        fingerprints(cell_of(*named).modules)
+        for named in (("toy", "relu-c2r"), ("language_model", "baseline-seed-10-decoder"))
+    )
+    of_text = ("store", "harvest", "forward", "language_models", "text", "batches:StoreBatches")
+    assert not toys.keys() & {f"c2r_core.data.{name}" for name in of_text}
+    assert "c2r_core.metrics.inputs" not in toys
+    of_toys = ("toy", "forest", "batches:ToyBatches")
+    assert not model.keys() & {f"c2r_core.data.{name}" for name in of_toys}
 
 
 def test_a_seed_moves_every_study_but_tuning():

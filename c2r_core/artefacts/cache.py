@@ -17,11 +17,9 @@ from filelock import FileLock, Timeout
 from c2r_core.artefacts.fingerprints import all_modules, fingerprint
 from c2r_core.artefacts.paths import cache_dir
 
-TRAINING = ("c2r_core.losses", "c2r_core.saes", "c2r_core.training")
 CODE: dict[str, tuple[str, ...]] = {
     "activations": ("c2r_core.data.harvest",),
     "words": ("c2r_core.data.words",),
-    "sae": TRAINING,
 }
 """By kind of artefact, the code that can change one, as `fingerprints` takes it. A call may say more."""
 LIBRARIES = ("torch", "transformers", "transformer_lens")

@@ -1,11 +1,13 @@
 """What code a result depends on: the modules that are reached from its entry, a hash of each.
 
-An entry is a module, "c2r_core.training", or one definition in it, "c2r_core.experiments.toy:measure".
+An entry is a module, "c2r_core.seeds", or one definition in it, "c2r_core.experiments.toy:measure".
 What it imports is read from the source, imports inside functions too, those for type checkers not; so
-nothing is imported here. Of a module in `experiments` only the definitions count that the entry reaches:
-a table may change without its cells growing stale. Artefacts are left out, since what they decide, a
-setting, is kept beside the result; so are the list of metrics, to which anyone may add, and a package that is
-merely above a module that is imported.
+nothing is imported here. Of a package's own file, which gathers names, and of BY_DEFINITION, only the
+definitions count that the entry reaches: another architecture, regulariser or table leaves the others' cells
+as they are. What is taken by name, from a list to which anyone may add, the entry does not reach: who
+takes an architecture, a regulariser or a metric says its module too, as `Arm.code` does. Artefacts are left
+out, since what they decide, a setting, is kept beside the result. A module of the user's own is its file,
+with what that imports of this package.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import ast
 import functools
 import hashlib
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -21,14 +24,15 @@ ROOT = "c2r_core"
 LEFT_OUT = f"{ROOT}.artefacts"
 REGISTRY = f"{ROOT}.metrics"
 """The list of metrics, not a metric: a cell names the files that it measures with."""
-BY_DEFINITION = f"{ROOT}.experiments."
-"""Modules of which only what is reached counts."""
+BY_DEFINITION = (f"{ROOT}.experiments.", f"{ROOT}.data.batches")
+"""Modules, beside packages, of which only what is reached counts."""
 
 
 def fingerprints(entries: Iterable[str]) -> dict[str, str]:
     """A hash of every module that the entries reach, by name; comments and docstrings do not count.
 
-    A ModuleNotFoundError says if an entry, or what it imports, is not there.
+    A definition that is merely passed on is not listed; the module is that makes it. A ModuleNotFoundError
+    says if an entry, or what it imports, is not there.
     """
     seen: dict[str, str] = {}
     waiting = list(entries)
@@ -37,7 +41,7 @@ def fingerprints(entries: Iterable[str]) -> dict[str, str]:
         if entry not in seen:
             seen[entry], imported = _read(PACKAGE, entry)
             waiting += imported
-    return dict(sorted(seen.items()))
+    return {name: digest for name, digest in sorted(seen.items()) if digest}
 
 
 def fingerprint(entries: Iterable[str]) -> str:
@@ -53,7 +57,15 @@ def all_modules() -> list[str]:
     return sorted(name for name in names if _counts(name))
 
 
+def has_source(name: str) -> bool:
+    """Whether there is a file for a module; a notebook's or a prompt's own has none."""
+    return _file(name) is not None
+
+
 def _file(name: str) -> Path | None:
+    if not _is_inside(name):
+        file = Path(getattr(sys.modules.get(name), "__file__", None) or "")
+        return file if file.suffix == ".py" and file.is_file() else None
     path = PACKAGE.joinpath(*name.split(".")[1:])
     for file in (path / "__init__.py", path.with_suffix(".py")):
         if file.is_file():
@@ -63,7 +75,7 @@ def _file(name: str) -> Path | None:
 
 @functools.cache
 def _read(package: Path, entry: str) -> tuple[str, tuple[str, ...]]:
-    """Hash of an entry and the entries that it imports."""
+    """Hash of an entry, "" if it only passes on what it imports, and the entries that it imports."""
     module, _, definition = entry.partition(":")
     file = _file(module)
     if file is None:
@@ -75,6 +87,8 @@ def _read(package: Path, entry: str) -> tuple[str, tuple[str, ...]]:
     for node in ast.walk(without_text):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             node.body = [statement for statement in node.body if not _is_text(statement)]
+    if definition and all(isinstance(node, ast.Import | ast.ImportFrom) for node in body):
+        return "", imported
     return hashlib.sha256(ast.dump(without_text).encode()).hexdigest()[:12], imported
 
 
@@ -139,16 +153,24 @@ def _imports(node: ast.AST, module: str, is_package: bool) -> Iterator[str]:
             if inner:
                 yield inner
             elif outer := _module_of(source):
-                reached_in_part = source.startswith(BY_DEFINITION) and alias.name != "*"
-                yield f"{outer}:{alias.name}" if reached_in_part else outer
+                in_part = _is_read_in_part(source) and alias.name != "*"
+                yield f"{outer}:{alias.name}" if in_part else outer
     for child in ast.iter_child_nodes(node):
         yield from _imports(child, module, is_package)
 
 
+def _is_read_in_part(name: str) -> bool:
+    is_package = name != ROOT and _file(name).name == "__init__.py"
+    return is_package or name.startswith(BY_DEFINITION)
+
+
 def _module_of(name: str) -> str | None:
     """`name` if it is a module of this package that counts."""
-    inside = name == ROOT or name.startswith(f"{ROOT}.")
-    return name if inside and _counts(name) and _file(name) else None
+    return name if _is_inside(name) and _counts(name) and _file(name) else None
+
+
+def _is_inside(name: str) -> bool:
+    return f"{name}.".startswith(f"{ROOT}.")
 
 
 def _counts(name: str) -> bool:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from c2r_core.artefacts.fingerprints import fingerprint
+from c2r_core.artefacts.fingerprints import fingerprint, has_source
 from c2r_core.artefacts.profiles import load_profile
 from c2r_core.artefacts.results import provenance
 from c2r_core.data.forward import check_hook_name
@@ -92,7 +92,7 @@ class Evaluation:
     text: TextDescription | None
 
     def measure(self) -> Report:
-        """Measure one metric after the other."""
+        """Measure one metric after the other; `Options.keep` takes those whose code is in a file."""
         options = self.inputs.options
         kept = _Kept(options.keep, self._identity()) if options.keep else None
         records = {}
@@ -100,7 +100,7 @@ class Evaluation:
             record = kept.records.get(name) if kept else None
             if record is None:
                 record = _record(name, self.inputs)
-                if kept:
+                if kept and has_source(METRICS[name].measure.__module__):
                     kept.add(name, record)
             records[name] = record
         made = provenance(profile="", seed=0, device=options.device, seconds=0.0)
@@ -144,10 +144,10 @@ class Evaluation:
         )
 
     def _code(self) -> str:
-        """A hash of the code that the metrics asked for rest on."""
+        """A hash of the code that the metrics asked for rest on; of a plugin, its file."""
         modules = {METRICS[name].measure.__module__ for name in self.names}
-        own = {name for name in modules if name.startswith("c2r_core.")}
-        return fingerprint(sorted({"c2r_core.evaluate.evaluation", *own}))
+        in_files = filter(has_source, modules)
+        return fingerprint({"c2r_core.evaluate.evaluation", *in_files})
 
     def _identity(self) -> str:
         """A hash of all that decides the records."""

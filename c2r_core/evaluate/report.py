@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, NamedTuple, NotRequired, TypeVar
 
-from pydantic import ConfigDict, Field, TypeAdapter
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic_core import to_json
 from typing_extensions import TypedDict
 
@@ -194,7 +194,7 @@ def write_report(report: Report, file: str | Path) -> None:
 
 
 def read_report(file: str | Path) -> Report:
-    """What `write_report` wrote. Metrics that are not registered here stay plain mappings.
+    """What `write_report` wrote. The values of a metric that is not registered here are a plain mapping.
 
     Raises ValueError if the file is no report of this version.
     """
@@ -203,12 +203,19 @@ def read_report(file: str | Path) -> Report:
 
 def checked_report(content: Any) -> Report:
     """A report, or its JSON, checked against the schema; NaN and infinities become None."""
-    return _adapter(tuple(METRICS.values())).validate_json(_json(content))
+    report = _adapter(tuple(METRICS.values())).validate_json(_json(content))
+    for name in report.metrics.keys() - METRICS.keys():
+        report.metrics[name] = checked_record(name, report.metrics[name])
+    return report
 
 
 def checked_record(name: str, record: Any) -> Evaluated | NotEvaluated:
-    """One metric's record, or its JSON, likewise."""
-    return TypeAdapter(_record(METRICS[name])).validate_json(_json(record))
+    """One metric's record, or its JSON, likewise; a ValueError names the metric that it does not fit."""
+    kind = METRICS[name].report if name in METRICS else dict[str, Any]
+    try:
+        return TypeAdapter(_record(kind)).validate_json(_json(record))
+    except ValidationError as error:
+        raise ValueError(f"The metric {name!r} does not fit its report: {error}") from error
 
 
 def _at(values: Any, path: str) -> Any:
@@ -223,12 +230,12 @@ def _json(value: Any) -> bytes:
     return to_json(value, inf_nan_mode="null", fallback=lambda array: array.tolist())
 
 
-def _record(of: Metric) -> Any:
-    return Annotated[Evaluated[of.report] | NotEvaluated, Field(discriminator="status")]
+def _record(kind: type) -> Any:
+    return Annotated[Evaluated[kind] | NotEvaluated, Field(discriminator="status")]
 
 
 @functools.lru_cache(maxsize=2)
 def _adapter(metrics: tuple[Metric, ...]) -> TypeAdapter:
-    records = TypedDict("Metrics", {of.name: NotRequired[_record(of)] for of in metrics})
+    records = TypedDict("Metrics", {of.name: NotRequired[_record(of.report)] for of in metrics})
     records.__pydantic_config__ = ConfigDict(extra="allow")
     return TypeAdapter(Report[records])

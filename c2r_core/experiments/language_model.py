@@ -29,7 +29,7 @@ from c2r_core.evaluate.evaluation import evaluate
 from c2r_core.experiments.study import Study
 from c2r_core.metrics import METRICS, standard_metrics
 from c2r_core.metrics.inputs import Inputs, Options
-from c2r_core.saes import SAE, create_sae, fold_norm_factor, load_sae, save_sae
+from c2r_core.saes import ARCHITECTURES, SAE, create_sae, fold_norm_factor, load_sae, save_sae
 from c2r_core.training import C2R, Orthogonality, TrainConfig, train, weight_from_strength
 
 if TYPE_CHECKING:
@@ -195,6 +195,10 @@ class LanguageModelArm:
         """All that decides the trained SAE, but data and seed: JSON."""
         return asdict(self)
 
+    def code(self) -> list[str]:
+        """The module of its architecture."""
+        return [ARCHITECTURES[self.architecture].__module__]
+
     def penalties(self) -> list:
         """The regularisers."""
         both = {"every": self.every, "chunk_size": self.chunk_size}
@@ -269,7 +273,7 @@ def trained(
         "data": data.settings() if is_streamed else asdict(data.manifest),
         "device": device.partition(":")[0],
     }
-    code = ["c2r_core.experiments.language_model:trained"]
+    code = ["c2r_core.experiments.language_model:trained", *arm.code()]
     return load_sae(cached("sae", key, build, code=code, resumable=True) / "sae", device)
 
 

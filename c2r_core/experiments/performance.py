@@ -35,7 +35,7 @@ from c2r_core.artefacts.cells import Cell
 from c2r_core.artefacts.profiles import PerformanceProfile, Profile, ToyProfile, training_seeds
 from c2r_core.experiments.study import Study
 from c2r_core.losses import c2r_loss, nearest_neighbours
-from c2r_core.saes import SAE, BatchTopKSAE, StepInput, create_sae
+from c2r_core.saes import SAE, BatchTopKSAE, ReLUSAE, StepInput
 from c2r_core.saes.topk import largest_entries
 from c2r_core.training import C2R, TrainConfig, train
 
@@ -104,7 +104,7 @@ def measure_stack(
 ) -> dict[str, float]:
     """Losses and gradients of 15 toy SAEs in one stack, beside one after the other."""
     own = toy.architectures["relu"]
-    stack = create_sae("relu", d_in=toy.d_in, d_sae=toy.d_sae, seed=range(15), **own)
+    stack = ReLUSAE(toy.d_in, toy.d_sae, seed=range(15), **own)
     stack, singles = stack.to(device), [single.to(device) for single in stack.unstack()]
     generator = torch.Generator().manual_seed(seeds[0])
     x = torch.randn(15, toy.batch_size, toy.d_in, generator=generator).to(device) / toy.d_in**0.5

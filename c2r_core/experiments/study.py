@@ -45,11 +45,13 @@ class Study:
         Its name is the `slug` of a title. Measure is a function of a module: with what it reaches, and
         `modules`, which reading imports cannot find, it is the code that the cell rests on. What is given
         are the cell's settings: JSON, dataclasses, profile sections, or objects with a method `settings()`;
-        one with a method `inputs()` has the fingerprints of the model and text that are read.
+        one with a method `inputs()` has the fingerprints of the model and text that are read, one with a
+        method `code()` the modules of what it takes by name.
         """
-        seeds, inputs = list(self.seeds), {}
+        seeds, inputs, modules = list(self.seeds), {}, list(modules)
         for value in given.values():
             inputs |= value.inputs() if hasattr(value, "inputs") else {}
+            modules += value.code() if hasattr(value, "code") else []
         settings = {key: v.settings() if hasattr(v, "settings") else v for key, v in given.items()}
         return Cell(
             study=self.name,

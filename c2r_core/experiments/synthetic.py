@@ -10,7 +10,7 @@ from c2r_core.artefacts.cache import cached
 from c2r_core.data.batches import ToyBatches
 from c2r_core.data.forest import GatedForest
 from c2r_core.data.toy import FeatureTree
-from c2r_core.saes import SAE, create_sae, load_sae, save_sae
+from c2r_core.saes import ARCHITECTURES, SAE, create_sae, load_sae, save_sae
 from c2r_core.training import Regulariser, TrainConfig, train
 
 EVALUATION_SEED = 10**6  # no training seed comes near, so evaluation samples are new
@@ -45,6 +45,12 @@ class Arm:
             "config": asdict(self.config),
             "regulariser": penalty and {"name": penalty.name} | asdict(penalty),
         }
+
+    def code(self) -> list[str]:
+        """The modules of its architecture and of its regulariser."""
+        taken = [ARCHITECTURES[self.architecture]]
+        taken += [type(self.regulariser)] if self.regulariser else []
+        return [one.__module__ for one in taken]
 
 
 def trained(arm: Arm, seeds: Sequence[int], device: str = "cpu") -> dict[int, SAE]:
@@ -92,7 +98,8 @@ def _stack(
     penalty = arm.regulariser and replace(arm.regulariser, weight=weights)
     key = replace(arm, regulariser=penalty).settings()
     key |= {"seeds": seeds, "device": device.partition(":")[0]}
-    folder = cached("sae", key, build, code=["c2r_core.experiments.synthetic:trained"])
+    code = ["c2r_core.experiments.synthetic:trained", *arm.code()]
+    folder = cached("sae", key, build, code=code)
     return {
         weight: {seed: load_sae(folder / str(number) / str(seed)) for seed in seeds}
         for number, weight in enumerate(weights)

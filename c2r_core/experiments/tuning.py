@@ -37,7 +37,7 @@ from c2r_core.experiments.synthetic import Arm, trained, trained_at
 from c2r_core.experiments.toy import reports as toy_reports
 from c2r_core.experiments.toy import toy_arm
 from c2r_core.saes import SAE
-from c2r_core.training import Regulariser, create_regulariser, weight_from_strength
+from c2r_core.training import REGULARISERS, Regulariser, create_regulariser, weight_from_strength
 
 SEEDS = (0, 1, 2)
 POINTS, RATIO, EXTENSIONS = 7, 2.5, 4
@@ -85,13 +85,19 @@ def cells(profile: Profile, seed: int = 0, device: str = "cpu") -> list[Cell]:
             made.append(study.cell(f"{architecture}, sparsity", tune_sparsity, **how, **given))
         for penalty in penalties(architecture):
             how = {"arm": baseline, "penalty": penalty, "by": "recovery"}
+            how["modules"] = _modules(penalty)
             made.append(study.cell(f"{architecture}, {penalty}", tune, **how, **given))
     forest = benchmark_arm(profile.benchmark, None)
     for penalty in ("c2r", "orthogonality"):
         how = {"arm": forest, "penalty": penalty, "by": "f1", "on": "benchmark"}
         samples = profile.benchmark.evaluation_samples
+        how["modules"] = _modules(penalty)
         made.append(study.cell(f"benchmark, {penalty}", tune, samples=samples, **how))
     return made
+
+
+def _modules(penalty: str) -> list[str]:
+    return [REGULARISERS[penalty].__module__]
 
 
 def penalties(architecture: str) -> list[str]:
@@ -105,6 +111,9 @@ class _Arms(list):
 
     def settings(self) -> list[dict[str, Any]]:
         return [arm.settings() for arm in self]
+
+    def code(self) -> list[str]:
+        return [module for arm in self for module in arm.code()]
 
 
 def tune_sparsity(

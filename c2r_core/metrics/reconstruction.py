@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,8 +14,10 @@ from torch import Tensor
 from c2r_core.data.store import ActivationStore
 from c2r_core.errors import NotEvaluable
 from c2r_core.metrics import Headline, metric
-from c2r_core.metrics.inputs import Inputs
 from c2r_core.saes.interface import AnySAE
+
+if TYPE_CHECKING:  # toys are measured here too, and read no language model
+    from c2r_core.metrics.inputs import Inputs
 
 
 @dataclass(frozen=True)
