@@ -19,7 +19,6 @@ from functools import partial
 
 import numpy as np
 import torch
-from scipy import stats
 from torch import Generator, Tensor
 
 from c2r_core.errors import NotEvaluable
@@ -190,6 +189,8 @@ def random_baseline(
     With `same_covariance`, rows are drawn with the covariance, about 0, of each decoder's unit rows, instead
     of uniformly on the sphere.
     """
+    from scipy.stats import t  # slow to import
+
     if n_draws < 2:
         raise ValueError(f"n_draws is {n_draws}; expected at least 2, or there is no spread.")
     spreads = [
@@ -204,7 +205,7 @@ def random_baseline(
         ]
         means.append(float(match_latents(*rows, exact_limit=exact_limit).cosine.double().mean()))
     means = torch.tensor(means, dtype=torch.float64)
-    reach = float(stats.t.ppf(0.975, n_draws - 1) * means.std() * (1 + 1 / n_draws) ** 0.5)
+    reach = float(t.ppf(0.975, n_draws - 1) * means.std() * (1 + 1 / n_draws) ** 0.5)
     mean = float(means.mean())
     return RandomBaseline(mean, mean - reach, mean + reach, n_draws)
 

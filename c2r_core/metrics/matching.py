@@ -6,9 +6,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
-from scipy.sparse import csr_array
-from scipy.sparse.csgraph import min_weight_full_bipartite_matching
 from torch import Tensor
 
 from c2r_core.losses.neighbours import check_decoder, unit_rows
@@ -86,6 +83,8 @@ def match_latents(W_dec_a: Tensor, W_dec_b: Tensor, *, exact_limit: int = EXACT_
 
 def _matched(rows_a: Tensor, rows_b: Tensor) -> tuple[Tensor, Tensor]:
     """The optimum: the rows of a that are matched, rising, and those of b that they are matched with."""
+    from scipy.optimize import linear_sum_assignment  # slow to import
+
     if len(rows_a) * len(rows_b) <= DENSE_LIMIT**2:
         # Minus the cosines, since scipy would copy the whole matrix to maximise.
         found = linear_sum_assignment((-rows_a @ rows_b.T).numpy())
@@ -106,6 +105,9 @@ def _match_candidates(rows_a: Tensor, rows_b: Tensor) -> np.ndarray:
     prices then say which rows of a could still gain by another partner: those pairs are added, until there
     are none. By the duality of linear programs it is then the optimum over all pairs.
     """
+    from scipy.sparse import csr_array
+    from scipy.sparse.csgraph import min_weight_full_bipartite_matching
+
     nearest, n_b = _nearest(rows_a, rows_b), len(rows_b)
     everyone = np.arange(len(rows_a))
     pairs = [everyone * n_b + everyone]  # so that all can be matched

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from c2r_core.data.store import ActivationStore
 from c2r_core.errors import NotEvaluable
 from c2r_core.metrics import Headline, metric
 from c2r_core.saes.interface import AnySAE
 
 if TYPE_CHECKING:  # toys are measured here too, and read no language model
+    from c2r_core.data.store import ActivationStore
     from c2r_core.metrics.inputs import Inputs
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from c2r_core.data.toy import FeatureTree, ToySample
@@ -64,6 +63,8 @@ def trained_scale(sae: AnySAE) -> float:
 
 def mean_matched(cosines: Tensor) -> float:
     """Mean cosine over the one-to-one matching of rows and columns with the largest sum."""
+    from scipy.optimize import linear_sum_assignment  # slow to import
+
     values = cosines.numpy()
     return float(values[linear_sum_assignment(values, maximize=True)].mean())
 
