@@ -138,5 +138,6 @@ def test_what_a_recomputation_may_differ_in():
     assert differing({"fvu": 0.5}, {"fvu": 0.55}) == ["fvu: 0.5 kept, 0.55 computed"]
     assert differing({"l0": 100.0}, {"l0": 110.0}) and differing({"f1": 0.0}, {"f1": 0.03})
     assert differing(kept["rows"], [{"seed": 1, "f1": 0.6}])[0].startswith("f1")
+    assert differing({"n": 1}, {"n": 0}) == [] != differing({"n": 9}, {"n": 7})
     assert differing({"a": 1.0}, {"b": 1.0}) == ["values: other fields"]
     assert differing({"a": 1.0}, {"a": None}) == ["a: 1.0 kept, None computed"]

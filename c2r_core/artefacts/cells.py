@@ -206,8 +206,8 @@ OF_THE_MACHINE = ("seconds", "peak_memory", "gigaflop", "gigabyte")
 def differing(kept: Any, computed: Any, path: str = "") -> list[str]:
     """Where two cells' values differ by more than a recomputation may: one line each.
 
-    A number may differ by 5 % or by 0.02, whichever is more: most metrics are shares, and training on
-    another processor adds in another order. Of a list of records, such as one a letter or a seed, the
+    A number may differ by 5 % or by 0.02, a count by 5 % or by 1, whichever is more: most metrics are
+    shares, and training on another processor adds in another order. Of a list of records, such as one a letter or a seed, the
     means of each field are compared; texts, what is OF_THE_MACHINE, and whole numbers that name something
     (a latent, a seed) are not.
     """
@@ -222,7 +222,8 @@ def differing(kept: Any, computed: Any, path: str = "") -> list[str]:
             return differing(_means(kept), _means(computed), path)
         return differing(_mean(kept), _mean(computed), path)
     if _is_number(kept) and _is_number(computed):
-        if abs(kept - computed) > max(ABSOLUTE, RELATIVE * max(abs(kept), abs(computed))):
+        least = 1 if isinstance(kept, int) and isinstance(computed, int) else ABSOLUTE
+        if abs(kept - computed) > max(least, RELATIVE * max(abs(kept), abs(computed))):
             return [f"{path}: {kept:.6g} kept, {computed:.6g} computed"]
         return []
     return [] if type(kept) is type(computed) else [f"{path}: {kept!r} kept, {computed!r} computed"]

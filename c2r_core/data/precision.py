@@ -6,7 +6,6 @@ import functools
 import json
 import logging
 import platform
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -15,14 +14,12 @@ import torch
 
 from c2r_core.artefacts.files import whole_file
 from c2r_core.artefacts.paths import cache_dir
+from c2r_core.losses.neighbours import bfloat16_speed_up
 
 Precision = Literal["float32", "bfloat16"]
 
 MIN_SPEED_UP = 1.2
 """How many times as fast as float32 bfloat16 must be on a processor: it costs accuracy."""
-SHAPE = (256, 576, 2048)
-"""Of the product that is timed: rows, inner and outer width; of an MLP of SmolLM2, about."""
-N_TIMED = 5
 
 _log = logging.getLogger(__name__)
 
@@ -53,7 +50,7 @@ def _chosen(kind: str, kept: Path) -> Precision:
 
 
 def faster_on_processor(
-    kept: Path, seconds: Callable[[torch.dtype], float] | None = None
+    kept: Path, speed_up: Callable[[], float] | None = None
 ) -> Precision:
     """bfloat16 if this processor multiplies in it at least 1.2 times as fast as in float32.
 
@@ -61,19 +58,18 @@ def faster_on_processor(
     ----------
     kept : Path
         JSON file of the answers so far, by processor and version of torch; made if it is not there.
-    seconds : callable, optional
-        `seconds(dtype)` times a product; by default one of SHAPE, at best of a few.
+    speed_up : callable, optional
+        Measures how many times as fast bfloat16 is.
     """
     from filelock import FileLock  # comes with the extras
 
+    measure = speed_up or bfloat16_speed_up
     machine = f"{_processor()}, torch {torch.__version__}"
     kept.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(kept.with_suffix(".lock")):
         known = _read(kept)
         if known.get(machine) not in ("float32", "bfloat16"):
-            seconds = seconds or _seconds
-            gain = seconds(torch.float32) / seconds(torch.bfloat16)
-            known[machine] = "bfloat16" if gain >= MIN_SPEED_UP else "float32"
+            known[machine] = "bfloat16" if measure() >= MIN_SPEED_UP else "float32"
             with whole_file(kept) as part:
                 part.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
     return known[machine]
@@ -96,15 +92,3 @@ def _processor() -> str:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
-
-
-def _seconds(dtype: torch.dtype) -> float:
-    """Of one product, the best of a few behind one that warms up. Draws no random numbers."""
-    n, inner, outer = SHAPE
-    x, w = torch.ones(n, inner, dtype=dtype), torch.ones(inner, outer, dtype=dtype)
-    times = []
-    for _ in range(1 + N_TIMED):
-        start = time.perf_counter()
-        x @ w
-        times.append(time.perf_counter() - start)
-    return min(times[1:])
