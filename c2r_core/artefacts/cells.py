@@ -206,10 +206,10 @@ OF_THE_MACHINE = ("seconds", "peak_memory", "gigaflop", "gigabyte")
 def differing(kept: Any, computed: Any, path: str = "") -> list[str]:
     """Where two cells' values differ by more than a recomputation may: one line each.
 
-    A number may differ by 5 % or by 0.02, a count by 5 % or by 1, whichever is more: most metrics are
-    shares, and training on another processor adds in another order. Of a list of records, such as one a letter or a seed, the
-    means of each field are compared; texts, what is OF_THE_MACHINE, and whole numbers that name something
-    (a latent, a seed) are not.
+    A number may differ by 5 % or by 0.02, a count by 5 % or by 1, whichever is more: most metrics are shares,
+    and training on another processor adds in another order. Of a list of records, such as one a letter or a
+    seed, the means of each field are compared; texts, what is OF_THE_MACHINE, and whole numbers that name
+    something (a latent, a seed) are not.
     """
     if isinstance(kept, Mapping) and isinstance(computed, Mapping):
         if kept.keys() != computed.keys():

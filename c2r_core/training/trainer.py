@@ -146,18 +146,14 @@ class _Run:
         penalty, penalties = self._penalty(losses)
         self._check_finite(own_loss + penalty, losses, penalties)
 
-        parameters = list(sae.parameters())
         self.optimiser.param_groups[0]["lr"] = config.lr_at(self.step)
         self.optimiser.zero_grad()
-        own_loss.sum().backward(retain_graph=bool(penalties))
-        if sae.unit_norm_decoder:
-            remove_parallel_gradient(sae.W_dec)
+        self._backward(own_loss, retain_graph=bool(penalties))
         # The bound looks at the SAE's own gradient, so that it never weakens a penalty beside it.
+        parameters = list(sae.parameters())
         factors = clip_factors(parameters, config.clip_norm, stacked=sae.n_stacked is not None)
         if penalties:
-            penalty.sum().backward()
-            if sae.unit_norm_decoder:
-                remove_parallel_gradient(sae.W_dec)
+            self._backward(penalty)
         scale_gradients(parameters, factors)
         self.optimiser.step()
         if sae.unit_norm_decoder:
@@ -181,6 +177,12 @@ class _Run:
                 values[regulariser.name] = value.detach()
         return penalty, values
 
+    def _backward(self, loss: Tensor, *, retain_graph: bool = False) -> None:
+        """Add a loss's gradient to those of the parameters."""
+        loss.sum().backward(retain_graph=retain_graph)
+        if self.sae.unit_norm_decoder:
+            remove_parallel_gradient(self.sae.W_dec)
+
     def _dead(self) -> Tensor | None:
         """Latents silent for so long that an average one would have fired `dead_after` times."""
         if not self.revives:
@@ -196,12 +198,16 @@ class _Run:
         config, self.last_penalties = self.config, self.last_penalties | penalties
         logs = self.step % config.log_every == 0 or self.step == config.steps - 1
         if logs or self.revives or config.resample_every > 0:
-            fired = firing_counts(losses.feature_acts)
-            self.silent_samples = torch.where(fired > 0, 0, self.silent_samples + x.shape[-2])
+            fired, n_samples = self._firings(losses, x)
+            self.silent_samples = torch.where(fired > 0, 0, self.silent_samples + n_samples)
         if logs:
-            terms = _terms(losses) | self.last_penalties | {"l0": fired.sum(-1) / x.shape[-2]}
+            terms = _terms(losses) | self.last_penalties | {"l0": fired.sum(-1) / n_samples}
             record = {"step": self.step, "lr": config.lr_at(self.step)}
             self.history.records.append(record | {name: v.tolist() for name, v in terms.items()})
+
+    def _firings(self, losses: TrainingLosses, x: Tensor) -> tuple[Tensor, int]:
+        """In how many samples of the batch each latent fires, and how many there are."""
+        return firing_counts(losses.feature_acts), x.shape[-2]
 
     def _check_finite(
         self, total: Tensor, losses: TrainingLosses, penalties: dict[str, Tensor] | None = None
