@@ -503,10 +503,16 @@ def check_5b(file: str, name: str) -> None:
     penalty = check.answer(given, lambda: create_regulariser(name, weight=100.0))
     x = torch.randn(64, 8, generator=torch.Generator().manual_seed(0)) / 8**0.5
     config = TrainConfig(steps=20, mean_square_norm=None, log_every=1)
+    look = "gradients: item(), detach() and no_grad() cut them off. Or is the value always 0?"
 
     def rows(penalties: list) -> Tensor:
         sae = BatchTopKSAE(8, 16, k=4)
-        history = train(sae, lambda step: x, config, penalties, progress=False)
+        try:
+            history = train(sae, lambda step: x, config, penalties, progress=False)
+        except ValueError as error:
+            if "without a gradient" not in str(error):
+                raise
+            check.require(False, given, "a value with a gradient", str(error), look)
         if penalties:
             values = [record[name] for record in history.records]
             shape = "one number for each batch"
@@ -516,6 +522,5 @@ def check_5b(file: str, name: str) -> None:
         return sae.W_dec.detach()
 
     same = torch.equal(rows([]), check.answer(f"a training with {given}", rows, [penalty]))
-    look = "gradients: item(), detach() and no_grad() cut them off. Or is the value always 0?"
     check.require(not same, given, "another SAE than without the penalty", "the same SAE", look)
     check.passes(f"{path.name} is all that it takes.")

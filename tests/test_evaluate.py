@@ -177,6 +177,7 @@ def planted_letters():
 def planted(monkeypatch):
     splits, sae = planted_letters()
     monkeypatch.setattr("c2r_core.metrics.absorption.letter_splits", lambda inputs: splits)
+    monkeypatch.setattr("c2r_core.metrics.letter_latents.letters", lambda inputs: splits[0].task)
     return splits, sae
 
 

@@ -38,7 +38,7 @@ from c2r_core.experiments import (
     tuning,
     validation,
 )
-from c2r_core.metrics import use
+from c2r_core.metrics import use, use_task
 from c2r_core.notebook.tables import paired_seeds
 from c2r_core.saes import ARCHITECTURES, ReLUSAE, create_sae
 from c2r_core.training import REGULARISERS, create_regulariser, train
@@ -370,15 +370,14 @@ def test_metric_cells_are_records_of_evaluate_and_give_tables():
 
 def test_the_words_of_the_use_examples_are_those_that_use_uses(monkeypatch):
     made, seeds = [], []
-    task_of = examples.letter_use_task
+    task_of = use_task.letter_use_task
 
     def spy(*given, **settings):
         seeds.append(settings["seed"])
         made.append(task_of(*given, **settings))
         return made[-1]
 
-    monkeypatch.setattr(examples, "letter_use_task", spy)
-    monkeypatch.setattr(use, "letter_use_task", spy)
+    monkeypatch.setattr(use_task, "letter_use_task", spy)
     arm = language_model.standard_arms(LM)["baseline"]
     sae = language_model.trained(arm, language_model.training_store(LM), 10)
     inputs = language_model.inputs_of(sae, language_model.Sources(SMOKE))

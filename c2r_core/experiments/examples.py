@@ -116,7 +116,6 @@ def absorbed_words(inputs: Inputs) -> dict[str, Any]:
 
 
 @of_trained
-@torch.no_grad()
 def used(inputs: Inputs) -> list[dict[str, Any]]:
     """Answers of the model before, after erasing a letter's latent, and after steering to another."""
     shown = use_examples(inputs.sae, letters_to_use(inputs), N_LATENTS, seed=inputs.seed)

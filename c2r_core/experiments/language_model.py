@@ -1,7 +1,4 @@
-"""Study `language_model`, of notebooks 05 and 12–16: four arms on a language model, measured by `evaluate`.
-
-Here is also the one way to train an SAE on a language model, which the other studies share.
-"""
+"""Study `language_model`, of notebooks 05 and 12–16, and the one way to train an SAE on a language model."""
 
 from __future__ import annotations
 
@@ -259,12 +256,11 @@ def trained(
             batches = data.batches(arm.batch_size, seed)
         else:
             batches = StoreBatches(data, arm.batch_size, seed)
-        d_in = batches(0).shape[-1]
-        sae = create_sae(arm.architecture, d_in=d_in, d_sae=arm.d_sae, k=arm.k, seed=seed)
-        sae = sae.to(device)
+        sizes = {"d_in": batches(0).shape[-1], "d_sae": arm.d_sae, "k": arm.k}
+        sae = create_sae(arm.architecture, **sizes, seed=seed).to(device)
         checkpoint = folder / "checkpoint.safetensors"
-        config = replace(arm.config, seed=seed)
-        train(sae, batches, config, arm.penalties(), checkpoint=checkpoint, progress=progress)
+        how = {"checkpoint": checkpoint, "progress": progress}
+        train(sae, batches, replace(arm.config, seed=seed), arm.penalties(), **how)
         save_sae(sae, folder / "sae")
         checkpoint.unlink(missing_ok=True)
 

@@ -42,7 +42,7 @@ from c2r_core.training import C2R, TrainConfig, train
 PENALTIES = {"no penalty": 0, "C²R on every step": 1, "C²R on every fifth step": 5}
 """What is timed of a step: how often C²R applies, 0 for never."""
 WEIGHT = 0.3
-CLIP_NORM = 0.01
+CLIP_NORM = 1.0
 _LINUX = sys.platform == "linux"
 
 

@@ -26,11 +26,12 @@ from c2r_core.training.history import History
 from c2r_core.training.regularisers import Regulariser
 from c2r_core.training.resampling import resample_dead
 from c2r_core.training.update import (
+    add_gradients,
     clip_factors,
     geometric_median,
     normalise_rows,
-    remove_parallel_gradient,
-    scale_gradients,
+    remove_parallel,
+    set_gradients,
 )
 
 BatchSource = Callable[[int], Tensor]
@@ -124,7 +125,7 @@ class _Run:
             )
         self.identity = identity(sae, config, self.regularisers, first_batch)
         self.step, self.history = 0, History()
-        self.names = [name for name, _ in sae.named_parameters()]
+        self.names, self.parameters = zip(*sae.named_parameters(), strict=True)
         self.optimiser = torch.optim.Adam(sae.parameters(), lr=config.lr, fused=True)
         self.revives = config.aux_k_coefficient > 0 and sae.target_l0 is not None
         self.silent_samples = torch.zeros_like(sae.W_dec[..., 0], dtype=torch.long)
@@ -147,14 +148,12 @@ class _Run:
         self._check_finite(own_loss + penalty, losses, penalties)
 
         self.optimiser.param_groups[0]["lr"] = config.lr_at(self.step)
-        self.optimiser.zero_grad()
-        self._backward(own_loss, retain_graph=bool(penalties))
+        gradients = self._gradients(own_loss, retain_graph=bool(penalties))
         # The bound looks at the SAE's own gradient, so that it never weakens a penalty beside it.
-        parameters = list(sae.parameters())
-        factors = clip_factors(parameters, config.clip_norm, stacked=sae.n_stacked is not None)
+        factors = clip_factors(gradients, config.clip_norm, stacked=sae.n_stacked is not None)
         if penalties:
-            self._backward(penalty)
-        scale_gradients(parameters, factors)
+            gradients = add_gradients(gradients, self._gradients(penalty))
+        set_gradients(self.parameters, gradients, factors)
         self.optimiser.step()
         if sae.unit_norm_decoder:
             normalise_rows(sae.W_dec)
@@ -173,15 +172,25 @@ class _Run:
             strength = regulariser.strength_at(self.step)
             if strength > 0:
                 value = regulariser(losses.feature_acts, self.sae.W_dec, self._generator())
+                if not value.requires_grad:
+                    raise ValueError(
+                        f"{regulariser.name} gives a value without a gradient; expected one that depends on "
+                        "feature_acts or W_dec. item(), detach() and no_grad() cut gradients off."
+                    )
                 penalty = penalty + weight * strength * value
                 values[regulariser.name] = value.detach()
         return penalty, values
 
-    def _backward(self, loss: Tensor, *, retain_graph: bool = False) -> None:
-        """Add a loss's gradient to those of the parameters."""
-        loss.sum().backward(retain_graph=retain_graph)
+    def _gradients(self, loss: Tensor, *, retain_graph: bool = False) -> list[Tensor | None]:
+        """A loss's gradient in each parameter, or None; that of a row of norm 1 without the part along it."""
+        of = torch.autograd.grad(
+            loss.sum(), self.parameters, retain_graph=retain_graph, allow_unused=True
+        )
         if self.sae.unit_norm_decoder:
-            remove_parallel_gradient(self.sae.W_dec)
+            for parameter, gradient in zip(self.parameters, of, strict=True):
+                if parameter is self.sae.W_dec and gradient is not None:
+                    remove_parallel(gradient, parameter)
+        return list(of)
 
     def _dead(self) -> Tensor | None:
         """Latents silent for so long that an average one would have fired `dead_after` times."""

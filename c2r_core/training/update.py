@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -23,37 +23,51 @@ def geometric_median(x: Tensor, iterations: int = 20) -> Tensor:
 
 
 @torch.no_grad()
-def remove_parallel_gradient(W_dec: Tensor) -> None:
-    """Take from each decoder row's gradient the part along the row, which renormalising undoes."""
-    if W_dec.grad is not None:
-        along = torch.linalg.vecdot(W_dec.grad, W_dec).unsqueeze(-1)
-        W_dec.grad.addcmul_(along, W_dec, value=-1)
+def remove_parallel(gradient: Tensor, W_dec: Tensor) -> None:
+    """Take from the gradient of each decoder row the part along the row, which renormalising undoes."""
+    along = torch.linalg.vecdot(gradient, W_dec).unsqueeze(-1)
+    gradient.addcmul_(along, W_dec, value=-1)
+
+
+Gradients = Sequence[Tensor | None]
+"""One for each parameter, None for one that has none; all of a single SAE, or of a stack."""
 
 
 @torch.no_grad()
-def clip_factors(parameters: Iterable[Tensor], max_norm: float, *, stacked: bool) -> Tensor:
+def clip_factors(gradients: Gradients, max_norm: float, *, stacked: bool) -> Tensor:
     """By what to multiply the gradients of each SAE so that their common norm is at most max_norm.
 
-    Shape (), or (n_stacked,). A parameter without a gradient is left out.
+    Shape (), or (n_stacked,).
     """
     keep = 1 if stacked else 0
-    norms = torch.stack(
-        [
-            torch.linalg.vector_norm(p.grad, dim=tuple(range(keep, p.ndim)))
-            for p in parameters
-            if p.grad is not None
-        ]
-    )
-    return (max_norm / torch.linalg.vector_norm(norms, dim=0).clamp(min=1e-12)).clamp(max=1.0)
+    norms = [
+        torch.linalg.vector_norm(g, dim=tuple(range(keep, g.ndim)))
+        for g in gradients
+        if g is not None
+    ]
+    norm = torch.linalg.vector_norm(torch.stack(norms), dim=0)
+    return (max_norm / norm.clamp(min=1e-12)).clamp(max=1.0)
 
 
-@torch.no_grad()
-def scale_gradients(parameters: Iterable[Tensor], factors: Tensor) -> None:
-    """Multiply the gradients of each SAE by its factor, of shape () or (n_stacked,)."""
-    if (factors < 1).any():
-        for p in parameters:
-            if p.grad is not None:
-                p.grad *= factors.reshape(factors.shape + (1,) * (p.ndim - factors.ndim))
+def add_gradients(some: Gradients, others: Gradients) -> list[Tensor | None]:
+    """Their sums; changes neither."""
+    pairs = zip(some, others, strict=True)
+    return [b if a is None else a if b is None else a + b for a, b in pairs]
+
+
+def set_gradients(parameters: Sequence[Tensor], gradients: Gradients, factors: Tensor) -> None:
+    """Give each parameter its gradient times the factor of its SAE, of shape () or (n_stacked,).
+
+    The memory is kept from step to step, and laid out as the parameter's: fused Adam goes by that alone.
+    """
+    for p, gradient in zip(parameters, gradients, strict=True):
+        if gradient is None:
+            p.grad = None
+            continue
+        if p.grad is None:
+            p.grad = torch.empty_like(p)
+        factor = factors.reshape(factors.shape + (1,) * (p.ndim - factors.ndim))
+        torch.mul(gradient, factor, out=p.grad)
 
 
 @torch.no_grad()
