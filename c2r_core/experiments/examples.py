@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
 from c2r_core.artefacts.cells import Cell
 from c2r_core.artefacts.names import slug
