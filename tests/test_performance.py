@@ -56,12 +56,17 @@ def test_the_reference_takes_the_steps_that_ours_takes(every, monkeypatch):
         ours.b_dec.copy_(batches[0].mean(0))
     plain = performance.PlainTraining(ours, every)
     config = TrainConfig(
-        steps=500, warmup_share=0, decay_share=0, clip_norm=1e9, aux_k_coefficient=0.0
+        steps=500,
+        warmup_share=0,
+        decay_share=0,
+        clip_norm=1e9,
+        aux_k_coefficient=0.0,
+        mean_square_norm=None,
     )
     from c2r_core.training.trainer import _Run
 
     penalties = [C2R(performance.WEIGHT, every=every)] if every else []
-    run = _Run(ours, config, penalties, None, batches[0])
+    run = _Run(ours, lambda step: batches[0], config, penalties, None)
     with torch.no_grad():
         ours.b_dec.copy_(plain.parameters[3])
     run.step = 100  # beyond the steps in which k falls to its target

@@ -88,18 +88,8 @@ def train(
     OSError
         If a checkpoint cannot be written; the one before it is left unharmed.
     """
-    first_batch = _checked(batches(0), sae, 0)
-    _check_scale(lambda step: _checked(batches(step), sae, step), first_batch, config)
-    sae.norm_factor = getattr(batches, "norm_factor", sae.norm_factor)
-    run = _Run(sae, config, regularisers, Path(checkpoint) if checkpoint else None, first_batch)
-    sae.trained_on = dict(getattr(batches, "trained_on", {})) | run.recipe(first_batch.shape[-2])
-    for step in tqdm(
-        range(run.step, config.steps), initial=run.step, total=config.steps, disable=not progress
-    ):
-        run.take_step(_checked(batches(step), sae, step))
-        if run.step % config.checkpoint_every == 0 or run.step == config.steps:
-            run.save()
-    return run.history
+    run = _Run(sae, batches, config, regularisers, Path(checkpoint) if checkpoint else None)
+    return run.to_the_end(progress)
 
 
 class _Run:
@@ -108,12 +98,15 @@ class _Run:
     def __init__(
         self,
         sae: SAE,
+        batches: BatchSource,
         config: TrainConfig,
         regularisers: Sequence[Regulariser],
         checkpoint: Path | None,
-        first_batch: Tensor,
     ) -> None:
-        self.sae, self.config, self.checkpoint = sae, config, checkpoint
+        self.sae, self.batches, self.config, self.checkpoint = sae, batches, config, checkpoint
+        first_batch = self.batch(0)
+        _check_scale(self.batch, first_batch, config)
+        sae.norm_factor = getattr(batches, "norm_factor", sae.norm_factor)
         self.regularisers = _checked_regularisers(regularisers, sae)
         self.weights = [
             torch.as_tensor(r.weight, device=sae.W_dec.device) for r in self.regularisers
@@ -135,6 +128,22 @@ class _Run:
         else:
             with torch.no_grad():
                 sae.b_dec.copy_(geometric_median(first_batch))
+        about_batches = dict(getattr(batches, "trained_on", {}))
+        sae.trained_on = about_batches | self.recipe(first_batch.shape[-2])
+
+    def batch(self, step: int) -> Tensor:
+        """The batch of a step, checked."""
+        return _checked(self.batches(step), self.sae, step)
+
+    def to_the_end(self, progress: bool) -> History:
+        """Take the steps that are left."""
+        config = self.config
+        steps = range(self.step, config.steps)
+        for step in tqdm(steps, initial=self.step, total=config.steps, disable=not progress):
+            self.take_step(self.batch(step))
+            if self.step % config.checkpoint_every == 0 or self.step == config.steps:
+                self.save()
+        return self.history
 
     def take_step(self, x: Tensor) -> None:
         sae, config = self.sae, self.config
