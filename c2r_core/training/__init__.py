@@ -7,6 +7,7 @@ from c2r_core.losses.strength import (
 )
 from c2r_core.training import ablations  # noqa: F401  registers them
 from c2r_core.training.config import TrainConfig
+from c2r_core.training.distributed import train_distributed
 from c2r_core.training.history import History
 from c2r_core.training.regularisers import (
     C2R,
@@ -31,5 +32,6 @@ __all__ = [
     "register_regulariser",
     "strength_from_weight",
     "train",
+    "train_distributed",
     "weight_from_strength",
 ]

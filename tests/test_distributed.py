@@ -1,0 +1,146 @@
+"""Several processes train the SAE that one would train; one that dies stops the others."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from c2r_core.data.batches import ToyBatches
+from c2r_core.data.toy import FeatureTree
+from c2r_core.saes import create_sae
+from c2r_core.training import C2R, Orthogonality, TrainConfig, train, train_distributed
+from conftest import PROJECT
+
+ARGUMENTS = {
+    "batch_topk": {"k": 2},
+    "topk": {"k": 2},
+    "matryoshka_batch_topk": {"k": 2, "group_fractions": (0.25, 0.75)},
+    "relu": {"l1_weight": 0.02},
+    "gated": {"l1_weight": 0.05},
+}
+STEPS = 20
+
+
+def batches():
+    toy = ToyBatches(FeatureTree(d_in=20, n_parents=2, children_per_parent=2, n_singles=4), 64, 3)
+    return lambda step: toy(step).double()
+
+
+def new_sae(architecture):
+    sae = create_sae(architecture, d_in=20, d_sae=32, seed=1, **ARGUMENTS[architecture]).double()
+    if sae.target_l0:
+        with torch.no_grad():
+            sae.b_enc[:8] = -0.5  # silent at first, so that there is something to revive
+    return sae
+
+
+def run(trainer, architecture, checkpoint=None, source=None):
+    """Penalties that apply rarely and always, a bound that acts, dead latents."""
+    sae = new_sae(architecture)
+    config = TrainConfig(
+        steps=STEPS, lr=5e-3, clip_norm=0.05, dead_after=2, log_every=1, checkpoint_every=5
+    )
+    object.__setattr__(
+        config, "precision", "float64"
+    )  # not offered: it is for this comparison alone
+    penalties = [C2R(0.3, every=3), Orthogonality(0.1)]
+    options = {"checkpoint": checkpoint, "progress": False}
+    history = trainer(sae, source or batches(), config, penalties, **options)
+    return sae, history
+
+
+def worker(folder: Path, architectures: list[str]) -> None:
+    """What each process of torchrun does."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo")
+    rank, dying = torch.distributed.get_rank(), folder / "dies"
+
+    usual = batches()
+
+    def source(step):
+        if rank == 1 and step == 12 and dying.exists():
+            dying.unlink()
+            os._exit(3)
+        return usual(step)
+
+    for architecture in architectures:
+        sae, history = run(
+            train_distributed, architecture, folder / f"{architecture}.safetensors", source
+        )
+        state = {name: tensor.tolist() for name, tensor in sae.state_dict().items()}
+        found = {"state": state, "history": history.records}
+        (folder / f"{architecture}-{rank}.json").write_text(json.dumps(found))
+    torch.distributed.destroy_process_group()
+
+
+def torchrun(folder: Path, n: int, *architectures: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(n)]
+    command += ["--master-port", "0", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    environment = os.environ | {"PYTHONPATH": f"{PROJECT}{os.pathsep}{PROJECT / 'tests'}"}
+    return subprocess.run(
+        [*command, __file__, str(folder), *architectures],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+
+
+def check(folder: Path, architecture: str, n: int) -> None:
+    alone, history = run(train, architecture)
+    for rank in range(n):
+        found = json.loads((folder / f"{architecture}-{rank}.json").read_text())
+        for name, tensor in alone.state_dict().items():
+            theirs = torch.tensor(found["state"][name], dtype=torch.float64)
+            torch.testing.assert_close(theirs, tensor, rtol=0, atol=1e-9, msg=name)
+        for ours, theirs in zip(history.records, found["history"], strict=True):
+            assert ours.keys() == theirs.keys()
+            assert all(theirs[key] == pytest.approx(ours[key], abs=1e-9) for key in ours)
+
+
+@pytest.mark.parametrize("n", [2, 4])
+def test_processes_train_the_sae_that_one_trains(n, tmp_path):
+    architectures = list(ARGUMENTS) if n == 2 else ["batch_topk"]
+    done = torchrun(tmp_path, n, *architectures)
+    assert done.returncode == 0, done.stderr
+    for architecture in architectures:
+        check(tmp_path, architecture, n)
+
+
+def test_one_that_dies_stops_the_others_and_the_run_goes_on(tmp_path):
+    (tmp_path / "dies").touch()
+    started = time.monotonic()
+    done = torchrun(tmp_path, 2, "batch_topk")
+    assert done.returncode != 0 and time.monotonic() - started < 60
+    assert "exitcode" in done.stderr and "3" in done.stderr
+    assert not (tmp_path / "batch_topk-0.json").exists()
+    assert (tmp_path / "batch_topk.safetensors").exists()
+    assert torchrun(tmp_path, 2, "batch_topk").returncode == 0
+    check(tmp_path, "batch_topk", 2)
+
+
+def test_what_cannot_be_shared_is_refused(monkeypatch):
+    config = TrainConfig(steps=2)
+    with pytest.raises(RuntimeError, match=r"init_process_group\(\) first"):
+        train_distributed(new_sae("relu"), batches(), config)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    stack = create_sae("relu", d_in=20, d_sae=32, l1_weight=0.1, seed=[0, 1])
+    jump = create_sae("jump_relu", d_in=20, d_sae=32, target_l0=2)
+    for sae, settings in (
+        (stack, config),
+        (jump, config),
+        (new_sae("relu"), TrainConfig(2, resample_every=1)),
+    ):
+        with pytest.raises(ValueError, match="cannot share its batches"):
+            train_distributed(sae, batches(), settings)
+
+
+if __name__ == "__main__":
+    worker(Path(sys.argv[1]), sys.argv[2:])
