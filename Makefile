@@ -29,6 +29,7 @@ EXPERIMENTS := $(PYTHON) -m c2r_core.experiments
 EXECUTED  := $(NOTEBOOKS:notebooks/%=runs/default/%)
 SOURCES   := requirements.lock $(shell find c2r_core -name '*.py' -o -name '*.yml')
 PROFILE   ?= default
+DEVICE    ?= cpu
 SAMPLE    ?= toy/relu-c2r agreement/baseline-seed-10-seeds
 
 # What every process gets before Python starts. Kept blocks of memory: page faults are slow.
@@ -95,9 +96,14 @@ test: $(DATA) ## units, hygiene, every notebook small, then nbval and a sample o
 smoke: $(DATA) ## every notebook under the smoke profile
 	$(TESTS) tests/test_smoke_notebooks.py
 
-reproduce: $(DATA) ## compute everything here into runs/default; print every claim
+reproduce: $(DATA) ## compute everything here into runs/default; print every claim. PROFILE=paper: first what is missing
+ifneq ($(PROFILE),default)
+	$(EXPERIMENTS) plan --profile $(PROFILE) --device $(DEVICE)
+	$(EXPERIMENTS) run language_model --profile $(PROFILE) --device $(DEVICE)
+else
 	@$(MAKE) --no-print-directory -j $(SIDE_BY_SIDE) OMP_NUM_THREADS=$(THREADS_EACH) $(EXECUTED)
 	@$(RUNNER) summary
+endif
 
 runs/default/16_report.ipynb: | $(filter-out %/16_report.ipynb,$(EXECUTED)) # it reads what they compute
 

@@ -32,6 +32,9 @@ COMMANDS = {
     "status": Command(
         "c2r_core.experiments.__main__", "which results are current, stale or missing", True
     ),
+    "plan": Command(
+        "c2r_core.experiments.__main__", "what a profile needs here, and what it costs", True
+    ),
     "run": Command("c2r_core.experiments.__main__", "compute the cells of studies", True),
     "verify": Command(
         "c2r_core.experiments.__main__", "compute results again, compare with those kept", True

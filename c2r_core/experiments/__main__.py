@@ -49,6 +49,15 @@ def status(studies: Sequence[str], profile: str, as_json: bool = False) -> int:
     return 0
 
 
+def plan(profile: str, device: str) -> int:
+    """Print what a profile's language-model SAEs need here and would cost; 1 if something is missing."""
+    from c2r_core.experiments.plan import plan as planned
+
+    lines = planned(load_profile(profile), device)
+    print("\n".join(map(str, lines)))
+    return int(not all(line.ok for line in lines))
+
+
 def run(studies: Sequence[str], how: How, limit: int | None, minutes: float | None) -> int:
     """Compute the cells that are missing or stale, each written when it is done; 1 if one failed."""
     started, failed, stopped = time.monotonic(), 0, False
@@ -169,6 +178,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             where = command.add_mutually_exclusive_group()
             where.add_argument("--workers", type=int, help="so many processes of this machine")
             where.add_argument("--scheduler", metavar="ADDRESS", help="of a Dask cluster")
+    command = commands.add_parser("plan", help=plan.__doc__)
+    command.add_argument("--profile", default="default", choices=profile_names())
+    command.add_argument("--device", default="cpu", help="of torch")
     command = commands.add_parser(
         "prune", help="remove from the cache what no code here would find"
     )
@@ -178,6 +190,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         removed, freed = cache.prune(given.dry_run)
         print(f"{removed} entries, {freed / 2**20:.0f} MiB{' would go' if given.dry_run else ''}")
         return 0
+    if given.command == "plan":
+        return plan(given.profile, given.device)
     studies = given.studies or list(STUDIES)
     if given.command == "status":
         return status(studies, given.profile, given.json)
