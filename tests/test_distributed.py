@@ -47,9 +47,6 @@ def run(trainer, architecture, checkpoint=None, source=None):
     config = TrainConfig(
         steps=STEPS, lr=5e-3, clip_norm=0.05, dead_after=2, log_every=1, checkpoint_every=5
     )
-    object.__setattr__(
-        config, "precision", "float64"
-    )  # not offered: it is for this comparison alone
     penalties = [C2R(0.3, every=3), Orthogonality(0.1)]
     options = {"checkpoint": checkpoint, "progress": False}
     history = trainer(sae, source or batches(), config, penalties, **options)

@@ -14,7 +14,7 @@ from conftest import PROJECT
 PACKAGE = PROJECT / "c2r_core"
 
 FLOORS = (
-    ("errors", "seeds", "statistics", "artefacts"),
+    ("errors", "seeds", "speed", "statistics", "artefacts"),
     ("losses",),
     ("saes", "data"),
     ("training", "formats"),

@@ -163,9 +163,9 @@ def rows_of_a_kind(kind, dtype):
 @pytest.mark.parametrize("half", [False, True], ids=["as it is", "bfloat16"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_search_in_tiles_is_exact(kind, half, dtype, monkeypatch):
-    monkeypatch.setattr(neighbours, "_TILE", 64)
+    monkeypatch.setattr(neighbours, "_tile", lambda device: 64)
     monkeypatch.setattr(neighbours, "_PAIRS", 100)
-    monkeypatch.setattr(neighbours, "bfloat16_is_faster", lambda device: half)
+    monkeypatch.setattr(neighbours, "bfloat16_speed_up", lambda: 2.0 if half else 0.5)
     W_dec = torch.stack([rows_of_a_kind(kind, dtype), rows_of_a_kind("random", dtype)])
     found = nearest_neighbours(W_dec)
     unit = torch.nn.functional.normalize(W_dec.double(), dim=-1)

@@ -10,7 +10,7 @@ import torch
 
 from c2r_core.data import precision as module
 from c2r_core.data.precision import faster_on_processor, resolve_precision
-from c2r_core.losses.neighbours import bfloat16_speed_up
+from c2r_core.speed import bfloat16_speed_up
 
 
 @pytest.fixture(autouse=True)
@@ -83,6 +83,7 @@ def test_auto_times_the_processor_and_says_so_once(monkeypatch, tmp_path, caplog
 
 
 def test_the_products_are_timed_and_no_random_number_is_drawn():
+    bfloat16_speed_up.cache_clear()
     before = torch.get_rng_state()
     assert bfloat16_speed_up() > 0
     assert torch.equal(torch.get_rng_state(), before)

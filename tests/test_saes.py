@@ -112,7 +112,7 @@ def test_largest_entries_are_exact(shape, n):
     torch.testing.assert_close(found, values.topk(n, dim=-1).values, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("least", [-9.0, 0.0, 1.0, 1.6, 9.0])
+@pytest.mark.parametrize("least", [-9.0, 0.0, 1.3, 1.45, 9.0])
 def test_largest_above_a_guess_are_exact(least):
     values = torch.randn(640, generator=torch.Generator().manual_seed(0))
     found = values[largest_above(values, 40, least)].sort(descending=True).values

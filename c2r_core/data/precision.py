@@ -14,12 +14,9 @@ import torch
 
 from c2r_core.artefacts.files import whole_file
 from c2r_core.artefacts.paths import cache_dir
-from c2r_core.losses.neighbours import bfloat16_speed_up
+from c2r_core.speed import MIN_SPEED_UP, bfloat16_speed_up
 
 Precision = Literal["float32", "bfloat16"]
-
-MIN_SPEED_UP = 1.2
-"""How many times as fast as float32 bfloat16 must be on a processor: it costs accuracy."""
 
 _log = logging.getLogger(__name__)
 

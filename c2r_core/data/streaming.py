@@ -62,11 +62,14 @@ class TextStream:
         texts() gives an iterable of str, always of the same ones.
     share : (float, float)
         Only texts whose hash, as a number in [0, 1), lies between the two.
+    fingerprint : str, optional
+        Of the texts' content, for the same record.
     """
 
     name: str
     texts: Callable[[], Iterable[str]]
     share: tuple[float, float] = (0.0, 1.0)
+    fingerprint: str | None = None
 
     def __iter__(self) -> Iterator[str]:
         low, high = self.share
@@ -87,8 +90,8 @@ class TextStream:
         if self.share != (0.0, 1.0):
             raise ValueError(f"{self.name!r} is one side of a split; split the whole stream.")
         return (
-            replace(self, name=f"{self.name}/train", share=(held_out, 1.0)),
-            replace(self, name=f"{self.name}/held-out", share=(0.0, held_out)),
+            replace(self, name=f"{self.name}/train", share=(held_out, 1.0), fingerprint=None),
+            replace(self, name=f"{self.name}/held-out", share=(0.0, held_out), fingerprint=None),
         )
 
     def corpus(self, n_documents: int) -> Corpus:
@@ -221,13 +224,13 @@ class StreamedBatches:
     @property
     def trained_on(self) -> dict[str, str]:
         """The model, the hook and the text of the batches, for the record of what is trained on them."""
-        name = self.model.cfg.model_name
+        name, fingerprint = self.model.cfg.model_name, self.texts.fingerprint
         return {
             "model": name,
             "model_fingerprint": model_fingerprint(name),
             "hook_name": self.config.hook_name,
             "text": self.texts.name,
-        }
+        } | ({"text_fingerprint": fingerprint} if fingerprint else {})
 
     def __call__(self, step: int) -> Tensor:
         """Activations times `norm_factor`: float32, (batch_size, d_in), or that for every SAE of a stack."""

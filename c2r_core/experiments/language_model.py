@@ -76,14 +76,7 @@ class Sources:
         return Sources(self.profile.model_copy(update={"language_model": lm}))
 
 
-@functools.cache
-def _model(name: str) -> str:
-    return model_fingerprint(name)
-
-
-@functools.cache
-def _corpus(name: str) -> Corpus:
-    return load_corpus(name)
+_model, _corpus = functools.cache(model_fingerprint), functools.cache(load_corpus)
 
 
 @functools.lru_cache(maxsize=1)
@@ -154,7 +147,8 @@ class TrainingStream:
     def batches(self, batch_size: int, seed: int) -> StreamedBatches:
         """Batches straight from the model; errors are those of `StreamedBatches`."""
         corpus = training_corpus(self.lm)
-        texts = TextStream(corpus.name, lambda: (document.text for document in corpus.documents))
+        about = {"fingerprint": corpus.fingerprint}
+        texts = TextStream(corpus.name, lambda: (d.text for d in corpus.documents), **about)
         model = language_model(self.lm.model, self.device)
         chosen = {"batch_size": batch_size, "seed": seed, "repeat": True}
         return StreamedBatches(model, texts, self._config(), **chosen)
@@ -163,9 +157,10 @@ class TrainingStream:
         return _harvest_config(self.lm, None, self.device)
 
 
-def training_data(
-    lm: LanguageModelProfile, device: str = "cpu"
-) -> ActivationStore | TrainingStream:
+TrainingData = ActivationStore | TrainingStream
+
+
+def training_data(lm: LanguageModelProfile, device: str = "cpu") -> TrainingData:
     """What SAEs are trained on: a store, or a stream where the profile says so."""
     return TrainingStream(lm, device) if lm.streamed else training_store(lm, device)
 
@@ -243,7 +238,7 @@ def standard_arms(lm: LanguageModelProfile, device: str = "cpu") -> dict[str, La
 
 def trained(
     arm: LanguageModelArm,
-    data: ActivationStore | TrainingStream,
+    data: TrainingData,
     seed: int,
     device: str = "cpu",
     progress: bool = False,
@@ -336,8 +331,8 @@ def measure(
 ) -> dict[str, Any]:
     """{metric: its record} from the report of `evaluate`."""
     sae = trained(arm, training_data(sources.lm, device), seeds[0], device)
-    store = training_store(sources.lm, device)
-    return evaluated(sae, metrics, sources, device, train_store=store)
+    own = training_store(sources.lm, device)
+    return evaluated(sae, metrics, sources, device, train_store=own)
 
 
 def evaluated(

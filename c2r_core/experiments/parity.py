@@ -56,6 +56,7 @@ from c2r_core.artefacts.profiles import Profile, training_seeds
 from c2r_core.artefacts.results import read_json, write_json
 from c2r_core.data.batches import StoreBatches
 from c2r_core.data.store import ActivationStore
+from c2r_core.errors import NotEvaluable
 from c2r_core.experiments.language_model import (
     LanguageModelArm,
     Sources,
@@ -114,6 +115,8 @@ def measure(
     arm: LanguageModelArm, library: str, sources: Sources, seeds: Sequence[int], device: str
 ) -> dict[str, Any]:
     """FVU, L0 and the share of dead latents on held-out tokens, and what a step of training took."""
+    if sources.lm.streamed:
+        raise NotEvaluable("SAELens's trainer reads a store; this profile streams its activations.")
     store = training_store(sources.lm, device)
     started = time.perf_counter()
     if library == "ours":

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import time
-from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Generator, Tensor
 
-# Rows of a tile of cosines, few enough that it is looked at while it is in the processor's cache.
-_TILE = 512
+from c2r_core.speed import MIN_SPEED_UP, bfloat16_speed_up
+
 # Candidates for each row of a tile, at most, and pairs whose rows are read at once.
 _CANDIDATES, _PAIRS = 16, 2**12
 
@@ -121,9 +119,10 @@ def check_decoder(W_dec: Tensor) -> Tensor:
 
 def _search(unit: Tensor) -> Neighbours:
     """Neighbours among rows of norm 1, (..., d_sae, d_in)."""
+    tile = _tile(unit.device.type)
     with torch.autocast(unit.device.type, enabled=False):
-        if unit.shape[-2] > _TILE:
-            found = [_search_in_tiles(rows) for rows in unit.reshape(-1, *unit.shape[-2:])]
+        if unit.shape[-2] > tile:
+            found = [_search_in_tiles(rows, tile) for rows in unit.reshape(-1, *unit.shape[-2:])]
             index, cosine = (torch.stack(parts) for parts in zip(*found, strict=True))
         else:
             cosines = unit @ unit.mT
@@ -133,7 +132,12 @@ def _search(unit: Tensor) -> Neighbours:
     return Neighbours(index.reshape(shape), cosine.reshape(shape).clamp(-1.0, 1.0))
 
 
-def _search_in_tiles(unit: Tensor) -> Neighbours:
+def _tile(device: str) -> int:
+    """Rows of a tile of cosines: few on a processor, so that it is looked at while it is in the cache."""
+    return 512 if device == "cpu" else 8192
+
+
+def _search_in_tiles(unit: Tensor, tile: int) -> Neighbours:
     """The same for one dictionary, (d_sae, d_in); each pair is compared once and serves both rows.
 
     The cosines come tile by tile, in a precision that may be rough. A pair stays a candidate while its cosine
@@ -142,78 +146,71 @@ def _search_in_tiles(unit: Tensor) -> Neighbours:
     """
     rough, margin = _rough(unit)
     best = unit.new_full((len(unit),), -torch.inf)
-    pairs = []
-    starts = range(0, len(unit), _TILE)
-    for first, second in ((i, j) for i in starts for j in starts if i <= j):
-        a, b = slice(first, first + _TILE), slice(second, second + _TILE)
-        cosines = rough[a] @ rough[b].mT
-        if first == second:
-            cosines.fill_diagonal_(-torch.inf)
-        best[a] = torch.maximum(best[a], cosines.amax(1))
-        best[b] = torch.maximum(best[b], cosines.amax(0))
-        least_a, least_b = ((best[rows] - margin).to(rough.dtype) for rows in (a, b))
-        candidates = ((cosines >= least_a[:, None]) | (cosines >= least_b)).nonzero()
-        if len(candidates) > _CANDIDATES * len(
-            cosines
-        ):  # nearly all rows are alike: the best are enough
-            cosines = unit[a] @ unit[b].mT
-            candidates = _best_of(cosines, is_diagonal=first == second)
-        i, j = candidates.unbind(1)
-        pairs.append((i + first, j + second, cosines[i, j].to(best.dtype)))
-    i, j, cosine = (torch.cat(parts) for parts in zip(*pairs, strict=True))
-    is_left = (cosine >= best[i] - margin) | (cosine >= best[j] - margin)
-    return _compared(unit, i[is_left], j[is_left])
+    starts, left = range(0, len(unit), tile), []
+    for first in starts:
+        pairs = []
+        for second in starts[first // tile :]:
+            a, b = slice(first, first + tile), slice(second, second + tile)
+            cosines = rough[a] @ rough[b].mT
+            if first == second:
+                cosines.fill_diagonal_(-torch.inf)
+            best[a] = torch.maximum(best[a], cosines.amax(1))
+            best[b] = torch.maximum(best[b], cosines.amax(0))
+            least_a, least_b = ((best[rows] - margin).to(rough.dtype) for rows in (a, b))
+            candidates = ((cosines >= least_a[:, None]) | (cosines >= least_b)).nonzero()
+            if len(candidates) > _CANDIDATES * len(
+                cosines
+            ):  # nearly all are alike: the best are enough
+                candidates = _best_of(unit[a], unit[b], is_diagonal=first == second)
+            i, j = candidates.unbind(1)
+            pairs.append((i + first, j + second, cosines[i, j].to(best.dtype)))
+        left = [_still_likely(left + pairs, best - margin)]
+    i, j, _ = left[0]
+    return _compared(unit, i, j)
 
 
 def _rough(unit: Tensor) -> tuple[Tensor, float]:
     """The rows in the fastest precision for products, and twice the largest error of a cosine of them."""
-    if unit.dtype == torch.float32 and bfloat16_is_faster(unit.device.type):
+    is_float32, on_cpu = unit.dtype == torch.float32, unit.device.type == "cpu"
+    if is_float32 and on_cpu and bfloat16_speed_up() >= MIN_SPEED_UP:
         rough = unit.bfloat16()
         lost = (
             torch.linalg.vector_norm(unit - rough, dim=-1).max().item()
         )  # of a row, in rounding it
         return rough, 2 * (2 * lost + lost**2) + 4 * torch.finfo(torch.bfloat16).eps / 2
-    is_exact = unit.device.type == "cpu"  # a GPU may be set to multiply in TF32
-    return unit, 1e-5 if is_exact else 4 * 2**-11
+    # Another setting than "highest" lets PyTorch multiply in TF32 or bfloat16.
+    is_exact = torch.get_float32_matmul_precision() == "highest" or not is_float32
+    return unit, 1e-5 if is_exact else 0.02
 
 
-def _best_of(cosines: Tensor, *, is_diagonal: bool) -> Tensor:
-    """Pairs (row, column) of the largest entry in each row and each column, (n, 2)."""
+def _best_of(a: Tensor, b: Tensor, *, is_diagonal: bool) -> Tensor:
+    """Pairs (row of a, row of b) of the largest cosine of each row, (n, 2); in float64, on the processor."""
+    cosines = a.cpu().double() @ b.cpu().double().mT
     if is_diagonal:
         cosines.fill_diagonal_(-torch.inf)
-    rows, columns = (torch.arange(n, device=cosines.device) for n in cosines.shape)
+    rows, columns = (torch.arange(n) for n in cosines.shape)
     by_row = torch.stack([rows, cosines.argmax(1)], dim=1)
     by_column = torch.stack([cosines.argmax(0), columns], dim=1)
-    return torch.cat([by_row, by_column])
+    return torch.cat([by_row, by_column]).to(a.device)
+
+
+def _still_likely(
+    pairs: list[tuple[Tensor, Tensor, Tensor]], least: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of pairs (i, j, cosine), those whose cosine is at least that of one of their rows; least (d_sae,)."""
+    i, j, cosine = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+    likely = (cosine >= least[i]) | (cosine >= least[j])
+    return i[likely], j[likely], cosine[likely]
 
 
 def _compared(unit: Tensor, i: Tensor, j: Tensor) -> Neighbours:
     """Each row's best partner among the pairs (i, j), which hold it for every row; ties: the lowest."""
     parts = zip(i.split(_PAIRS), j.split(_PAIRS), strict=True)
-    cosines = torch.cat([torch.linalg.vecdot(unit[a], unit[b]) for a, b in parts]).repeat(2)
-    rows, partners = torch.cat([i, j]), torch.cat([j, i])
-    best = unit.new_full((len(unit),), -torch.inf).scatter_reduce(0, rows, cosines, "amax")
+    cosines = torch.cat([torch.linalg.vecdot(unit[a], unit[b]) for a, b in parts]).repeat(2).cpu()
+    rows, partners = torch.cat([i, j]).cpu(), torch.cat([j, i]).cpu()
+    best = torch.full((len(unit),), -torch.inf, dtype=unit.dtype)
+    best = best.scatter_reduce(0, rows, cosines, "amax")
     is_best = cosines == best[rows]
-    index = torch.full_like(best, len(unit), dtype=torch.long)
+    index = torch.full((len(unit),), len(unit), dtype=torch.long)
     index = index.scatter_reduce(0, rows[is_best], partners[is_best], "amin")
-    return Neighbours(index, best)
-
-
-def bfloat16_is_faster(device: str) -> bool:
-    """Whether a device multiplies matrices in bfloat16 at least 1.2 times as fast as in float32."""
-    return device == "cpu" and bfloat16_speed_up() >= 1.2
-
-
-@cache
-def bfloat16_speed_up() -> float:
-    """How many times as fast as in float32 this processor multiplies in bfloat16: timed, once a process."""
-
-    def seconds(x: Tensor) -> float:
-        started = time.perf_counter()
-        x @ x.mT
-        return time.perf_counter() - started
-
-    x = torch.ones(512, 512)
-    times = [(seconds(x), seconds(x.bfloat16())) for _ in range(5)]
-    full, half = (min(column) for column in zip(*times, strict=True))
-    return full / half
+    return Neighbours(index.to(unit.device), best.to(unit.device))

@@ -113,8 +113,10 @@ def _match_candidates(rows_a: Tensor, rows_b: Tensor) -> np.ndarray:
     pairs = [everyone * n_b + everyone]  # so that all can be matched
     pairs += [(everyone[:, None] * n_b + nearest.of_a).ravel()]
     pairs += [(nearest.of_b * n_b + np.arange(n_b)[:, None]).ravel()]
+    n_known = 0
     while True:
-        a, b = np.divmod(np.unique(np.concatenate(pairs)), n_b)
+        known = np.unique(np.concatenate(pairs))
+        a, b = np.divmod(known, n_b)
         cosine = _cosines(rows_a, rows_b, a, b)
         # Weights are positive, since scipy takes a zero for no pair.
         graph = csr_array((2 - cosine, (a, b)), shape=(len(rows_a), n_b))
@@ -130,8 +132,9 @@ def _match_candidates(rows_a: Tensor, rows_b: Tensor) -> np.ndarray:
             best = gains.topk(min(_N_CANDIDATES, n_b), dim=1)
             better = best.values.numpy() > worth[rows, None] + _TOLERANCE
             added.append((rows[:, None] * n_b + best.indices.numpy())[better])
-        if not any(map(len, added)):
+        if not any(map(len, added)) or len(known) == n_known:
             return partners
+        n_known = len(known)
         pairs = [a * n_b + b, *added]
 
 
@@ -156,12 +159,13 @@ def _prices(
     b, gain, from_ = b[order], gain[order], partners[a[order]]
     starts = np.flatnonzero(np.diff(b, prepend=-1))
     prices = np.zeros(n_b)
-    while True:
+    for _ in range(n_b + 1):  # so many steps has the longest chain of prices that raise each other
         asked = np.maximum.reduceat(prices[from_] + gain, starts)
         rises = asked > prices[b[starts]] + 1e-10
         if not rises.any():
-            return prices
+            break
         prices[b[starts[rises]]] = asked[rises]
+    return prices
 
 
 class _Nearest(NamedTuple):

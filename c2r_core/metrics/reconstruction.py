@@ -90,7 +90,7 @@ def measure_reconstruction(inputs: Inputs) -> Reconstruction:
 
 
 def streamed(inputs: Inputs) -> tuple[Reconstruction, Tensor]:
-    """The report on held-out activations, and each latent's density; made once."""
+    """The report on held-out activations, and each latent's density; the activations are read once."""
     return _report(_streamed_sums(inputs))
 
 
@@ -104,7 +104,9 @@ def _dropped(store: ActivationStore, chunk: int) -> Iterator[Tensor]:
     """Activations of the tokens that are no rows of the store."""
     chunks = store.chunks(chunk, dropped=True)
     for start, x in zip(range(0, len(store.kept), chunk), chunks, strict=True):
-        yield x[torch.from_numpy(~store.kept[start : start + chunk])]
+        x = x[torch.from_numpy(~store.kept[start : start + chunk])]
+        if len(x):
+            yield x
 
 
 def evaluate_reconstruction(sae: AnySAE, chunks: Iterable[Tensor]) -> tuple[Reconstruction, Tensor]:

@@ -34,7 +34,7 @@ class TrainConfig:
     ema_share : float
         Horizon of running means (inference threshold), as a share of the steps.
     precision : "float32" or "bfloat16"
-        Of the encoder's product; weights and all else stay in float32.
+        Of the encoder's product; "float32" is that of the SAE's parameters, in which all else stays.
     mean_square_norm : float or None
         E‖x‖² that the batches must have, on which every λ and lr rests; the first batch is checked. None
         takes any.

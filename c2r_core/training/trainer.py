@@ -30,8 +30,8 @@ from c2r_core.training.update import (
     clip_factors,
     geometric_median,
     normalise_rows,
-    remove_parallel,
     set_gradients,
+    without_parallel,
 )
 
 BatchSource = Callable[[int], Tensor]
@@ -147,7 +147,7 @@ class _Run:
 
     def take_step(self, x: Tensor) -> None:
         sae, config = self.sae, self.config
-        precision = getattr(torch, config.precision)
+        precision = torch.bfloat16 if config.precision == "bfloat16" else None
         losses = sae.training_losses(
             StepInput(x, self.step / config.steps, self._dead(), precision)
         )
@@ -192,14 +192,15 @@ class _Run:
 
     def _gradients(self, loss: Tensor, *, retain_graph: bool = False) -> list[Tensor | None]:
         """A loss's gradient in each parameter, or None; that of a row of norm 1 without the part along it."""
-        of = torch.autograd.grad(
-            loss.sum(), self.parameters, retain_graph=retain_graph, allow_unused=True
+        learning = [p for p in self.parameters if p.requires_grad]
+        found = torch.autograd.grad(
+            loss.sum(), learning, retain_graph=retain_graph, allow_unused=True
         )
-        if self.sae.unit_norm_decoder:
-            for parameter, gradient in zip(self.parameters, of, strict=True):
-                if parameter is self.sae.W_dec and gradient is not None:
-                    remove_parallel(gradient, parameter)
-        return list(of)
+        by_parameter = dict(zip(map(id, learning), found, strict=True))
+        W_dec = self.sae.W_dec
+        if self.sae.unit_norm_decoder and by_parameter.get(id(W_dec)) is not None:
+            by_parameter[id(W_dec)] = without_parallel(by_parameter[id(W_dec)], W_dec)
+        return [by_parameter.get(id(p)) for p in self.parameters]
 
     def _dead(self) -> Tensor | None:
         """Latents silent for so long that an average one would have fired `dead_after` times."""

@@ -23,10 +23,10 @@ def geometric_median(x: Tensor, iterations: int = 20) -> Tensor:
 
 
 @torch.no_grad()
-def remove_parallel(gradient: Tensor, W_dec: Tensor) -> None:
-    """Take from the gradient of each decoder row the part along the row, which renormalising undoes."""
+def without_parallel(gradient: Tensor, W_dec: Tensor) -> Tensor:
+    """The gradient of decoder rows without the part along each row, which renormalising undoes."""
     along = torch.linalg.vecdot(gradient, W_dec).unsqueeze(-1)
-    gradient.addcmul_(along, W_dec, value=-1)
+    return torch.addcmul(gradient, along, W_dec, value=-1)
 
 
 Gradients = Sequence[Tensor | None]
