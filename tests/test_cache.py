@@ -139,17 +139,18 @@ def test_only_the_code_of_its_kind_counts(cache_folder):
 
 
 def test_prune_removes_what_no_code_would_find(cache_folder):
-    current, old, odd = (cached("sae", {"k": k}, write_artefact) for k in (1, 2, 3))
+    current, old, odd, own = (cached("sae", {"k": k}, write_artefact) for k in (1, 2, 3, 4))
     text = json.loads((old / "key.json").read_text())
     (old / "key.json").write_text(json.dumps(text | {"code": "of last year"}))
     (odd / "key.json").write_text(json.dumps(text | {"entries": ["c2r_core.gone"]}))
+    entries = ["c2r_core.seeds", "their_plugin"]  # not imported here, so nothing is known of it
+    (own / "key.json").write_text(json.dumps(text | {"entries": entries}))
     (cache_folder / "sae" / "dead.part").mkdir()
     assert prune(dry_run=True)[0] == 3 and old.is_dir()
     removed, freed = prune()
     assert removed == 3 and freed > 0
-    assert [path.name for path in (cache_folder / "sae").glob("*") if path.is_dir()] == [
-        current.name
-    ]
+    left = {path.name for path in (cache_folder / "sae").glob("*") if path.is_dir()}
+    assert left == {current.name, own.name}
 
 
 def test_prune_leaves_what_is_being_built(cache_folder):

@@ -8,7 +8,7 @@ import torch
 from architectures import every_architecture, new_sae
 from c2r_core import C2R, BatchTopKSAE, TrainConfig, c2r_loss, load_sae, save_sae, train
 from c2r_core.evaluate import Options, evaluate
-from c2r_core.losses import nearest_neighbours
+from c2r_core.losses import nearest_neighbours, neighbours
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="no CUDA device: what runs on a GPU is not tested here"
@@ -37,7 +37,7 @@ def batches(device):
     return batch
 
 
-def test_the_loss_and_its_gradients_are_the_cpu_s():
+def test_the_loss_and_its_gradients_are_the_cpu_s(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     acts = torch.rand(BATCH, D_SAE, generator=generator)
     W_dec = torch.randn(D_SAE, D_IN, generator=generator)
@@ -51,6 +51,7 @@ def test_the_loss_and_its_gradients_are_the_cpu_s():
         ]
     for ours, plain in zip(values["cuda"], values["cpu"], strict=True):
         torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-7)
+    monkeypatch.setattr(neighbours, "_tile", lambda device: 40)  # so that there are several
     found = nearest_neighbours(W_dec.cuda())
     assert found.index.cpu().equal(nearest_neighbours(W_dec).index)
 

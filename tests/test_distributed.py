@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -15,7 +16,14 @@ import torch
 from c2r_core.data.batches import ToyBatches
 from c2r_core.data.toy import FeatureTree
 from c2r_core.saes import create_sae
-from c2r_core.training import C2R, Orthogonality, TrainConfig, train, train_distributed
+from c2r_core.training import (
+    C2R,
+    Orthogonality,
+    TrainConfig,
+    distributed,
+    train,
+    train_distributed,
+)
 from conftest import PROJECT
 
 ARGUMENTS = {
@@ -62,6 +70,8 @@ def worker(folder: Path, architectures: list[str]) -> None:
     usual = batches()
 
     def source(step):
+        with (folder / f"asked-{rank}").open("a") as asked:
+            asked.write(f"{step}\n")
         if rank == 1 and step == 12 and dying.exists():
             dying.unlink()
             os._exit(3)
@@ -116,11 +126,27 @@ def test_one_that_dies_stops_the_others_and_the_run_goes_on(tmp_path):
     started = time.monotonic()
     done = torchrun(tmp_path, 2, "batch_topk")
     assert done.returncode != 0 and time.monotonic() - started < 60
-    assert "exitcode" in done.stderr and "3" in done.stderr
+    assert re.search(r"exitcode *: 3\b", done.stderr)
     assert not (tmp_path / "batch_topk-0.json").exists()
     assert (tmp_path / "batch_topk.safetensors").exists()
+    (tmp_path / "asked-0").unlink()
     assert torchrun(tmp_path, 2, "batch_topk").returncode == 0
+    first, *steps = map(int, (tmp_path / "asked-0").read_text().split())
+    assert first == 0 and steps == list(range(10, STEPS)), "from the last checkpoint on"
     check(tmp_path, "batch_topk", 2)
+
+
+def test_ties_for_the_last_places_fill_them_and_no_more(monkeypatch):
+    pre_acts = torch.tensor([[3.0, 1.0, 1.0, 0.0], [1.0, 0.0, 0.0, 2.0]])
+    other = torch.tensor([4.0, 1.0, 1.0, 1.0, 0.5, 0.0, 0.0, 0.0])
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    kept = {}
+    for rank in (0, 1):
+        of_each = {0: lambda own: [own, other], 1: lambda own: [other, own]}[rank]
+        monkeypatch.setattr(distributed, "_all_gather", of_each)
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        kept[rank] = sorted(pre_acts.flatten()[distributed._keep(pre_acts, 1)].tolist())
+    assert kept == {0: [1.0, 2.0, 3.0], 1: [2.0, 3.0]}
 
 
 def test_what_cannot_be_shared_is_refused(monkeypatch):

@@ -3,6 +3,7 @@
     torchrun --nproc-per-node 4 my_training.py
 
 with `torch.distributed.init_process_group()` in my_training.py, and `train_distributed` in place of `train`.
+On GPUs each process first takes its own: `torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))`.
 
 Averaging the gradients of the shares would train another SAE:
 
@@ -166,12 +167,19 @@ def _shared(sae: SAE) -> Iterator[None]:
 
 
 def _keep(pre_acts: Tensor, k: int) -> Tensor:
-    """Of this process's entries, those that are among the batch · k largest of all; ties are all kept."""
-    entries = pre_acts.flatten()
+    """Of this process's entries, those that are among the batch · k largest of all.
+
+    Of entries that tie for the last places, the first processes' are kept.
+    """
+    entries, rank = pre_acts.flatten(), dist.get_rank()
     n = len(pre_acts) * dist.get_world_size() * k
     largest = largest_entries(entries, min(n, len(entries)))
-    of_all = torch.cat(_all_gather(entries[largest]))
-    kept = largest[entries[largest] >= of_all.topk(n).values[-1]]
+    of_each = _all_gather(entries[largest])
+    last = torch.cat(of_each).topk(n).values[-1]
+    places = n - sum(int((values > last).sum()) for values in of_each)
+    places -= sum(int((values == last).sum()) for values in of_each[:rank])
+    ties = (entries[largest] == last).nonzero()[:, 0][: max(0, places)]
+    kept = torch.cat([largest[entries[largest] > last], largest[ties]])
     if len(kept) == 0:
         raise ValueError(
             f"None of the {n} largest activations of the batch is in this process's share of "
