@@ -90,12 +90,18 @@ class Evidence:
         return wide
 
     def validation(self) -> pd.DataFrame:
-        """`validation_table`, with the state of each SAE's cell."""
+        """`validation_table`, with the state of each SAE's cell.
+
+        An SAE whose cell is stale has no numbers: with other code it is another SAE, and none to compare.
+        """
         lm = self.profile.language_model
         table = validation.validation_table(self.values["validation"], lm)
         (seed,) = training_seeds(1)
         titles = [spec.title for spec in validation.specs(lm)]
-        return self._with_states(table, "validation", [[f"{t}, seed {seed}"] for t in titles])
+        table = self._with_states(table, "validation", [[f"{t}, seed {seed}"] for t in titles])
+        measured = [*validation.COLUMNS]
+        table[measured] = table[measured].where(table["state"] == "current")
+        return table
 
     def blocks(self) -> pd.DataFrame:
         """`blocks_table`, with the state of each row's cell."""
