@@ -110,6 +110,17 @@ def test_summary_compares_verdicts_and_no_digits(tmp_path):
     assert runner.summary(tmp_path / "notebooks", tmp_path / "runs")[1]
 
 
+def test_summary_does_not_compare_what_this_run_did_not_measure(tmp_path):
+    other = CLAIM.replace("four", "five")
+    unmeasured = "[claim not measured] (toy, C²R) four: expected at least 0; n = 0 seeds"
+    notebook_with(tmp_path / "notebooks" / "01_a.ipynb", CLAIM, other)
+    notebook_with(tmp_path / "runs" / "01_a.ipynb", unmeasured, other)
+    text, as_committed = runner.summary(tmp_path / "notebooks", tmp_path / "runs")
+    assert as_committed and unmeasured in text
+    notebook_with(tmp_path / "runs" / "01_a.ipynb", unmeasured, other.replace("holds", "FAILS"))
+    assert not runner.summary(tmp_path / "notebooks", tmp_path / "runs")[1]
+
+
 @pytest.mark.parametrize(
     "executed",
     [

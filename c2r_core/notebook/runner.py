@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 import tempfile
 import time
@@ -23,7 +24,7 @@ from c2r_core.artefacts.files import whole_file
 from c2r_core.artefacts.names import unknown_name
 from c2r_core.artefacts.profiles import load_profile, profile_names
 from c2r_core.notebook import files as notebook_files
-from c2r_core.notebook.claims import Line, counted
+from c2r_core.notebook.claims import NOT_MEASURED, Line, counted
 
 KERNEL_ENVIRONMENT = {"TQDM_DISABLE": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
 """Where a notebook runs unattended, progress bars and a debugger's remarks would be outputs."""
@@ -94,7 +95,8 @@ def refresh(notebook: Path, work_folder: Path = Path("runs/refresh")) -> None:
 def summary(committed: Path, executed: Path) -> tuple[str, bool]:
     """Every verdict and lead, a count of the claims, and whether all is as committed.
 
-    `committed` is the folder of the notebooks with outputs, `executed` that of the same as just executed.
+    `committed` is the folder of the notebooks with outputs, `executed` that of the same as just executed. A
+    claim that this run did not measure is printed as such and not compared.
     """
     lines: list[str] = []
     every: list[Line] = []
@@ -113,8 +115,14 @@ def summary(committed: Path, executed: Path) -> tuple[str, bool]:
         if notebook_files.awaits_evidence(was):
             lines.append("  committed without outputs, so there is nothing to compare with")
             continue
-        now = [line.compared for line in measured]
-        before = [line.compared for line in notebook_files.verdicts(was)]
+        # What takes a study of its own, such as `make validate`, is not measured by this run.
+        unmeasured = {_subject(line) for line in measured if line.verdict == NOT_MEASURED}
+        now = [line.compared for line in measured if _subject(line) not in unmeasured]
+        before = [
+            line.compared
+            for line in notebook_files.verdicts(was)
+            if _subject(line) not in unmeasured
+        ]
         for line in sorted(set(before) ^ set(now)):
             lines.append(f"  DIFFERS, {'committed' if line in before else 'this run'}: {line}")
         as_committed &= before == now
@@ -123,6 +131,11 @@ def summary(committed: Path, executed: Path) -> tuple[str, bool]:
     outcome = "Every verdict is as committed." if as_committed else differ
     lines += ["", claims_text(every), "", outcome]
     return "\n".join(lines), as_committed
+
+
+def _subject(line: Line) -> str:
+    """What a line speaks of: its text without verdict, measured part, bound and n."""
+    return re.split(r": (?:measured|expected) ", line.compared.partition("] ")[2])[0]
 
 
 def claims_text(lines: Iterable[Line]) -> str:
