@@ -47,9 +47,8 @@ def test_a_machine_s_speed_is_no_difference(values):
 @pytest.mark.parametrize("every", [0, 1])
 def test_the_reference_takes_the_steps_that_ours_takes(every, monkeypatch):
     """From the same weights and batches to the same weights: what is timed is the same work."""
-    monkeypatch.setattr(
-        performance, "CLIP_NORM", 1e9
-    )  # ours bounds its own loss, the reference the sum
+    # Ours bounds the gradient of its own loss, the reference that of the sum.
+    monkeypatch.setattr(performance, "CLIP_NORM", 1e9)
     batches = performance._batches(SIZES, 0)
     ours = BatchTopKSAE(SIZES.d_in, 24, k=SIZES.k, seed=3)
     with torch.no_grad():

@@ -131,8 +131,7 @@ def _is_current(folder: Path) -> bool:
         return False
     try:
         is_same = described["code"] == _fingerprint(entries)
-    except (
-        ModuleNotFoundError
-    ):  # a module of the user's own that is not imported now may well be there
+    except ModuleNotFoundError:
+        # A module of the user's own that is not imported now may well be there.
         is_same = not all(entry.startswith("c2r_core.") for entry in entries)
     return is_same and described["libraries"] == _libraries()

@@ -158,9 +158,8 @@ def _search_in_tiles(unit: Tensor, tile: int) -> Neighbours:
             best[b] = torch.maximum(best[b], cosines.amax(0))
             least_a, least_b = ((best[rows] - margin).to(rough.dtype) for rows in (a, b))
             candidates = ((cosines >= least_a[:, None]) | (cosines >= least_b)).nonzero()
-            if len(candidates) > _CANDIDATES * len(
-                cosines
-            ):  # nearly all are alike: the best are enough
+            if len(candidates) > _CANDIDATES * len(cosines):
+                # Nearly all rows are alike here: the best of each is enough.
                 candidates = _best_of(unit[a], unit[b], is_diagonal=first == second)
             i, j = candidates.unbind(1)
             pairs.append((i + first, j + second, cosines[i, j].to(best.dtype)))
@@ -174,9 +173,8 @@ def _rough(unit: Tensor) -> tuple[Tensor, float]:
     is_float32, on_cpu = unit.dtype == torch.float32, unit.device.type == "cpu"
     if is_float32 and on_cpu and bfloat16_speed_up() >= MIN_SPEED_UP:
         rough = unit.bfloat16()
-        lost = (
-            torch.linalg.vector_norm(unit - rough, dim=-1).max().item()
-        )  # of a row, in rounding it
+        # The most that a row loses in rounding.
+        lost = torch.linalg.vector_norm(unit - rough, dim=-1).max().item()
         return rough, 2 * (2 * lost + lost**2) + 4 * torch.finfo(torch.bfloat16).eps / 2
     # Another setting than "highest" lets PyTorch multiply in TF32 or bfloat16.
     is_exact = torch.get_float32_matmul_precision() == "highest" or not is_float32

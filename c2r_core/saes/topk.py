@@ -198,9 +198,8 @@ def largest_entries(values: Tensor, n: int, group: int = 16) -> Tensor:
     length = values.shape[-1]
     if length % group or length // group <= n:
         return values.topk(n, dim=-1, sorted=False).indices
-    n_groups = (
-        length // group
-    )  # entry j is of group j % n_groups, so that maxima are taken row by row
+    # Entry j is of group j % n_groups, so that maxima are taken row by row.
+    n_groups = length // group
     best_groups = values.unflatten(-1, (group, n_groups)).amax(-2).topk(n, sorted=False).indices
     first = torch.arange(0, length, n_groups, device=values.device)
     entries = (best_groups.unsqueeze(-1) + first).flatten(-2)
