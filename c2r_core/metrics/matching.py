@@ -41,10 +41,10 @@ def match_latents(W_dec_a: Tensor, W_dec_b: Tensor, *, exact_limit: int = EXACT_
     """The one-to-one matching of decoder rows, (d_sae, d_in), with the largest sum of signed cosines.
 
     Up to `exact_limit`² pairs this is the optimum: the Hungarian method up to DENSE_LIMIT² pairs, beyond them
-    on candidates that are proved to suffice (both scipy). Wider dictionaries are matched in rounds: pairs that
-    are each other's nearest are taken out, until the rest can be matched exactly. That mean cosine is a lower
-    bound on the optimum; `mean_at_most` is an upper one, the mean of the best cosines if partners could be
-    shared. Rows may have any norm; those of zero norm have cosine 0 to everything.
+    on candidates that are proved to suffice (both scipy). Wider dictionaries are matched in rounds: pairs
+    that are each other's nearest are taken out, until the rest can be matched exactly. That mean cosine is a
+    lower bound on the optimum; `mean_at_most` is an upper one, the mean of the best cosines if partners could
+    be shared. Rows may have any norm; those of zero norm have cosine 0 to everything.
 
     Raises ValueError if a decoder has fewer than two rows, is not two-dimensional or holds a NaN, if their
     d_in differ, or if exact_limit is below 1.
