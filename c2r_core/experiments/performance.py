@@ -8,7 +8,8 @@ The references are written from the published descriptions, with every product d
 autograd:
 
 - BatchTopK's step (Bussmann et al., arXiv 2412.06410), with the same clipping, Adam and unit rows as ours;
-- C²R as its formula stands (Jin et al., arXiv 2606.30609), the matrix of cosines in the graph.
+- C²R as its formula stands (Jin et al., arXiv 2606.30609), the matrix of cosines in the graph;
+- where SAELens is installed (extra `saelens`), the step of its own BatchTopK trainer.
 
 `make bench` runs it, and nothing else should run meanwhile. Samples are random: no latent is dead, and
 nothing is said of the quality of an SAE.
@@ -17,6 +18,7 @@ nothing is said of the quality of an SAE.
 from __future__ import annotations
 
 import gc
+import itertools
 import multiprocessing
 import resource
 import statistics
@@ -24,6 +26,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +152,8 @@ def measure_step(
     runs = {"ours": ours, "reference": plain}
     if every:
         runs = {"ours": lambda: ours(C2R(WEIGHT, every=every)), "reference": plain, "without": ours}
+    elif find_spec("sae_lens"):
+        runs["SAELens"] = lambda: saelens_step(d_sae, sizes, batches, n_steps)
     return in_turn(runs, sizes.pairs)
 
 
@@ -230,6 +235,28 @@ def published_c2r(feature_acts: Tensor, W_dec: Tensor) -> Tensor:
     best = (unit @ unit.T).masked_fill(itself, -torch.inf).max(-1)
     norms = feature_acts.norm(dim=0)
     return (best.values.relu() ** 2 * (norms + norms[best.indices])).mean()
+
+
+def saelens_step(
+    d_sae: int, sizes: PerformanceProfile, batches: Sequence[Tensor], n_steps: int
+) -> float:
+    """Seconds of a step of SAELens's own BatchTopK trainer, at its defaults but for what it writes and logs."""
+    from sae_lens import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig, LoggingConfig, SAETrainer
+    from sae_lens.config import SAETrainerConfig
+
+    device = str(batches[0].device)
+    config = BatchTopKTrainingSAEConfig(d_in=sizes.d_in, d_sae=d_sae, k=sizes.k, device=device)
+    recipe = SAETrainerConfig(
+        total_training_samples=(n_steps + 1) * sizes.batch_size,
+        train_batch_size_samples=sizes.batch_size,
+        lr=2e-4,
+        lr_end=2e-4,
+        device=device,
+        logger=LoggingConfig(log_to_wandb=False),
+    )
+    clock = _Clock(batches, device)
+    SAETrainer(recipe, BatchTopKTrainingSAE(config), map(clock, itertools.count())).fit()
+    return clock.seconds_of_last(n_steps)
 
 
 # -- time and memory ------------------------------------------------------------------------------
