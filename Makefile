@@ -54,8 +54,8 @@ export MALLOC_TRIM_THRESHOLD_ := 17179869184
 export MALLOC_TOP_PAD_ := 268435456
 unexport MPLBACKEND
 
-# Where a notebook's measurements come from: committed results that are current (kept), all computed here
-# (anew), or those that are not current computed and written to results/ (commit).
+# Where a notebook's measurements come from: committed results that are current (kept), all computed here but
+# the tuning that chose the settings (anew), or those that are not current computed and written to results/ (commit).
 test nbval: export C2R_CELLS := kept
 reproduce:  export C2R_CELLS := anew
 refresh bench validate blocks parity evidence: export C2R_CELLS := commit

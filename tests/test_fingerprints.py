@@ -139,6 +139,8 @@ def test_the_package_itself_can_be_read():
     everything = fingerprints(all_modules())
     assert "c2r_core.saes.base" in everything
     assert not any(name.startswith("c2r_core.artefacts") for name in everything)
+    assert all(module._file(name) for name in module.FILES), "what is left out by name is there"
+    assert not set(module.FILES) & set(everything), "keeping a result does not decide it"
     assert "c2r_core.metrics.use" in everything and "c2r_core.metrics" not in everything, (
         "another metric leaves what is measured with the others as it is"
     )

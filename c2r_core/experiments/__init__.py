@@ -35,6 +35,9 @@ STUDIES = {
     "performance": "c2r_core.experiments.performance",
 }
 """By name, the module that makes the study's cells."""
+CHOSEN_BEFORE = ("tuning",)
+"""Studies whose outcome is a setting of the others, so that `make reproduce` reads them and does not run them
+again: the weights in profiles.yml were chosen by them once. `make evidence STUDY=tuning` runs them."""
 
 
 def cells(study: str, profile: Profile, seed: int = 0, device: str = "cpu") -> list[Cell]:
