@@ -36,8 +36,8 @@ FILES = tuple(
         "training.history",
     )
 )
-"""How SAEs, checkpoints, histories and reports are kept. The formats of other libraries count nowhere: all that
-a study measures was trained here."""
+"""How SAEs, checkpoints, histories and reports are kept. The formats of other libraries count nowhere: all
+that a study measures was trained here."""
 REGISTRY = f"{ROOT}.metrics"
 """The list of metrics, not a metric: a cell names the files that it measures with."""
 BY_DEFINITION = (f"{ROOT}.experiments.", f"{ROOT}.data.batches")

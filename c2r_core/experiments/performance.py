@@ -240,7 +240,7 @@ def published_c2r(feature_acts: Tensor, W_dec: Tensor) -> Tensor:
 def saelens_step(
     d_sae: int, sizes: PerformanceProfile, batches: Sequence[Tensor], n_steps: int
 ) -> float:
-    """Seconds of a step of SAELens's own BatchTopK trainer, at its defaults but for what it writes and logs."""
+    """Seconds of a step of SAELens's own BatchTopK trainer, at its defaults but for what it logs."""
     from sae_lens import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig, LoggingConfig, SAETrainer
     from sae_lens.config import SAETrainerConfig
 
