@@ -50,6 +50,7 @@ def pairs(acts, W_dec):
 
 BY_HAND = {
     "c2r": lambda s, n_i, n_j, f_i, f_j: s * (n_i + n_j),
+    "pair_penalty": lambda s, n_i, n_j, f_i, f_j: s * (n_i + n_j),
     "unweighted_sum": lambda s, n_i, n_j, f_i, f_j: n_i + n_j,
     "product": lambda s, n_i, n_j, f_i, f_j: s * n_i * n_j,
     "minimum": lambda s, n_i, n_j, f_i, f_j: s * min(n_i, n_j),

@@ -31,6 +31,8 @@ from c2r_core.experiments import (
     blocks,
     cells,
     examples,
+    forms,
+    front,
     language_model,
     parity,
     synthetic,
@@ -126,10 +128,11 @@ def test_cells_of_toys_rest_on_no_language_model_and_the_others_on_no_toy():
     assert not model.keys() & {f"c2r_core.data.{name}" for name in of_toys}
 
 
-def test_a_seed_moves_every_study_but_tuning():
+def test_a_seed_moves_every_study_but_those_that_choose():
     for study in STUDIES:
         seeds = [cell.settings["seeds"] for cell in cells(study, SMOKE, seed=5)[:1]]
-        assert seeds[0][0] == (0 if study == "tuning" else FIRST_SEED + 5)
+        explores = study in ("tuning", "forms", "front")
+        assert seeds[0][0] == (0 if explores else FIRST_SEED + 5)
 
 
 # -- synthetic features -------------------------------------------------------------------------
@@ -301,6 +304,51 @@ def test_settings_of_the_profile_are_the_ones_that_were_chosen(monkeypatch):
         assert value == getattr(default.benchmark, name)
     for name, value in chosen.items():
         assert value == getattr(default.toy, name), name
+
+
+# -- forms of C²R -------------------------------------------------------------------------------
+
+
+def test_every_form_has_the_same_strengths_and_c2r_is_itself(monkeypatch):
+    monkeypatch.setattr(forms, "FORMS", {"C²R": {}, "OrtSAE": {"charge": "constant"}})
+    monkeypatch.setattr(forms, "STRENGTHS", (0.1, 1.0))
+    made = {cell.name: cell for cell in cells("forms", SHORT) if cell.name.startswith("tree-relu")}
+    table = forms.forms_table({name: compute(cell) for name, cell in made.items()}, SHORT)
+    assert table.groupby("form").size().to_dict() == {"none": 3, "C²R": 6, "OrtSAE": 6}
+    assert table["recovery"].notna().all() and set(table["seed"]) == set(tuning.SEEDS)
+    known = replace(toy.toy_arm(SHORT.toy, "relu", None), regulariser=toy.c2r_of(SHORT.toy, 1.0))
+    (expected,) = toy.reports(
+        {1: synthetic.trained(known, [1])[1]}, known.features, SHORT.toy.evaluation_samples
+    )
+    row = table[(table["form"] == "C²R") & (table["strength"] == 1.0) & (table["seed"] == 1)]
+    assert row["fvu"].item() == pytest.approx(expected["fvu"], rel=1e-3)
+
+
+def test_a_form_fades_in_shares_of_the_training():
+    fading = forms.form("directed, fading", 0.5, steps=100)
+    assert (fading.weight, fading.fade_start, fading.fade_steps) == (0.5, 60, 20)
+
+
+def test_the_front_trains_c2r_and_ortsae_as_the_other_studies_do():
+    known = language_model.standard_arms(LM.model_copy(update={"c2r_strength": 0.8839}))
+    for title, weight in (("C²R", known["C²R"].penalties()[0].weight), ("OrtSAE", 0.25)):
+        arm = front.Spec(title, front.STRENGTHS[1], LM.d_sae).arm(LM)
+        (penalty,) = arm.penalties()
+        assert penalty.weight == pytest.approx(weight) and penalty.every == LM.penalty_every
+        assert "c2r_core.training.forms" in arm.code()
+    plain = front.Spec("none", 0.0, LM.d_sae // 2).arm(LM)
+    assert plain.penalties() == [] and plain.d_sae == LM.d_sae // 2
+    margin = front.Spec("directed, margin", 0.3, LM.d_sae).arm(LM).form.margin
+    assert margin == pytest.approx((2 * math.log(4096) / 576) ** 0.5, abs=0.005)
+
+
+def test_the_front_is_a_row_an_sae():
+    record = {"status": "evaluated", "values": {"fvu": 0.1, "l0": 10.0, "num_alive": 7}}
+    values = {"directed-0.3-512-latents-seed-2": {"reconstruction": record}}
+    lm = LM.model_copy(update={"d_sae": 512})
+    (row,) = front.front_table(values, lm).to_dict("records")
+    assert (row["form"], row["strength"], row["d_sae"], row["seed"]) == ("directed", 0.3, 512, 2)
+    assert row["fvu"] == 0.1 and math.isnan(row["absorption"])
 
 
 # -- the language model -------------------------------------------------------------------------

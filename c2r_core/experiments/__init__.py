@@ -32,6 +32,8 @@ STUDIES = {
     "blocks": "c2r_core.experiments.blocks",
     "parity": "c2r_core.experiments.parity",
     "tuning": "c2r_core.experiments.tuning",
+    "forms": "c2r_core.experiments.forms",
+    "front": "c2r_core.experiments.front",
     "performance": "c2r_core.experiments.performance",
 }
 """By name, the module that makes the study's cells."""

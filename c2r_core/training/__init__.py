@@ -5,7 +5,7 @@ from c2r_core.losses.strength import (
     strength_from_weight,
     weight_from_strength,
 )
-from c2r_core.training import ablations  # noqa: F401  registers them
+from c2r_core.training import ablations, forms  # noqa: F401  registers them
 from c2r_core.training.config import TrainConfig
 from c2r_core.training.distributed import train_distributed
 from c2r_core.training.history import History
