@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from c2r_core.artefacts.cells import Cell, EditedCellError, differing, read_or_compute, state
+from c2r_core.artefacts.cells import Cell, EditedCellError, differing, look, read_or_compute, state
 from c2r_core.artefacts.results import results_dir, runs_dir
 
 
@@ -54,6 +54,17 @@ def test_kept_cells_are_computed_into_runs_and_anew_leaves_results_alone():
     read_or_compute(make(lambda: {"fvu": 0.7}), "commit")
     assert read_or_compute(make(no_computation), "anew") == {"fvu": 0.5}
     assert read_or_compute(make(no_computation), "kept") == {"fvu": 0.7}
+
+
+def test_a_report_shows_what_was_computed_here_where_that_was_asked_for(monkeypatch):
+    read_or_compute(make(lambda: {"fvu": 0.7}), "commit")
+    assert look(make())[1] == {"fvu": 0.7}
+    monkeypatch.setenv("C2R_CELLS", "anew")
+    assert look(make())[0].kind == "missing"
+    monkeypatch.setenv("C2R_CELLS", "main")
+    assert look(make())[1] == {"fvu": 0.7}, "what was not computed here is read"
+    read_or_compute(make(), "anew")
+    assert look(make())[1] == {"fvu": 0.5}
 
 
 def test_the_environment_names_the_mode(monkeypatch):

@@ -267,7 +267,7 @@ def test_what_json_cannot_hold_is_refused():
 
 def test_a_session_gives_every_cell_of_a_study_by_name(session, monkeypatch):
     from c2r_core.artefacts import cells
-    from c2r_core.experiments import CHOSEN_BEFORE, STUDIES
+    from c2r_core.experiments import CHOSEN_BEFORE, MAIN, STUDIES
 
     made = SimpleNamespace(
         cells=lambda profile, seed, device: [
@@ -277,14 +277,19 @@ def test_a_session_gives_every_cell_of_a_study_by_name(session, monkeypatch):
     monkeypatch.setitem(sys.modules, "a_study", made)
     monkeypatch.setitem(STUDIES, "mine", "a_study")
     monkeypatch.setattr(cells, "read_or_compute", lambda cell, mode: (cell.kept, mode))
-    assert session(seed=3).cells("mine") == {"arm-seed3": ("default", None)}
+    assert session(seed=3).cells("mine") == {"arm-seed3": ("default", "kept")}
     assert session(seed=3).cells("mine", live=True) == {"arm-seed3": "live"}
     # What the settings were chosen by is read where all else is computed again.
     monkeypatch.setenv("C2R_CELLS", "anew")
-    assert session().cells("mine") == {"arm-seed0": ("default", None)}
+    assert session().cells("mine") == {"arm-seed0": ("default", "anew")}
     for study in CHOSEN_BEFORE:
         monkeypatch.setitem(STUDIES, study, "a_study")
         assert session().cells(study) == {"arm-seed0": ("default", "kept")}
+    # The main results are computed again, the others read.
+    monkeypatch.setenv("C2R_CELLS", "main")
+    assert session().cells("mine") == {"arm-seed0": ("default", "kept")}
+    monkeypatch.setitem(MAIN, "mine", ("seed0",))
+    assert session().cells("mine") == {"arm-seed0": ("default", "anew")}
     with pytest.raises(ValueError, match="unknown study 'mien'; did you mean 'mine'"):
         session().cells("mien")
 

@@ -104,6 +104,14 @@ def test_summary_prints_every_verdict_counts_claims_and_says_where_to_look(tmp_p
     assert str(tmp_path / "runs" / "02_b.json") in printed
 
 
+def test_summary_says_how_many_results_this_run_computed(tmp_path):
+    for path in ("results/toy/a", "results/toy/b", "runs/toy/b", "runs/toy/of-no-study", "runs/01"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).with_suffix(".json").touch()
+    printed = runner.computed_text(tmp_path / "runs", tmp_path / "results")
+    assert printed.startswith(f"1 of 2 results were computed here ({tmp_path / 'runs'})")
+
+
 def test_summary_compares_verdicts_and_no_digits(tmp_path):
     notebook_with(tmp_path / "notebooks" / "01_a.ipynb", CLAIM)
     notebook_with(tmp_path / "runs" / "01_a.ipynb", CLAIM.replace("0.50 [0.40", "0.51 [0.42"))

@@ -88,11 +88,12 @@ def state(cell: Cell, folder: Path | None = None) -> State:
 def look(cell: Cell) -> tuple[State, Any]:
     """State and values of the committed cell, current or stale, without computing; else of that in `runs/`.
 
-    Under C2R_CELLS=anew, of that in `runs/` alone. A file edited by hand is an EditedCellError.
+    Under C2R_CELLS=main the other way round, under C2R_CELLS=anew of that in `runs/` alone. A file edited by
+    hand is an EditedCellError.
     """
-    folders = [runs_dir(cell.profile)]
-    if os.environ.get("C2R_CELLS") != "anew":
-        folders.insert(0, results_dir(cell.profile))
+    own, committed = runs_dir(cell.profile), results_dir(cell.profile)
+    orders = {"anew": [own], "main": [own, committed]}
+    folders = orders.get(os.environ.get("C2R_CELLS"), [committed, own])
     looked_at = [_examine(cell, cell.file(folder)) for folder in folders]
     for found, _ in looked_at:
         if found.kind == "edited":

@@ -40,6 +40,14 @@ STUDIES = {
 CHOSEN_BEFORE = ("tuning",)
 """Studies whose outcome is a setting of the others, so that `make reproduce` reads them and does not run them
 again: the weights in profiles.yml were chosen by them once. `make evidence STUDY=tuning` runs them."""
+MAIN = {
+    "toy": ("",),
+    "architectures": ("",),
+    "ablations": ("",),
+    "benchmark": ("",),
+    "language_model": ("reconstruction", "decoder", "absorption", "assignment_consistency", "use"),
+}
+"""What `make reproduce` computes without ALL=1: the cells of a study whose names end so."""
 
 
 def cells(study: str, profile: Profile, seed: int = 0, device: str = "cpu") -> list[Cell]:
@@ -53,3 +61,10 @@ def cells(study: str, profile: Profile, seed: int = 0, device: str = "cpu") -> l
     if study not in STUDIES:
         raise ValueError(unknown_name("study", study, STUDIES))
     return import_module(STUDIES[study]).cells(profile, seed, device)
+
+
+def how(study: str, cell: str, asked: str) -> str:
+    """How a cell is come by, as `artefacts.cells` takes it, where "main" or another mode was asked for."""
+    if asked == "main":
+        return "anew" if cell.endswith(MAIN.get(study, ())) else "kept"
+    return "kept" if asked == "anew" and study in CHOSEN_BEFORE else asked

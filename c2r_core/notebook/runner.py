@@ -23,6 +23,7 @@ from traitlets.config import Config
 from c2r_core.artefacts.files import whole_file
 from c2r_core.artefacts.names import unknown_name
 from c2r_core.artefacts.profiles import load_profile, profile_names
+from c2r_core.artefacts.results import results_dir
 from c2r_core.notebook import files as notebook_files
 from c2r_core.notebook.claims import NOT_MEASURED, Line, counted
 
@@ -138,6 +139,16 @@ def _subject(line: Line) -> str:
     return re.split(r": (?:measured|expected) ", line.compared.partition("] ")[2])[0]
 
 
+def computed_text(executed: Path, committed: Path) -> str:
+    """How many of the committed results were computed by this run; the folders hold them study by study."""
+    names = {path.relative_to(committed) for path in committed.glob("*/*.json")}
+    here = {path.relative_to(executed) for path in executed.glob("*/*.json")}
+    return (
+        f"{len(names & here)} of {len(names)} results were computed here ({executed}), the others read "
+        f"from {committed} where a notebook shows them; `make reproduce ALL=1` computes these too."
+    )
+
+
 def claims_text(lines: Iterable[Line]) -> str:
     """How many claims held and failed; checks, guards and leads are not counted."""
     rows = [
@@ -178,6 +189,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given.command == "summary":
             text, as_committed = summary(given.committed, given.executed)
             print(text)
+            print(f"\n{computed_text(given.executed, results_dir('default'))}")
             return 0 if as_committed else 1
         if given.command == "refresh":
             os.environ.setdefault("C2R_CELLS", "commit")

@@ -128,20 +128,19 @@ class Session:
         """Every cell of a study at this notebook's profile, seed and device: {name: values}.
 
         Current cells are read, the others computed, as the variable C2R_CELLS says ("kept", "anew" or
-        "commit"; see `artefacts.cells`); "anew" reads those of CHOSEN_BEFORE all the same. `live` computes
-        every cell here and now, and neither reads nor writes a file; `only` says which cells, by name.
-        ValueError if `experiments.STUDIES` has no such study.
+        "commit", see `artefacts.cells`, or "main", see `experiments.how`). `live` computes every cell here
+        and now, and neither reads nor writes a file; `only` says which cells, by name. ValueError if
+        `experiments.STUDIES` has no such study.
         """
         from c2r_core.artefacts.cells import compute, read_or_compute
-        from c2r_core.experiments import CHOSEN_BEFORE, cells
+        from c2r_core.experiments import cells, how
 
         made = cells(study, self.profile, self.seed, self.device)
         wanted = [cell for cell in made if only is None or only(cell.name)]
         if live:
             return {cell.name: compute(cell) for cell in wanted}
-        is_anew = os.environ.get("C2R_CELLS") == "anew"
-        mode = "kept" if is_anew and study in CHOSEN_BEFORE else None
-        return {cell.name: read_or_compute(cell, mode) for cell in wanted}
+        asked = os.environ.get("C2R_CELLS") or "kept"
+        return {cell.name: read_or_compute(cell, how(study, cell.name, asked)) for cell in wanted}
 
     def finish(self) -> None:
         """Write claims, measured values and their provenance to the results file; print nothing."""
