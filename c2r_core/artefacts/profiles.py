@@ -243,6 +243,22 @@ class PerformanceProfile(_Section):
     """How often each is timed, in turn with its reference."""
 
 
+class ScaleProfile(_Section):
+    """Arms that learn from one stream; the rest of their recipe is as in `language_model`."""
+
+    strengths: list[Positive]
+    """Of C²R, an arm each beside one without; as `weight_from_strength` defines them."""
+    d_sae: Count
+    batch_size: Count
+    steps: Count
+    documents: Count | None
+    """Training documents that are streamed, again and again; null takes all."""
+    buffer_tokens: Count
+    """Tokens whose activations are in memory at a time, and shuffled."""
+    check_steps: Annotated[int, Field(ge=2)]
+    """Of the training that is stopped half-way and continued."""
+
+
 class Profile(_Section):
     """All values of one size of run."""
 
@@ -255,6 +271,7 @@ class Profile(_Section):
     strength: StrengthProfile
     evaluation: EvaluationProfile
     performance: PerformanceProfile
+    scale: ScaleProfile
 
 
 def load_profile(name: str, file: Path = PROFILES_FILE) -> Profile:

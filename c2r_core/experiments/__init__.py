@@ -35,6 +35,7 @@ STUDIES = {
     "forms": "c2r_core.experiments.forms",
     "front": "c2r_core.experiments.front",
     "performance": "c2r_core.experiments.performance",
+    "scale": "c2r_core.experiments.scale",
 }
 """By name, the module that makes the study's cells."""
 CHOSEN_BEFORE = ("tuning",)

@@ -63,13 +63,17 @@ PUBLISHED = {RANDOM: ModelSize(64, 2), "google/gemma-2-2b": ModelSize(2304, 26)}
 def plan(profile: Profile, device: str = "cpu") -> list[Line]:
     """Model, text, disk, memory and time, in that order; `ok` is False for what is not there."""
     lm = profile.language_model
-    here = _size_of_model_here(lm)
+    here, size = _size_of_model_here(lm), model_size(lm)
     lines = [_model_line(lm, here is not None), _corpus_line(lm)]
-    size = here or PUBLISHED.get(lm.model)
     if size is None:
         unknown = Line(False, "disk, memory and time", "unknown", "Fetch the model first")
         return [*lines, unknown]
     return [*lines, _disk_line(lm, size), *_memory_and_time(lm, size, device)]
+
+
+def model_size(lm: LanguageModelProfile) -> ModelSize | None:
+    """Of the profile's language model: of the one that is here, or as published; None if neither is known."""
+    return _size_of_model_here(lm) or PUBLISHED.get(lm.model)
 
 
 def _size_of_model_here(lm: LanguageModelProfile) -> ModelSize | None:
@@ -131,25 +135,37 @@ def _memory_and_time(lm: LanguageModelProfile, size: ModelSize, device: str) -> 
     yield Line(there >= n_bytes, "memory", found, "Take a device with more, or a smaller d_sae")
 
     arms, rate = standard_arms(lm).values(), product_rate(device)
-    operations = sum(_operations(lm, size, arm.d_sae, arm.c2r_strength) for arm in arms)
-    hours = operations / (REACHED * rate) / 3600
+    total = sum(sum(operations(lm, size, arm.d_sae, arm.c2r_strength)) for arm in arms)
+    hours = total / (REACHED * rate) / 3600
     found = f"{hours:,.1f} hours for {len(arms)} SAEs, at {rate / 1e12:.2f} TFLOP/s"
     found += "; measuring them comes on top"
     yield Line(device != "cpu" or hours < A_DAY, "time", found, "Take a GPU: --device cuda")
 
 
-def _operations(
+class Operations(NamedTuple):
+    """Additions and multiplications of one SAE's training, by what they are for."""
+
+    model: float
+    """The language model, up to the hook."""
+    encoder: float
+    search: float
+    """C²R's search for neighbours."""
+
+
+def operations(
     lm: LanguageModelProfile, size: ModelSize, d_sae: int, c2r_strength: float
-) -> float:
-    """Of one SAE's training: the model, the encoder, the search for neighbours."""
+) -> Operations:
+    """Of the large products of one SAE's training; a strength of 0 searches for no neighbours."""
     tokens = lm.steps * lm.batch_size
     block = re.search(r"blocks\.(\d+)\.", lm.hook_name)  # what is behind the hook is not run
     share = (int(block[1]) + 1) / size.n_layers if block else 1
-    of_model = 2 * share * size.n_parameters * (tokens if lm.streamed else lm.train_tokens)
-    of_encoder = 2 * d_sae * size.d_in * tokens
     compared = min(lm.chunk_size or d_sae, d_sae)
     searches = lm.steps / lm.penalty_every if c2r_strength else 0
-    return of_model + of_encoder + searches * d_sae * compared * size.d_in
+    return Operations(
+        model=2 * share * size.n_parameters * (tokens if lm.streamed else lm.train_tokens),
+        encoder=2 * d_sae * size.d_in * tokens,
+        search=searches * d_sae * compared * size.d_in,
+    )
 
 
 def product_rate(device: str) -> float:
