@@ -17,6 +17,7 @@ from c2r_core.training.regularisers import (
     create_regulariser,
     register_regulariser,
 )
+from c2r_core.training.sharded import create_shard, gather_shards, train_sharded
 from c2r_core.training.trainer import DivergedError, train
 
 __all__ = [
@@ -29,9 +30,12 @@ __all__ = [
     "Regulariser",
     "TrainConfig",
     "create_regulariser",
+    "create_shard",
+    "gather_shards",
     "register_regulariser",
     "strength_from_weight",
     "train",
     "train_distributed",
+    "train_sharded",
     "weight_from_strength",
 ]

@@ -76,11 +76,7 @@ def train_distributed(
     RuntimeError
         If there is no default group; or, in the others, when a process has died.
     """
-    if not dist.is_initialized():
-        raise RuntimeError(
-            "torch.distributed has no process group: call torch.distributed.init_process_group() first, and "
-            "start the script with torchrun."
-        )
+    check_group()
     if sae.n_stacked is not None or sae.architecture not in SHARED or config.resample_every:
         raise ValueError(
             f"A {sae.architecture} SAE with n_stacked={sae.n_stacked} and "
@@ -200,11 +196,25 @@ def _share_of_variance(sae: SAE, x: Tensor, feature_acts: SparseActs) -> Tensor:
 # -- what the processes tell each other -----------------------------------------------------------
 
 
+def check_group() -> None:
+    """Raise a RuntimeError unless torch.distributed has a default process group."""
+    if not dist.is_initialized():
+        raise RuntimeError(
+            "torch.distributed has no process group: call torch.distributed.init_process_group() first, and "
+            "start the script with torchrun."
+        )
+
+
+def total(tensor: Tensor) -> Tensor:
+    """Sum over the processes, the same in each and without a gradient; the tensor stays as it is."""
+    summed = tensor.detach().clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(summed)
+    return summed
+
+
 def _mean(tensor: Tensor) -> Tensor:
     """Mean over the processes."""
-    total = tensor.detach().clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(total)
-    return total / dist.get_world_size()
+    return total(tensor) / dist.get_world_size()
 
 
 def _all_gather(tensor: Tensor) -> list[Tensor]:
