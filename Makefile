@@ -63,7 +63,7 @@ reproduce:  export C2R_CELLS := $(if $(ALL),anew,main)
 refresh bench validate blocks parity evidence: export C2R_CELLS := commit
 
 .PHONY: help setup data lab test smoke reproduce refresh nbval status verify bench parity validate blocks evidence
-.PHONY: lint lock clean
+.PHONY: docs lint lock clean
 .DELETE_ON_ERROR:
 
 help:
@@ -153,13 +153,23 @@ $(ENV)-saelens: $(ENV)
 	  -c requirements.lock -e '.[saelens]'
 	@touch $@
 
+docs: $(ENV)-docs ## this project as a site: runs/site/index.html
+	$(PYTHON) -m sphinx --quiet --fail-on-warning --keep-going -c docs/site -d runs/site.read . runs/site
+	@echo "Open runs/site/index.html"
+
+$(ENV)-docs: $(ENV) docs/site/katex.py
+	$(if $(UV),$(UV) pip install --python $(PYTHON),$(PYTHON) -m pip install) --quiet \
+	  -c requirements.lock -e '.[docs]'
+	$(PYTHON) docs/site/katex.py
+	@touch $@
+
 lint: $(ENV) ## ruff: rules and format
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 
 lock: ## resolve pyproject.toml anew, keeping the pins that still fit
 	rm -rf .venv-lock && $(BASE) -m venv .venv-lock
-	.venv-lock/bin/pip install --quiet $(if $(UPGRADE),,-c requirements.lock) -e '.[dev,saelens]'
+	.venv-lock/bin/pip install --quiet $(if $(UPGRADE),,-c requirements.lock) -e '.[dev,docs,saelens]'
 	.venv-lock/bin/pip check
 	{ grep '[#;]' requirements.lock; .venv-lock/bin/pip freeze --all | sed 's/+.*//' \
 	  | grep -vE '^(pip|nvidia|triton|cuda|-e|#)'; } | LC_ALL=C sort -f > requirements.lock.part

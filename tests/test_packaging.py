@@ -77,7 +77,7 @@ def imported(name):
 
 def test_the_base_is_what_the_loss_the_saes_and_training_need():
     assert {Requirement(one).name for one in PROJECT_TABLE["dependencies"]} == set(BASE)
-    assert set(EXTRAS) == {"lm", "evaluate", "notebooks", "cluster", "dev", "saelens"}
+    assert set(EXTRAS) == {"lm", "evaluate", "notebooks", "cluster", "dev", "docs", "saelens"}
     assert brought_by("lm") < brought_by("evaluate") < brought_by("notebooks") < brought_by("dev")
 
 

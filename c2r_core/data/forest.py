@@ -59,7 +59,7 @@ class GatedForest:
         Mean magnitude of the most and of the least frequent feature, linear in rank between. A child's
         magnitude is scaled by its parent's over the parent's mean.
     magnitude_sd : float
-        A feature's own standard deviation is |magnitude_sd · (1 + normal)|, drawn once.
+        A feature's own standard deviation is abs(magnitude_sd · (1 + normal)), drawn once.
     bias_norm : float
         Norm of a constant that is added to every x.
     seed : int

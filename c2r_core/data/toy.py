@@ -55,7 +55,7 @@ class FeatureTree:
     single_probability : float
         P(single on), independent of all that is not in its group.
     magnitude_sd : float
-        A feature that is on has magnitude |1 + magnitude_sd · normal|.
+        A feature that is on has magnitude abs(1 + magnitude_sd · normal).
     seed : int
         Draws the directions.
     group_size : int

@@ -75,8 +75,11 @@ class SAE(nn.Module):
 
     Attributes
     ----------
-    W_enc : (..., d_in, d_sae); b_enc : (..., d_sae); W_dec : (..., d_sae, d_in), rows of norm 1
-    at the start; b_dec : (..., d_in)
+    W_enc : Parameter, shape (..., d_in, d_sae)
+    b_enc : Parameter, shape (..., d_sae)
+    W_dec : Parameter, shape (..., d_sae, d_in)
+        Rows of norm 1 at the start.
+    b_dec : Parameter, shape (..., d_in)
     unit_norm_decoder : bool
         Whether training keeps the decoder rows at norm 1; a class that leaves them free says False.
     resamples : bool
