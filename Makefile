@@ -157,10 +157,9 @@ docs: $(ENV)-docs ## this project as a site: runs/site/index.html
 	$(PYTHON) -m sphinx --quiet --fail-on-warning --keep-going -c docs/site -d runs/site.read . runs/site
 	@echo "Open runs/site/index.html"
 
-$(ENV)-docs: $(ENV) docs/site/katex.py
+$(ENV)-docs: $(ENV)
 	$(if $(UV),$(UV) pip install --python $(PYTHON),$(PYTHON) -m pip install) --quiet \
 	  -c requirements.lock -e '.[docs]'
-	$(PYTHON) docs/site/katex.py
 	@touch $@
 
 lint: $(ENV) ## ruff: rules and format

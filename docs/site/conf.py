@@ -19,7 +19,6 @@ PROJECT = SITE.parents[1]
 sys.path.insert(0, str(SITE))
 
 import claims  # noqa: E402
-import katex as vendored  # noqa: E402
 import links  # noqa: E402
 
 import c2r_core  # noqa: E402
@@ -71,8 +70,7 @@ html_theme = "furo"
 html_title = project
 html_additional_pages = {"index": "to_first_page.html"}
 templates_path = ["templates"]
-html_static_path = ["static", str(vendored.FOLDER)]
-html_css_files = ["site.css"]
+html_static_path = ["static"]
 html_copy_source = html_show_sphinx = False
 html_show_search_summary = False  # it fetches pages, which a browser refuses for files
 html_theme_options = {
@@ -81,8 +79,9 @@ html_theme_options = {
 }
 pygments_style, pygments_dark_style = "friendly", "github-dark"
 
-katex_css_path = "katex.min.css"
-katex_options = r'throwOnError: true, macros: {"½": "\\tfrac12"}'
+# Formulas as MathML, which browsers set with their own fonts: KaTeX's would come from another host.
+katex_css_path = "site.css"
+katex_options = r'output: "mathml", throwOnError: true, macros: {"½": "\\tfrac12"}'
 
 
 # -- what is filled in ----------------------------------------------------------------------------
