@@ -127,7 +127,7 @@ nbval: $(DATA) ## run the committed notebooks again and compare their outputs
 	    --nbval-sanitize-with tests/nbval_sanitize.cfg
 	@$(if $(CI)$(FRESH),rm -rf runs/nbval)
 
-bench: $(ENV) ## one study: time and memory beside plain references; run nothing else meanwhile
+bench: $(DATA) ## one study: time and memory beside plain references; run nothing else meanwhile
 	$(EXPERIMENTS) run performance
 
 status: $(ENV) ## which committed results are current, stale (and by which module) or missing

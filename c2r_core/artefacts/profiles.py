@@ -239,6 +239,18 @@ class PerformanceProfile(_Section):
     """Latents for which C²R's value and gradient are timed."""
     search_widths: list[Count]
     """Latents for which the search for neighbours is timed."""
+    growth_widths: list[Count]
+    """Latents of an SAE of whose training step time and memory are measured, without a reference."""
+    harvest_tokens: Count
+    """Tokens of the harvest that is timed."""
+    harvest_memory_tokens: list[Count]
+    """Tokens of harvests whose memory is measured."""
+    evaluation_memory_tokens: list[Count]
+    """Held-out tokens of evaluations whose memory is measured."""
+    memory_width: Count
+    """Latents of the SAE that is trained on a stream, and evaluated, to measure memory."""
+    buffer_tokens: Count
+    """Tokens of the stream's block."""
     pairs: Annotated[int, Field(ge=2)]
     """How often each is timed, in turn with its reference."""
 

@@ -1,5 +1,7 @@
 """Study `performance`: time and memory of a training step, of C²R's term, of the search for neighbours.
 
+How a step grows with the number of latents is in `growth`, harvest, streaming and evaluation in `pipeline`.
+
 All but the machine's limits is timed in turn with a reference, A B A B …, in one process. Kept are the
 medians, and the median, least and largest of the pairwise ratios: where a machine's speed drifts, times move
 and ratios hardly do. A ratio is still one machine's: provenance says which.
@@ -17,17 +19,10 @@ nothing is said of the quality of an SAE.
 
 from __future__ import annotations
 
-import gc
 import itertools
-import multiprocessing
-import resource
 import statistics
-import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -36,7 +31,11 @@ from torch import Tensor
 
 from c2r_core.artefacts.cells import Cell
 from c2r_core.artefacts.profiles import PerformanceProfile, Profile, ToyProfile, training_seeds
+from c2r_core.experiments import growth
+from c2r_core.experiments.growth import CLIP_NORM, encoder_product
+from c2r_core.experiments.samples import sample_batches, term_inputs, unit_rows
 from c2r_core.experiments.study import Study
+from c2r_core.experiments.timing import Clock, in_turn, now, peak_memory, seconds
 from c2r_core.losses import c2r_loss, nearest_neighbours
 from c2r_core.saes import SAE, BatchTopKSAE, ReLUSAE, StepInput
 from c2r_core.saes.topk import largest_entries
@@ -45,12 +44,10 @@ from c2r_core.training import C2R, TrainConfig, train
 PENALTIES = {"no penalty": 0, "C²R on every step": 1, "C²R on every fifth step": 5}
 """What is timed of a step: how often C²R applies, 0 for never."""
 WEIGHT = 0.3
-CLIP_NORM = 1.0
-_LINUX = sys.platform == "linux"
 
 
 def cells(profile: Profile, seed: int = 0, device: str = "cpu") -> list[Cell]:
-    """The machine's limits; a step and the term at several widths; the search at more."""
+    """The machine's limits; step, term and search at several widths; from text to an evaluation."""
     sizes, study = (
         profile.performance,
         Study("performance", profile, training_seeds(1, seed), device),
@@ -68,6 +65,29 @@ def cells(profile: Profile, seed: int = 0, device: str = "cpu") -> list[Cell]:
         made.append(study.cell(f"term, {d_sae}", measure_term, d_sae=d_sae, sizes=sizes))
     for d_sae in sizes.search_widths:
         made.append(study.cell(f"search, {d_sae}", measure_search, d_sae=d_sae, sizes=sizes))
+    for d_sae in sizes.growth_widths:
+        made.append(study.cell(f"growth, {d_sae}", growth.measure_growth, d_sae=d_sae, sizes=sizes))
+    return made + _pipeline_cells(study)
+
+
+def _pipeline_cells(study: Study) -> list[Cell]:
+    """The speed of a harvest; on a CPU also the memory of harvest, streaming and evaluation."""
+    # Imported here: processes that measure the memory of a step or a search load no language model.
+    from c2r_core.experiments import pipeline
+    from c2r_core.experiments.language_model import Sources
+
+    sizes, sources = study.profile.performance, Sources(study.profile)
+    made = [study.cell("harvest", pipeline.measure_harvest, sizes=sizes, sources=sources)]
+    if study.device != "cpu":
+        return made
+    for n in sizes.harvest_memory_tokens:
+        how = {"n_tokens": n, "sources": sources}
+        made.append(study.cell(f"memory, harvest, {n}", pipeline.measure_harvest_memory, **how))
+    how = {"sizes": sizes, "sources": sources}
+    made.append(study.cell("memory, streaming", pipeline.measure_streaming_memory, **how))
+    for n in sizes.evaluation_memory_tokens:
+        measure = pipeline.measure_evaluation_memory
+        made.append(study.cell(f"memory, evaluation, {n}", measure, n_tokens=n, **how))
     return made
 
 
@@ -79,8 +99,8 @@ def measure_limits(pairs: int, seeds: Sequence[int], device: str) -> dict[str, f
     n = 1024
     a, b = torch.randn(2, n, n, device=device)
     source, target = torch.zeros(2, 2**24, device=device)
-    product = [_seconds(lambda: a @ b, device) for _ in range(pairs)]
-    copy = [_seconds(lambda: target.copy_(source), device) for _ in range(pairs)]
+    product = [seconds(lambda: a @ b, device) for _ in range(pairs)]
+    copy = [seconds(lambda: target.copy_(source), device) for _ in range(pairs)]
     return {
         "seconds_product": statistics.median(product),
         "gigaflop_per_second": 2 * n**3 / statistics.median(product) / 1e9,
@@ -96,8 +116,8 @@ def measure_kept_entries(
     generator = torch.Generator().manual_seed(seeds[0])
     values = torch.randn(sizes.batch_size * sizes.step_widths[0], generator=generator).to(device)
     runs = {
-        "ours": lambda: _seconds(lambda: largest_entries(values, n), device),
-        "reference": lambda: _seconds(lambda: values.topk(n, sorted=False), device),
+        "ours": lambda: seconds(lambda: largest_entries(values, n), device),
+        "reference": lambda: seconds(lambda: values.topk(n, sorted=False), device),
     }
     return in_turn(runs, sizes.pairs)
 
@@ -120,8 +140,8 @@ def measure_stack(
             one(sae, batch)
 
     runs = {
-        "ours": lambda: _seconds(lambda: one(stack, x), device),
-        "reference": lambda: _seconds(one_by_one, device),
+        "ours": lambda: seconds(lambda: one(stack, x), device),
+        "reference": lambda: seconds(one_by_one, device),
     }
     return in_turn(runs, pairs)
 
@@ -129,29 +149,35 @@ def measure_stack(
 def measure_step(
     d_sae: int, every: int, sizes: PerformanceProfile, seeds: Sequence[int], device: str
 ) -> dict[str, float]:
-    """A step of ours, of ours without the penalty, and of the reference: means over a round of `every`."""
-    batches = [batch.to(device) for batch in _batches(sizes, seeds[0])]
+    """A step of ours, of ours without the penalty, and of the reference: means over a round of `every`.
+
+    And the product of a batch with the encoder's weights: the part that stays while the encoder is dense.
+    """
+    batches = [batch.to(device) for batch in sample_batches(sizes, seeds[0])]
     n_steps = max(2, every)
     sae = BatchTopKSAE(sizes.d_in, d_sae, k=sizes.k, seed=seeds[0]).to(device)
     reference = PlainTraining(sae, every)
 
     def ours(*penalties: C2R) -> float:
-        clock = _Clock(batches, device)
+        clock = Clock(batches, device)
         own = BatchTopKSAE(sizes.d_in, d_sae, k=sizes.k, seed=seeds[0]).to(device)
         # The first step keeps more activations than k; so it is left out.
         config = TrainConfig(steps=n_steps + 1, clip_norm=CLIP_NORM, mean_square_norm=None)
         train(own, clock, config, list(penalties), progress=False)
-        return clock.seconds_of_last(n_steps)
+        return statistics.mean(clock.last(n_steps))
 
     def plain() -> float:
-        started = _now(device)
+        started = now(device)
         for step in range(1, n_steps + 1):
             reference.step(batches[step % len(batches)], step)
-        return (_now(device) - started) / n_steps
+        return (now(device) - started) / n_steps
 
-    runs = {"ours": ours, "reference": plain}
+    def product() -> float:
+        return statistics.mean(encoder_product(sae, x, device) for x in batches)
+
+    runs = {"ours": ours, "reference": plain, "product": product}
     if every:
-        runs = {"ours": lambda: ours(C2R(WEIGHT, every=every)), "reference": plain, "without": ours}
+        runs |= {"ours": lambda: ours(C2R(WEIGHT, every=every)), "without": ours}
     elif find_spec("sae_lens"):
         runs["SAELens"] = lambda: saelens_step(d_sae, sizes, batches, n_steps)
     return in_turn(runs, sizes.pairs)
@@ -161,11 +187,11 @@ def measure_term(
     d_sae: int, sizes: PerformanceProfile, seeds: Sequence[int], device: str
 ) -> dict[str, float]:
     """Value and gradient of C²R, ours and the published form, and the memory that each takes on a CPU."""
-    acts, W_dec = _term_inputs(d_sae, sizes, seeds[0])
+    acts, W_dec = term_inputs(d_sae, sizes, seeds[0])
     acts, W_dec = acts.to(device).requires_grad_(), W_dec.to(device).requires_grad_()
     runs = {
-        "ours": lambda: _seconds(lambda: c2r_loss(acts, W_dec).backward(), device),
-        "reference": lambda: _seconds(lambda: published_c2r(acts, W_dec).backward(), device),
+        "ours": lambda: seconds(lambda: c2r_loss(acts, W_dec).backward(), device),
+        "reference": lambda: seconds(lambda: published_c2r(acts, W_dec).backward(), device),
     }
     times = in_turn(runs, sizes.pairs)
     if device != "cpu":
@@ -180,15 +206,15 @@ def measure_search(
     d_sae: int, sizes: PerformanceProfile, seeds: Sequence[int], device: str
 ) -> dict[str, float]:
     """The exact search for nearest neighbours, beside the bare product of the same rows in blocks."""
-    unit = _rows(d_sae, sizes.d_in, seeds[0]).to(device)
+    unit = unit_rows(d_sae, sizes.d_in, seeds[0]).to(device)
 
     def product() -> None:
         for block in unit.split(max(1, 2**24 // d_sae)):
             block @ unit.T
 
     runs = {
-        "ours": lambda: _seconds(lambda: nearest_neighbours(unit), device),
-        "reference": lambda: _seconds(product, device),
+        "ours": lambda: seconds(lambda: nearest_neighbours(unit), device),
+        "reference": lambda: seconds(product, device),
     }
     times = in_turn(runs, 2 if d_sae > 2**14 else sizes.pairs)
     if device != "cpu":
@@ -240,7 +266,7 @@ def published_c2r(feature_acts: Tensor, W_dec: Tensor) -> Tensor:
 def saelens_step(
     d_sae: int, sizes: PerformanceProfile, batches: Sequence[Tensor], n_steps: int
 ) -> float:
-    """Seconds of a step of SAELens's own BatchTopK trainer, at its defaults but for what it logs."""
+    """Seconds of a step of SAELens's own BatchTopK trainer, at its defaults, without its log."""
     from sae_lens import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig, LoggingConfig, SAETrainer
     from sae_lens.config import SAETrainerConfig
 
@@ -254,126 +280,32 @@ def saelens_step(
         device=device,
         logger=LoggingConfig(log_to_wandb=False),
     )
-    clock = _Clock(batches, device)
+    clock = Clock(batches, device)
     SAETrainer(recipe, BatchTopKTrainingSAE(config), map(clock, itertools.count())).fit()
-    return clock.seconds_of_last(n_steps)
+    return statistics.mean(clock.last(n_steps))
 
 
-# -- time and memory ------------------------------------------------------------------------------
-
-
-def in_turn(runs: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, float]:
-    """Median seconds of each run, and of each but the first how many times as long as the first it takes.
-
-    All are run once to warm up, then in turn: ratios are of the same round.
-    """
-    for run in runs.values():
-        run()
-    times = [{name: run() for name, run in runs.items()} for _ in range(rounds)]
-    found = {f"seconds_{name}": statistics.median(t[name] for t in times) for name in runs}
-    first, *others = runs
-    for name in others:
-        ratios = [t[name] / t[first] for t in times]
-        found[f"seconds_ratio_{name}"] = statistics.median(ratios)
-        found[f"seconds_ratio_{name}_least"] = min(ratios)
-        found[f"seconds_ratio_{name}_most"] = max(ratios)
-    return found
-
-
-class _Clock:
-    """Batches that note when each was asked for: a step lasts from one to the next."""
-
-    def __init__(self, batches: Sequence[Tensor], device: str) -> None:
-        self.batches, self.device, self.asked = batches, device, []
-
-    def __call__(self, step: int) -> Tensor:
-        self.asked.append(_now(self.device))
-        return self.batches[step % len(self.batches)]
-
-    def seconds_of_last(self, n_steps: int) -> float:
-        """Mean of the last steps, the very last of which ends now."""
-        return (_now(self.device) - self.asked[-n_steps]) / n_steps
-
-
-def _now(device: str) -> float:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def _seconds(run: Callable[[], object], device: str) -> float:
-    started = _now(device)
-    run()
-    return _now(device) - started
-
-
-def peak_memory(run: Callable[..., object], *arguments: Any) -> float:
-    """Bytes that a process of its own takes at most for a call, beyond what it holds before.
-
-    `run(*arguments)` prepares, and returns the call that is measured; it must be a function of a module.
-    """
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(_measured_peak, run, arguments).result()
-
-
-def _measured_peak(run: Callable[..., Callable[[], object]], arguments: Sequence[Any]) -> float:
-    call = run(*arguments)
-    gc.collect()
-    if _LINUX:
-        Path("/proc/self/clear_refs").write_text("5")  # from here on the peak counts anew
-    before = _most_memory()
-    call()
-    return _most_memory() - before
-
-
-def _most_memory() -> float:
-    """Bytes that this process has held at most."""
-    if _LINUX:
-        status = Path("/proc/self/status").read_text()
-        return 1024 * int(status.partition("VmHWM:")[2].split()[0])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+# -- memory, in a process of its own -------------------------------------------------------------
 
 
 def _term_once(
     which: str, d_sae: int, sizes: PerformanceProfile, seed: int
 ) -> Callable[[], object]:
-    acts, W_dec = (part.requires_grad_() for part in _term_inputs(d_sae, sizes, seed))
+    acts, W_dec = (part.requires_grad_() for part in term_inputs(d_sae, sizes, seed))
     loss = {"ours": c2r_loss, "published": published_c2r}[which]
     return lambda: loss(acts, W_dec).backward()
 
 
 def _search_once(d_sae: int, sizes: PerformanceProfile, seed: int) -> Callable[[], object]:
-    unit = _rows(d_sae, sizes.d_in, seed)
+    unit = unit_rows(d_sae, sizes.d_in, seed)
     return lambda: nearest_neighbours(unit)
-
-
-# -- samples --------------------------------------------------------------------------------------
-
-
-def _batches(sizes: PerformanceProfile, seed: int) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(4, sizes.batch_size, sizes.d_in, generator=generator)
-    return list(x / sizes.d_in**0.5)
-
-
-def _rows(d_sae: int, d_in: int, seed: int) -> Tensor:
-    rows = torch.randn(d_sae, d_in, generator=torch.Generator().manual_seed(seed))
-    return torch.nn.functional.normalize(rows, dim=-1)
-
-
-def _term_inputs(d_sae: int, sizes: PerformanceProfile, seed: int) -> tuple[Tensor, Tensor]:
-    W_dec = _rows(d_sae, sizes.d_in, seed)
-    acts = (_batches(sizes, seed)[0] @ W_dec.T).relu()
-    least = acts.flatten().topk(sizes.batch_size * sizes.k).values[-1]
-    return torch.where(acts >= least, acts, 0.0), W_dec
 
 
 # -- tables ---------------------------------------------------------------------------------------
 
 
 def performance_table(values: Mapping[str, Any], kind: str) -> pd.DataFrame:
-    """Cells of a kind ("step", "term", "search"): latents, what is timed, and what was measured."""
+    """Cells of a kind ("step", "term", "search", "growth"): latents, what is timed, and what was measured."""
     rows = []
     for name, measured in values.items():
         of, _, rest = name.partition("-")
@@ -381,3 +313,15 @@ def performance_table(values: Mapping[str, Any], kind: str) -> pd.DataFrame:
             d_sae, _, what = rest.partition("-")
             rows.append({"latents": int(d_sae), "what": what.replace("-", " ")} | measured)
     return pd.DataFrame(rows)
+
+
+def memory_table(values: Mapping[str, Any]) -> pd.DataFrame:
+    """Stage ("harvest", "streaming", "evaluation"), tokens where they were varied, and peak memory in MiB."""
+    rows = []
+    for name, measured in values.items():
+        of, _, rest = name.partition("-")
+        if of == "memory":
+            stage, _, tokens = rest.partition("-")
+            mebibytes = measured["peak_memory_ours"] / 2**20
+            rows.append({"stage": stage, "tokens": tokens, "MiB": mebibytes})
+    return pd.DataFrame(rows, columns=["stage", "tokens", "MiB"])
