@@ -28,6 +28,8 @@ RUNNER    := $(PYTHON) -m c2r_core.notebook.runner
 NOTEBOOKS := $(sort $(wildcard notebooks/[0-9][0-9]_*.ipynb))
 EXPERIMENTS := $(PYTHON) -m c2r_core.experiments
 EXECUTED  := $(NOTEBOOKS:notebooks/%=runs/default/%)
+TRAINED   := $(addprefix runs/default/language_model/,$(addsuffix -seed-10-reconstruction.json,\
+  baseline c2r ortsae small-baseline))
 SOURCES   := requirements.lock $(shell find c2r_core -name '*.py' -o -name '*.yml')
 PROFILE   ?= default
 DEVICE    ?= cpu
@@ -103,10 +105,17 @@ ifneq ($(PROFILE),default)
 	$(EXPERIMENTS) plan --profile $(PROFILE) --device $(DEVICE)
 	$(EXPERIMENTS) run language_model --profile $(PROFILE) --device $(DEVICE)
 else
-	@$(MAKE) --no-print-directory -j $(SIDE_BY_SIDE) OMP_NUM_THREADS=$(THREADS_EACH) $(EXECUTED)
+	@$(MAKE) --no-print-directory -j $(SIDE_BY_SIDE) OMP_NUM_THREADS=$(THREADS_EACH) $(TRAINED) $(EXECUTED)
 	@$(RUNNER) summary
 endif
 
+# The language model's SAEs take longest: they begin first, and side by side once activations are there.
+$(TRAINED): $(SOURCES) | $(DATA)
+	@$(EXPERIMENTS) run language_model/$(basename $(notdir $@)) --device auto --anew
+	@touch $@
+$(filter-out $(firstword $(TRAINED)),$(TRAINED)): | $(firstword $(TRAINED))
+
+$(filter $(foreach nn,05 12 13 14 15,runs/default/$(nn)_%),$(EXECUTED)): | $(TRAINED)
 runs/default/16_report.ipynb: | $(filter-out %/16_report.ipynb,$(EXECUTED)) # it reads what they compute
 
 runs/default/%.ipynb: notebooks/%.ipynb $(SOURCES) | $(DATA)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -44,6 +45,7 @@ from c2r_core.metrics import use, use_task
 from c2r_core.notebook.tables import paired_seeds
 from c2r_core.saes import ARCHITECTURES, ReLUSAE, create_sae
 from c2r_core.training import REGULARISERS, create_regulariser, train
+from conftest import PROJECT
 
 SMOKE = load_profile("smoke")
 SHORT = SMOKE.model_copy(
@@ -611,3 +613,21 @@ def test_status_run_and_verify(capsys):
     capsys.readouterr()
     __main__.main(["status", "toy", "--profile", "smoke"])
     assert capsys.readouterr().out.splitlines()[1].split() == ["toy", "5", "0", "1", "0"]
+
+
+def test_what_is_computed_anew_goes_beside_what_is_committed():
+    cell = cell_of("toy", "relu-baseline")
+    assert __main__.How("default").folder(replace(cell, profile="default")) == results_dir(
+        "default"
+    )
+    anew = __main__.How("default", anew=True)
+    assert anew.folder(replace(cell, profile="default")) == runs_dir("default")
+
+
+def test_make_trains_every_arm_of_the_language_model_first():
+    makefile = (PROJECT / "Makefile").read_text(encoding="utf-8")
+    listed = re.search(r"^TRAINED .*?\n +(.*?)\)\)$", makefile, re.M | re.S)[1].split()
+    made = {cell.name for cell in cells("language_model", load_profile("default"))}
+    assert {f"{arm}-seed-10-reconstruction" for arm in listed} == {
+        name for name in made if name.endswith("-reconstruction")
+    }

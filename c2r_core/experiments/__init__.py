@@ -44,8 +44,6 @@ again: the weights in profiles.yml were chosen by them once. `make evidence STUD
 MAIN = {
     "toy": ("",),
     "architectures": ("",),
-    "ablations": ("",),
-    "benchmark": ("",),
     "language_model": ("reconstruction", "decoder", "absorption", "assignment_consistency", "use"),
 }
 """What `make reproduce` computes without ALL=1: the cells of a study whose names end so."""

@@ -9,7 +9,10 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, NamedTuple
+
+import torch
 
 from c2r_core.artefacts import cache
 from c2r_core.artefacts.cells import Cell, compute, differing, read_or_compute, state
@@ -24,7 +27,8 @@ def status(studies: Sequence[str], profile: str, as_json: bool = False) -> int:
     """Print how many cells of each study are current, stale or missing, and what made them stale."""
     found = {}
     for study in studies:
-        found[study] = {cell.name: state(cell, _folder(cell)) for cell in _cells(study, profile)}
+        made = _cells(study, profile)
+        found[study] = {cell.name: state(cell, How().folder(cell)) for cell in made}
     if as_json:
         print(json.dumps({s: {n: c._asdict() for n, c in by.items()} for s, by in found.items()}))
         return 0
@@ -66,7 +70,7 @@ def run(studies: Sequence[str], how: How, limit: int | None, minutes: float | No
         nonlocal stopped
         begun = 0
         for cell in _all_cells(studies, how):
-            if state(cell, _folder(cell)).kind != "current":
+            if state(cell, how.folder(cell)).kind != "current":
                 stopped = begun == limit or bool(
                     minutes and time.monotonic() - started > 60 * minutes
                 )
@@ -80,7 +84,7 @@ def run(studies: Sequence[str], how: How, limit: int | None, minutes: float | No
             failed += 1
             line = f"FAILED: {type(found).__name__}: {found}"
         else:
-            line = f"{read_json(cell.file(_folder(cell)))['provenance']['seconds']} s"
+            line = f"{read_json(cell.file(how.folder(cell)))['provenance']['seconds']} s"
         print(f"{cell.study}/{cell.name}: {line}", flush=True)
     if stopped:
         print("stopped at the limit; run it again to go on")
@@ -98,7 +102,7 @@ def verify(studies: Sequence[str], how: How) -> int:
 
     def comparable() -> Iterator[Cell]:
         for cell in _all_cells(studies, how):
-            found = state(cell, _folder(cell))
+            found = state(cell, how.folder(cell))
             if found.kind in ("current", "stale"):
                 yield cell
             else:
@@ -108,18 +112,24 @@ def verify(studies: Sequence[str], how: How) -> int:
         if isinstance(found, Exception):
             report(cell, f"FAILED: {type(found).__name__}: {found}")
         else:
-            kept: Any = read_json(cell.file(_folder(cell)))["values"]
+            kept: Any = read_json(cell.file(how.folder(cell)))["values"]
             report(cell, "; ".join(differing(kept, found)))
     return int(bad > 0)
 
 
 class How(NamedTuple):
-    """Where cells are computed: here, one by one, or on a cluster."""
+    """Where cells are computed, here, one by one, or on a cluster; and where their files go."""
 
     profile: str = "default"
     device: str = "cpu"
     workers: int | None = None
     scheduler: str | None = None
+    anew: bool = False
+
+    def folder(self, cell: Cell) -> Path:
+        """`results/`, or `runs/` for what is computed anew beside what is committed."""
+        is_own = self.anew or cell.profile == "smoke"
+        return runs_dir(cell.profile) if is_own else results_dir(cell.profile)
 
 
 def _computed(waiting: Iterable[Cell], how: How, *, keep: bool) -> Iterator[tuple[Cell, Any]]:
@@ -129,7 +139,8 @@ def _computed(waiting: Iterable[Cell], how: How, *, keep: bool) -> Iterator[tupl
     """
     if how.workers is None and how.scheduler is None:
         for cell in waiting:
-            yield cell, read_or_compute(cell, "commit") if keep else compute(cell)
+            mode = "anew" if how.anew else "commit"
+            yield cell, read_or_compute(cell, mode) if keep else compute(cell)
         return
     from c2r_core.experiments.cluster import computed_on, connected, local_cluster
 
@@ -137,7 +148,7 @@ def _computed(waiting: Iterable[Cell], how: How, *, keep: bool) -> Iterator[tupl
     with cluster as client:
         for cell, found in computed_on(client, waiting):
             if keep and not isinstance(found, Exception):
-                write_json(cell.file(_folder(cell)), found)
+                write_json(cell.file(how.folder(cell)), found)
             yield cell, found if isinstance(found, Exception) else found["values"]
 
 
@@ -155,10 +166,6 @@ def _cells(name: str, profile: str, device: str = "cpu") -> list[Cell]:
     return [by_name[one]] if one else list(by_name.values())
 
 
-def _folder(cell: Cell):
-    return runs_dir(cell.profile) if cell.profile == "smoke" else results_dir(cell.profile)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one of the commands; the exit code says whether all is well."""
     parser = argparse.ArgumentParser(prog="c2r", description=__doc__)
@@ -173,8 +180,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif name == "run":
             command.add_argument("--limit", type=int, help="at most so many cells")
             command.add_argument("--minutes", type=float, help="start no cell after so long")
+            command.add_argument(
+                "--anew", action="store_true", help="into runs/, whatever is committed"
+            )
         if name != "status":
-            command.add_argument("--device", default="cpu", help="of torch, on every worker")
+            help_ = "of torch, on every worker; auto: cuda where there is one here"
+            command.add_argument("--device", default="cpu", help=help_)
             where = command.add_mutually_exclusive_group()
             where.add_argument("--workers", type=int, help="so many processes of this machine")
             where.add_argument("--scheduler", metavar="ADDRESS", help="of a Dask cluster")
@@ -203,10 +214,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         studies.remove("parity")
     if given.workers is not None and given.workers < 1:
         parser.error(f"--workers is {given.workers}; expected at least 1")
-    how = How(given.profile, given.device, given.workers, given.scheduler)
+    device = given.device
+    if device == "auto":  # as the notebooks have it
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    how = How(given.profile, device, given.workers, given.scheduler)
     try:
         if given.command == "run":
-            return run(studies, how, given.limit, given.minutes)
+            return run(studies, how._replace(anew=given.anew), given.limit, given.minutes)
         return verify(studies, how)
     except (MissingExtra, ConnectionError) as error:
         print(f"c2r {given.command}: {error}", file=sys.stderr)
