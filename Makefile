@@ -109,13 +109,14 @@ else
 	@$(RUNNER) summary
 endif
 
-# The language model's SAEs take longest: they begin first, and side by side once activations are there.
+# The language model's SAEs take longest: they begin first, and side by side once activations are there. What
+# takes long and does not need them fills the time, all else comes after them.
 $(TRAINED): $(SOURCES) | $(DATA)
 	@$(EXPERIMENTS) run language_model/$(basename $(notdir $@)) --device auto --anew
 	@touch $@
 $(filter-out $(firstword $(TRAINED)),$(TRAINED)): | $(firstword $(TRAINED))
 
-$(filter $(foreach nn,05 12 13 14 15,runs/default/$(nn)_%),$(EXECUTED)): | $(TRAINED)
+$(filter-out $(foreach nn,00 01 02 03 04 06,runs/default/$(nn)_%),$(EXECUTED)): | $(TRAINED)
 runs/default/16_report.ipynb: | $(filter-out %/16_report.ipynb,$(EXECUTED)) # it reads what they compute
 
 runs/default/%.ipynb: notebooks/%.ipynb $(SOURCES) | $(DATA)
