@@ -1,7 +1,7 @@
 # `make` prints what can be made. Only make and Python 3.11 or later need to be there.
 #   nb/NN        PROFILE=smoke|default|full|paper  SEED=n
 #   setup        TORCH=cpu   PyTorch's CPU build (Linux without a GPU)
-#   reproduce    ALL=1       every result; without it those of notebooks 00 to 07, 10, 12 and 15 that say most
+#   reproduce    ALL=1       every result; without it those of notebooks 00 to 05, 12 and 15 that say most
 #   nbval, test  FRESH=1     start with an empty cache, as CI does
 #   test         SAMPLE=…    results that are computed again and compared (STUDY or STUDY/CELL)
 #   evidence     STUDY=name  one study's results (c2r run --help lists them), PROFILE=…
@@ -110,7 +110,7 @@ else
 endif
 
 # The language model's SAEs take longest: they begin first, and side by side once activations are there. What
-# takes long and does not need them fills the time, all else comes after them.
+# does not need them fills the time, the rest comes after them.
 $(TRAINED): $(SOURCES) | $(DATA)
 	@$(EXPERIMENTS) run language_model/$(basename $(notdir $@)) --device auto --anew
 	@touch $@

@@ -43,7 +43,6 @@ CHOSEN_BEFORE = ("tuning",)
 again: the weights in profiles.yml were chosen by them once. `make evidence STUDY=tuning` runs them."""
 MAIN = {
     "toy": ("",),
-    "architectures": ("",),
     "language_model": ("reconstruction", "decoder", "absorption", "assignment_consistency", "use"),
 }
 """What `make reproduce` computes without ALL=1: the cells of a study whose names end so."""
