@@ -125,7 +125,8 @@ def test_summary_does_not_compare_what_this_run_did_not_measure(tmp_path):
     notebook_with(tmp_path / "runs" / "01_a.ipynb", unmeasured, other)
     text, as_committed = runner.summary(tmp_path / "notebooks", tmp_path / "runs")
     assert as_committed and unmeasured in text
-    notebook_with(tmp_path / "runs" / "01_a.ipynb", unmeasured, other.replace("holds", "FAILS"))
+    elsewhere = other.replace("0.50 [0.40, 0.60]", "0.8 [0.7, 0.9]")
+    notebook_with(tmp_path / "runs" / "01_a.ipynb", unmeasured, elsewhere)
     assert not runner.summary(tmp_path / "notebooks", tmp_path / "runs")[1]
 
 
@@ -135,7 +136,8 @@ def test_summary_does_not_compare_what_this_run_did_not_measure(tmp_path):
         ["[check FAILS] one", CLAIM],
         ["[check holds] one"],
         ["[check holds] one", CLAIM, "[lead] 3"],
-        ["[check holds] one", CLAIM.replace("holds", "FAILS")],
+        ["[check holds] one", CLAIM.replace("0.50 [0.40, 0.60]", "−0.50 [−0.60, −0.40]")],
+        [CLAIM, "[check holds] one", CLAIM],
     ],
 )
 def test_summary_fails_where_a_verdict_is_not_as_committed(tmp_path, executed):
@@ -144,6 +146,16 @@ def test_summary_fails_where_a_verdict_is_not_as_committed(tmp_path, executed):
     text, as_committed = runner.summary(tmp_path / "notebooks", tmp_path / "runs")
     assert not as_committed
     assert "DIFFERS" in text
+
+
+def test_a_verdict_that_another_training_changes_is_not_settled(tmp_path):
+    """Another processor rounds otherwise: an interval that overlaps agrees, whatever the verdict."""
+    changed = CLAIM.replace("holds", "FAILS").replace("0.50 [0.40, 0.60]", "0.2 [−0.10, +0.45]")
+    notebook_with(tmp_path / "notebooks" / "01_a.ipynb", "[check holds] one", CLAIM)
+    notebook_with(tmp_path / "runs" / "01_a.ipynb", "[check holds] one", changed)
+    text, agrees = runner.summary(tmp_path / "notebooks", tmp_path / "runs")
+    assert agrees and "DIFFERS" not in text
+    assert f"  01 committed: {CLAIM}\n     this run: {changed}" in text.partition("not settled.")[2]
 
 
 def test_summary_fails_where_a_notebook_did_not_run(tmp_path):

@@ -27,6 +27,7 @@ _LINE = re.compile(
     rf"^\[(?:(check|guard|claim) (holds|FAILS|{NOT_JUDGED}|{NOT_MEASURED})|(lead))\] (.+)$",
     re.MULTILINE,
 )
+_INTERVAL = re.compile(r"measured [^\s,\[]+ \[([^,\]]+), ([^\]]+)\]")
 _OF = re.compile(rf"^\(({'|'.join(ABOUT)}), ({'|'.join(SUBJECTS)})\) ")
 
 MOST_DIGITS = 6
@@ -87,6 +88,24 @@ class Line(NamedTuple):
     def compared(self) -> str:
         """The line without what was measured."""
         return re.sub(MEASURED, "measured …", self.printed)
+
+    @property
+    def statement(self) -> str:
+        """The line without its verdict and what was measured."""
+        return self.compared.partition("] ")[2]
+
+    @property
+    def subject(self) -> str:
+        """What the line speaks of: its statement without bound and n."""
+        return re.split(r": (?:measured|expected) ", self.statement)[0]
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """The ends of the interval that was printed, or None."""
+        found = _INTERVAL.search(self.text)
+        return (
+            None if found is None else tuple(float(end.replace("−", "-")) for end in found.groups())
+        )
 
     @property
     def about(self) -> tuple[str, str] | None:

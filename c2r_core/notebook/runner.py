@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import sys
 import tempfile
 import time
@@ -94,20 +93,20 @@ def refresh(notebook: Path, work_folder: Path = Path("runs/refresh")) -> None:
 
 
 def summary(committed: Path, executed: Path) -> tuple[str, bool]:
-    """Every verdict and lead, a count of the claims, and whether all is as committed.
+    """Every verdict and lead, a count of the claims, and whether this run agrees with what is committed.
 
-    `committed` is the folder of the notebooks with outputs, `executed` that of the same as just executed. A
-    claim that this run did not measure is printed as such and not compared.
+    `committed` is the folder of the notebooks with outputs, `executed` that of the same as just executed; see
+    `disagreements`.
     """
     lines: list[str] = []
     every: list[Line] = []
-    as_committed = True
+    agrees, unsettled = True, []
     for path in sorted(committed.glob("[0-9][0-9]_*.ipynb")):
         run_path = executed / path.name
         lines.append(f"\n{path.stem}")
         if not run_path.is_file():
             lines.append(f"  not run: {run_path} is missing")
-            as_committed = False
+            agrees = False
             continue
         measured = notebook_files.verdicts(notebook_files.read(run_path))
         every += measured
@@ -116,27 +115,55 @@ def summary(committed: Path, executed: Path) -> tuple[str, bool]:
         if notebook_files.awaits_evidence(was):
             lines.append("  committed without outputs, so there is nothing to compare with")
             continue
-        # What takes a study of its own, such as `make validate`, is not measured by this run.
-        unmeasured = {_subject(line) for line in measured if line.verdict == NOT_MEASURED}
-        now = [line.compared for line in measured if _subject(line) not in unmeasured]
-        before = [
-            line.compared
-            for line in notebook_files.verdicts(was)
-            if _subject(line) not in unmeasured
-        ]
-        for line in sorted(set(before) ^ set(now)):
-            lines.append(f"  DIFFERS, {'committed' if line in before else 'this run'}: {line}")
-        as_committed &= before == now
+        differ, changed = disagreements(notebook_files.verdicts(was), measured)
+        lines += [f"  DIFFERS, {line}" for line in differ]
+        unsettled += [f"  {path.stem[:2]} {line}" for line in changed]
+        agrees &= not differ
         lines.append(f"  notebook {run_path}, numbers {run_path.with_suffix('.json')}")
-    differ = "Some verdicts are NOT as committed: see the lines marked DIFFERS or not run."
-    outcome = "Every verdict is as committed." if as_committed else differ
-    lines += ["", claims_text(every), "", outcome]
-    return "\n".join(lines), as_committed
+    outcome = "This run agrees with what is committed."
+    if not agrees:
+        outcome = "This run does NOT agree with what is committed: see the lines marked DIFFERS or not run."
+    lines += ["", claims_text(every), ""]
+    if unsettled:
+        lines += [UNSETTLED, *unsettled, ""]
+    return "\n".join([*lines, outcome]), agrees
 
 
-def _subject(line: Line) -> str:
-    """What a line speaks of: its text without verdict, measured part, bound and n."""
-    return re.split(r": (?:measured|expected) ", line.compared.partition("] ")[2])[0]
+UNSETTLED = (
+    "Claims whose verdict is another one here, although the two intervals overlap. A training on another\n"
+    "processor, which rounds otherwise, is a new draw: what rests on one of them is not settled."
+)
+
+
+def disagreements(was: Sequence[Line], now: Sequence[Line]) -> tuple[list[str], list[str]]:
+    """What differs between two runs of a notebook, and the claims that are not settled.
+
+    A claim differs where the two intervals have nothing in common. Where they overlap and the verdict
+    changed it is not settled. Every other line differs with its verdict. What takes a study of its own, such
+    as `make validate`, and was not measured by the second run is left out.
+    """
+    unmeasured = {line.subject for line in now if line.verdict == NOT_MEASURED}
+    was, now = ([x for x in lines if x.subject not in unmeasured] for lines in (was, now))
+    of_now = {line.statement: line for line in now if line.interval}
+    differ, unsettled, compared = [], [], set()
+    for line in was:
+        other = of_now.get(line.statement)
+        if line.kind != "claim" or not line.interval or other is None:
+            continue
+        compared.add(line.statement)
+        (low, high), (other_low, other_high) = line.interval, other.interval
+        if max(low, other_low) > min(high, other_high):
+            differ += [f"committed: {line.printed}", f"this run: {other.printed}"]
+        elif line.verdict != other.verdict:
+            unsettled.append(f"committed: {line.printed}\n     this run: {other.printed}")
+    before, after = (
+        [x.compared for x in lines if x.statement not in compared] for lines in (was, now)
+    )
+    for line in sorted(set(before) ^ set(after)):
+        differ.append(f"{'committed' if line in before else 'this run'}: {line}")
+    if before != after and not differ:
+        differ.append("the order or the number of lines")
+    return differ, unsettled
 
 
 def computed_text(executed: Path, committed: Path) -> str:
