@@ -161,7 +161,7 @@ def disagreements(was: Sequence[Line], now: Sequence[Line]) -> tuple[list[str], 
     )
     for line in sorted(set(before) ^ set(after)):
         differ.append(f"{'committed' if line in before else 'this run'}: {line}")
-    if before != after and not differ:
+    if not differ and [x.statement for x in was] != [x.statement for x in now]:
         differ.append("the order or the number of lines")
     return differ, unsettled
 
