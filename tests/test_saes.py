@@ -261,7 +261,9 @@ def test_what_an_sae_was_trained_on_stays_with_it(tmp_path):
     assert fold_norm_factor(loaded).trained_on == loaded.trained_on
     assert open_sae(folder).stated == {"model": "a-model", "steps": "20", "hook_name": "blocks.4"}
     config = json.loads((folder / "config.json").read_text())
-    del config["trained_on"]  # as older versions wrote it
+    for name in ("trained_on", "config_sha256", "weights_sha256"):
+        del config[name]
+    config["format_version"] = 1  # as older versions wrote it
     (folder / "config.json").write_text(json.dumps(config))
     assert load_sae(folder).trained_on == open_sae(folder).stated == {}
     with pytest.raises(ValueError, match="expected text or a number"):
@@ -307,10 +309,15 @@ def test_damaged_folders_are_refused(tmp_path):
     folder = save_sae(make("topk"), tmp_path / "sae")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"d_sae": 41}))
-    with pytest.raises(ValueError, match="does not fit"):
+    with pytest.raises(ValueError, match="config.json is not what was saved"):
         load_sae(folder)
     (folder / "config.json").write_text(json.dumps(config | {"format_version": 99}))
     with pytest.raises(ValueError, match="format version 99"):
+        load_sae(folder)
+    del config["config_sha256"], config["weights_sha256"]
+    config["format_version"] = 1  # from here on nothing is compared but what must fit
+    (folder / "config.json").write_text(json.dumps(config | {"d_sae": 41}))
+    with pytest.raises(ValueError, match="does not fit"):
         load_sae(folder)
     (folder / "config.json").write_text(json.dumps(config | {"unknown": 1}))
     with pytest.raises(ValueError, match="one too many"):

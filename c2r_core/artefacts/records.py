@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import ClassVar, Self
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -33,7 +34,8 @@ class Record:
     def load(cls, folder: Path | str) -> Self:
         """Read what `save` wrote.
 
-        FileNotFoundError if the folder lacks one of the files, ValueError if they are in another format.
+        FileNotFoundError if the folder lacks one of the files, ValueError if they are in another format or
+        cannot be read; the message names the file.
         """
         tensors, others = (
             Path(folder) / f"{cls.FILES}{kind}" for kind in (".safetensors", ".json")
@@ -43,7 +45,15 @@ class Record:
                 raise FileNotFoundError(
                     f"{folder} has no {file.name}; expected a folder written by {cls.__name__}.save."
                 )
-        values = json.loads(others.read_text(encoding="utf-8"))
+        file = others
+        try:
+            values = dict(json.loads(others.read_text(encoding="utf-8")))
+            file = tensors
+            values_of_tensors = load_file(tensors)
+        except (ValueError, TypeError, SafetensorError) as error:
+            raise ValueError(
+                f"{file} is damaged ({error}). Delete {folder} and make it anew."
+            ) from error
         version = values.pop("format_version", None)
         if version != _FORMAT_VERSION:
             raise ValueError(
@@ -51,4 +61,4 @@ class Record:
                 "Make it anew."
             )
         values = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
-        return cls(**load_file(tensors), **values)
+        return cls(**values_of_tensors, **values)

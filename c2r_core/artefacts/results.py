@@ -63,10 +63,10 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """What `write_json` wrote; a ValueError if the file is not JSON."""
+    """What `write_json` wrote; a ValueError that names the file if it is not JSON in UTF-8."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # a UnicodeDecodeError is one too
         raise ValueError(
             f"{path} is not valid JSON ({error}); delete it to make it anew"
         ) from error

@@ -24,6 +24,18 @@ from torch import Tensor, nn
 from c2r_core.formats.inference import Gated, InferenceSAE, JumpReLU, ReLU, TopK, take
 
 CONFIG, WEIGHTS = "config.json", "ae.pt"
+UNREADABLE = (
+    pickle.UnpicklingError,
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    ImportError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""What a damaged pickle raises: it is a program, and the damage may be to any of its commands."""
 
 
 def read(folder: Path, config: Mapping[str, Any]) -> tuple[InferenceSAE, str]:
@@ -40,10 +52,10 @@ def read(folder: Path, config: Mapping[str, Any]) -> tuple[InferenceSAE, str]:
         raise ValueError(f"dict_class is {dict_class!r}; this code reads {', '.join(CLASSES)}.")
     try:
         tensors = torch.load(folder / WEIGHTS, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except UNREADABLE as error:
         raise ValueError(
             f"{folder / WEIGHTS} is damaged, or holds more than tensors, which would run code when "
-            f"read ({str(error).splitlines()[0]})."
+            f"read ({repr(error).splitlines()[0]})."
         ) from error
     if not isinstance(tensors, Mapping) or not all(
         isinstance(tensor, Tensor) for tensor in tensors.values()

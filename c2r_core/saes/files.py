@@ -1,9 +1,14 @@
-"""SAEs by name and on disk: the registry of architectures, saving, loading, folding."""
+"""SAEs by name and on disk: the registry of architectures, saving, loading, folding.
+
+A saved SAE is two files. `config.json` holds the SHA-256 of the other, and one of its own entries, so that
+nothing is loaded that is not what was saved.
+"""
 
 from __future__ import annotations
 
 import copy
 import filecmp
+import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -17,8 +22,12 @@ from safetensors.torch import load_file, save_file
 from c2r_core.artefacts.files import whole_folder
 from c2r_core.saes.base import SAE
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Version 1 had no checksums."""
 CONFIG, WEIGHTS = "config.json", "sae.safetensors"
+OF_CONFIG, OF_WEIGHTS = "config_sha256", "weights_sha256"
+"""Entries of the config: its own checksum (see `_checksum`), and that of the file of weights."""
+RESTORE = "Restore it from a copy, or save the SAE again (overwrite=True)."
 
 ARCHITECTURES: dict[str, type[SAE]] = {}
 
@@ -89,7 +98,9 @@ def save_sae(
     try:
         with whole_folder(folder) as part:
             save_file(state, part / WEIGHTS)
-            (part / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+            config[OF_WEIGHTS] = _file_checksum(part / WEIGHTS)
+            config[OF_CONFIG] = _checksum(config)
+            (part / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             if not overwrite and (folder / WEIGHTS).is_file():
                 if not filecmp.cmp(folder / WEIGHTS, part / WEIGHTS, shallow=False):
                     raise FileExistsError(
@@ -103,15 +114,17 @@ def save_sae(
 
 
 def load_sae(folder: str | Path, device: str | torch.device = "cpu") -> SAE:
-    """Read an SAE that `save_sae` wrote.
+    """Read an SAE that `save_sae` wrote; both files are compared with their checksums.
+
+    Folders of format version 1 have none, and are read as they are.
 
     Raises
     ------
     FileNotFoundError
         If the folder lacks `config.json` or `sae.safetensors`.
     ValueError
-        If the config is damaged, of another format version or architecture, or does not fit the
-        tensors.
+        If a file is not what was saved; the message names it. Also if the config is of another format version
+        or architecture, or does not fit the tensors.
     """
     folder = Path(folder)
     for name in (CONFIG, WEIGHTS):
@@ -119,15 +132,7 @@ def load_sae(folder: str | Path, device: str | torch.device = "cpu") -> SAE:
             raise FileNotFoundError(
                 f"{folder} holds no {name}; expected a folder written by save_sae."
             )
-    try:
-        config = json.loads((folder / CONFIG).read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{folder}/config.json is damaged ({error}).") from error
-    version = config.pop("format_version", None)
-    if version != FORMAT_VERSION:
-        raise ValueError(
-            f"{folder} has format version {version!r}; this code reads {FORMAT_VERSION}."
-        )
+    config = _read_config(folder)
     try:
         norm_factor, trained_on = config.pop("norm_factor"), config.pop("trained_on", {})
         sae = create_sae(**config)
@@ -141,6 +146,46 @@ def load_sae(folder: str | Path, device: str | torch.device = "cpu") -> SAE:
     except (RuntimeError, SafetensorError) as error:
         raise ValueError(f"{folder}/sae.safetensors does not fit config.json: {error}") from error
     return sae.to(device)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """What `create_sae` takes, with norm_factor and trained_on; both files are those that were saved."""
+    file = folder / CONFIG
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:  # no UTF-8, or no JSON
+        raise ValueError(f"{file} is damaged ({error}). {RESTORE}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{file} is no JSON object; expected settings by name. {RESTORE}")
+    version = config.get("format_version")
+    if version not in (1, FORMAT_VERSION):
+        raise ValueError(
+            f"{file} has format version {version!r}; this code reads 1 and {FORMAT_VERSION}."
+        )
+    if version == FORMAT_VERSION:
+        _compare(file, config.pop(OF_CONFIG, None), _checksum(config))
+        _compare(folder / WEIGHTS, config.pop(OF_WEIGHTS), _file_checksum(folder / WEIGHTS))
+    del config["format_version"]
+    return config
+
+
+def _compare(file: Path, stated: object, found: str) -> None:
+    if stated != found:
+        raise ValueError(
+            f"{file} is not what was saved: its SHA-256 should be {stated} and is {found}. It is damaged, or "
+            f"was changed by hand. {RESTORE}"
+        )
+
+
+def _checksum(config: Mapping[str, Any]) -> str:
+    """SHA-256 of JSON's values, whatever the order of their names and the white space."""
+    values = json.loads(json.dumps(config))  # as they are read: names are text, tuples are lists
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def _file_checksum(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def fold_norm_factor(sae: SAE) -> SAE:
