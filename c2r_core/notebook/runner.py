@@ -214,10 +214,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = _arguments(arguments)
     try:
         if given.command == "summary":
-            text, as_committed = summary(given.committed, given.executed)
+            text, agrees = summary(given.committed, given.executed)
             print(text)
             print(f"\n{computed_text(given.executed, results_dir('default'))}")
-            return 0 if as_committed else 1
+            return 0 if agrees else 1
         if given.command == "refresh":
             os.environ.setdefault("C2R_CELLS", "commit")
             for notebook in given.notebooks:
