@@ -28,7 +28,12 @@ from c2r_core.saes import (
 from c2r_core.training import C2R, DivergedError, Orthogonality, TrainConfig, train
 from c2r_core.training.checkpoints import read_checkpoint
 from c2r_core.training.resampling import resample_dead
-from c2r_core.training.update import clip_factors, geometric_median, set_gradients
+from c2r_core.training.update import (
+    clip_factors,
+    geometric_median,
+    in_memory_order,
+    set_gradients,
+)
 
 TREE = FeatureTree(d_in=20, n_parents=2, children_per_parent=2, n_singles=4)
 
@@ -298,7 +303,11 @@ def test_resampling_by_hand():
     before = {name: value.clone() for name, value in sae.state_dict().items()}
     dead = torch.arange(30) < 15
     x[0] = x[0] + 50  # so badly reconstructed that it is drawn nearly always
-    resample_dead(sae, dead, x, optimiser, seed=0)
+    moments = []
+    for parameter in (sae.W_enc, sae.b_enc, sae.W_dec):
+        own = [optimiser.state[parameter][name] for name in ("exp_avg", "exp_avg_sq")]
+        moments += [moment.mT for moment in own] if parameter is sae.W_enc else own
+    resample_dead(sae, dead, x, moments, seed=0)
     to_worst = torch.nn.functional.normalize(x[0] - sae.b_dec, dim=0)
     assert ((sae.W_dec[dead] @ to_worst) > 0.999).sum() >= 14
     length = 0.2 * before["W_enc"][:, ~dead].norm(dim=0).mean()
@@ -356,16 +365,20 @@ def test_geometric_median_resists_an_outlier():
 def test_clipping_bounds_each_sae_of_a_stack():
     p, unused = torch.nn.Parameter(torch.zeros(2, 3)), torch.nn.Parameter(torch.zeros(2, 1))
     gradients = [torch.tensor([[3.0, 4.0, 0.0], [0.3, 0.4, 0.0]]), None]
-    set_gradients([p, unused], gradients, clip_factors(gradients, 1.0, stacked=True))
+    factors = clip_factors(gradients, 1.0, stacked=True)
+    set_gradients([p, unused], [p, unused], gradients, factors)
     torch.testing.assert_close(p.grad, torch.tensor([[0.6, 0.8, 0.0], [0.3, 0.4, 0.0]]))
     assert unused.grad is None
 
 
-def test_gradients_are_laid_out_as_their_parameters():
+def test_gradients_are_laid_out_as_their_parameters_memory():
     p = torch.nn.Parameter(torch.zeros(3, 2).mT)
+    memory = in_memory_order(p)
+    assert memory.shape == (3, 2) and memory.data_ptr() == p.data_ptr()
     for _ in range(2):
-        set_gradients([p], [torch.arange(6.0).reshape(2, 3)], torch.tensor(1.0))
-        assert p.grad.stride() == p.stride() and torch.equal(p.grad.flatten(), torch.arange(6.0))
+        set_gradients([p], [memory], [torch.arange(6.0).reshape(2, 3)], torch.tensor(1.0))
+        assert memory.grad.is_contiguous() and memory.grad.data_ptr() == p.grad.data_ptr()
+        assert torch.equal(p.grad.flatten(), torch.arange(6.0))
 
 
 def test_history_plots_what_it_recorded():

@@ -6,8 +6,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Generator, Tensor
+from torch.autograd.function import once_differentiable
 
-from c2r_core.speed import MIN_SPEED_UP, bfloat16_speed_up
+from c2r_core.speed import MIN_SPEED_UP, bfloat16_speed_up, true_indices
 
 # Candidates for each row of a tile, at most, and pairs whose rows are read at once.
 _CANDIDATES, _PAIRS = 16, 2**12
@@ -88,12 +89,44 @@ def pair_cosines(W_dec: Tensor, index: Tensor) -> Tensor:
     -------
     Tensor, shape (..., d_sae)
     """
-    unit = unit_rows(W_dec)
-    d_sae, d_in = unit.shape[-2:]
-    flat = unit.reshape(-1, d_in)
-    first_row = torch.arange(0, len(flat), d_sae, device=flat.device).reshape(*index.shape[:-1], 1)
-    partners = flat.index_select(0, (index + first_row).flatten())
-    return (flat * partners).sum(-1).reshape(index.shape)
+    d_sae, d_in = W_dec.shape[-2:]
+    first_row = torch.arange(0, index.numel(), d_sae, device=index.device)
+    partners = (index + first_row.reshape(*index.shape[:-1], 1)).flatten()
+    return _PairCosines.apply(W_dec.reshape(-1, d_in), partners).reshape(index.shape)
+
+
+class _PairCosines(torch.autograd.Function):
+    """Cosine of each row with that of its partner: (n, d_in) and (n,) -> (n,).
+
+    A row's gradient is the weighted sum of the rows that it is paired with, by itself or by them, without the
+    part along itself: one sparse product.
+    """
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, partners: Tensor) -> Tensor:
+        unit = unit_rows(rows)
+        cosines = torch.linalg.vecdot(unit, unit.index_select(0, partners))
+        ctx.save_for_backward(rows, unit, partners, cosines)
+        return cosines
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_cosines: Tensor):
+        rows, unit, partners, cosines = ctx.saved_tensors
+        every = torch.arange(len(rows), device=rows.device)
+        of_rows, order = torch.cat([every, partners]).sort(stable=True)
+        across = torch.nn.functional.embedding_bag(
+            torch.cat([partners, every])[order],
+            unit,
+            torch.searchsorted(of_rows, every),
+            mode="sum",
+            per_sample_weights=grad_cosines.repeat(2)[order],
+        )
+        along = torch.zeros_like(cosines)
+        along.index_add_(0, of_rows, (grad_cosines * cosines).repeat(2)[order])
+        norms = torch.linalg.vector_norm(rows, dtype=unit.dtype, dim=1, keepdim=True)
+        gradient = torch.addcmul(across, along.unsqueeze(1), unit, value=-1)
+        return gradient.div_(norms.clamp(min=1e-12)).to(rows.dtype), None
 
 
 def unit_rows(W_dec: Tensor) -> Tensor:
@@ -109,7 +142,7 @@ def check_decoder(W_dec: Tensor) -> Tensor:
             f"W_dec has shape {tuple(W_dec.shape)}; expected (d_sae, d_in), one row per latent, "
             "with d_sae >= 2."
         )
-    if not torch.isfinite(W_dec).all():
+    if not torch.isfinite(W_dec.sum()) and not torch.isfinite(W_dec).all():
         raise ValueError(
             "W_dec holds a NaN or an infinity; the training has diverged: go back to a checkpoint "
             "or lower lr."
@@ -142,30 +175,44 @@ def _search_in_tiles(unit: Tensor, tile: int) -> Neighbours:
 
     The cosines come tile by tile, in a precision that may be rough. A pair stays a candidate while its cosine
     is within `margin` of the best that one of its rows has met, so that no neighbour can be lost. The few
-    that are left in the end are compared in full.
+    that are left in the end are compared in full. Rows go in the order of what a sample gave them: so those
+    of a tile have about the same best, and one pass over the tile, with one number, finds its candidates.
     """
     rough, margin = _rough(unit)
-    best = unit.new_full((len(unit),), -torch.inf)
-    starts, left = range(0, len(unit), tile), []
-    for first in starts:
+    best = _best_of_sample(rough).to(unit.dtype)
+    # In a tile by index, so that of equal partners the first is the lowest.
+    order = torch.cat([rows.sort().values for rows in best.argsort().split(tile)])
+    best, rough, left = best[order], rough.index_select(0, order), []
+    tiles = [slice(first, first + tile) for first in range(0, len(unit), tile)]
+    for n_before, a in enumerate(tiles):
         pairs = []
-        for second in starts[first // tile :]:
-            a, b = slice(first, first + tile), slice(second, second + tile)
+        for b in tiles[n_before:]:
             cosines = rough[a] @ rough[b].mT
-            if first == second:
+            if a == b:
                 cosines.fill_diagonal_(-torch.inf)
-            best[a] = torch.maximum(best[a], cosines.amax(1))
-            best[b] = torch.maximum(best[b], cosines.amax(0))
-            least_a, least_b = ((best[rows] - margin).to(rough.dtype) for rows in (a, b))
-            candidates = ((cosines >= least_a[:, None]) | (cosines >= least_b)).nonzero()
-            if len(candidates) > _CANDIDATES * len(cosines):
+            least = torch.minimum(best[a].min(), best[b].min()) - margin
+            found = true_indices(cosines >= least.to(cosines.dtype))
+            if len(found) > _CANDIDATES * len(cosines):
                 # Nearly all rows are alike here: the best of each is enough.
-                candidates = _best_of(unit[a], unit[b], is_diagonal=first == second)
-            i, j = candidates.unbind(1)
-            pairs.append((i + first, j + second, cosines[i, j].to(best.dtype)))
+                found = _best_of_tile(unit[order[a]], unit[order[b]], is_diagonal=a == b)
+            n_columns, cosine = cosines.shape[1], cosines.flatten()[found].to(best.dtype)
+            i, j = found // n_columns + a.start, found % n_columns + b.start
+            for rows in (i, j):
+                best.scatter_reduce_(0, rows, cosine, "amax")
+            pairs.append((i, j, cosine))
         left = [_still_likely(left + pairs, best - margin)]
     i, j, _ = left[0]
-    return _compared(unit, i, j)
+    return _compared(unit, order[i], order[j])
+
+
+def _best_of_sample(rough: Tensor) -> Tensor:
+    """Each row's largest cosine with the rows of a sample, shape (d_sae,)."""
+    sample = torch.arange(0, len(rough), max(1, round(len(rough) ** 0.5 / 4)), device=rough.device)
+    best = []
+    for rows in torch.arange(len(rough), device=rough.device).split(_PAIRS):
+        cosines = rough[rows] @ rough[sample].mT
+        best.append(cosines.masked_fill_(rows[:, None] == sample, -torch.inf).amax(1))
+    return torch.cat(best)
 
 
 def _rough(unit: Tensor) -> tuple[Tensor, float]:
@@ -181,14 +228,14 @@ def _rough(unit: Tensor) -> tuple[Tensor, float]:
     return unit, 1e-5 if is_exact else 0.02
 
 
-def _best_of(a: Tensor, b: Tensor, *, is_diagonal: bool) -> Tensor:
-    """Pairs (row of a, row of b) of the largest cosine of each row, (n, 2); in float64, on the processor."""
+def _best_of_tile(a: Tensor, b: Tensor, *, is_diagonal: bool) -> Tensor:
+    """Where in a @ b.mT each row's and each column's largest cosine is; in float64, on the processor."""
     cosines = a.cpu().double() @ b.cpu().double().mT
     if is_diagonal:
         cosines.fill_diagonal_(-torch.inf)
     rows, columns = (torch.arange(n) for n in cosines.shape)
-    by_row = torch.stack([rows, cosines.argmax(1)], dim=1)
-    by_column = torch.stack([cosines.argmax(0), columns], dim=1)
+    by_row = rows * len(columns) + cosines.argmax(1)
+    by_column = cosines.argmax(0) * len(columns) + columns
     return torch.cat([by_row, by_column]).to(a.device)
 
 
@@ -204,7 +251,16 @@ def _still_likely(
 def _compared(unit: Tensor, i: Tensor, j: Tensor) -> Neighbours:
     """Each row's best partner among the pairs (i, j), which hold it for every row; ties: the lowest."""
     parts = zip(i.split(_PAIRS), j.split(_PAIRS), strict=True)
-    cosines = torch.cat([torch.linalg.vecdot(unit[a], unit[b]) for a, b in parts]).repeat(2).cpu()
+    cosines = (
+        torch.cat(
+            [
+                torch.linalg.vecdot(unit.index_select(0, a), unit.index_select(0, b))
+                for a, b in parts
+            ]
+        )
+        .repeat(2)
+        .cpu()
+    )
     rows, partners = torch.cat([i, j]).cpu(), torch.cat([j, i]).cpu()
     best = torch.full((len(unit),), -torch.inf, dtype=unit.dtype)
     best = best.scatter_reduce(0, rows, cosines, "amax")

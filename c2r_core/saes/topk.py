@@ -12,6 +12,7 @@ from torch import Tensor
 from c2r_core.saes.base import SAE, StepInput, TrainingLosses, reconstruction_loss
 from c2r_core.saes.files import register
 from c2r_core.saes.sparse import EncodeKept, FeatureActs, SparseActs, decode_sparse
+from c2r_core.speed import true_indices
 
 # The kept activations of a batch are looked for above this share of the threshold.
 _BELOW = 0.9
@@ -87,7 +88,7 @@ class KSparseSAE(SAE):
             centred = x - self.b_dec
         entries = SparseActs(kept_values, kept % self.d_sae, offsets, self.d_sae)
         values = EncodeKept.apply(entries, centred, self.W_enc, self.b_enc, self.b_dec).relu()
-        feature_acts = entries._replace(values=values)
+        feature_acts = entries.with_values(values)
         reconstruction, x_hat = self.reconstruct(x, feature_acts)
         aux_k = torch.zeros_like(reconstruction)
         if dead is not None and dead.any():
@@ -182,7 +183,7 @@ class BatchTopKSAE(KSparseSAE):
 
 def largest_above(values: Tensor, n: int, least: Tensor | float) -> Tensor:
     """As `largest_entries` for one dimension, looking only above `least` where n entries are; exact."""
-    above = (values > least).nonzero()[:, 0]
+    above = true_indices(values > least)
     if not n <= len(above) <= len(values) // 8:
         return largest_entries(values, n)
     return above[values[above].topk(n, sorted=False).indices]

@@ -28,6 +28,7 @@ from c2r_core.artefacts.files import whole_file
 from c2r_core.saes.base import SAE
 from c2r_core.training.config import TrainConfig
 from c2r_core.training.regularisers import Regulariser
+from c2r_core.training.update import in_memory_order
 
 START = "start (hash of the new SAE and the first batch)"
 
@@ -173,27 +174,32 @@ def _link(path: Path, other: Path) -> None:
         shutil.copyfile(path, other)
 
 
-def optimiser_tensors(optimiser: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:
-    """State of an optimiser with one parameter group, as named tensors."""
+def optimiser_tensors(
+    optimiser: torch.optim.Optimizer, named: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """State of an optimiser of the named parameters' memory, as named tensors in the parameters' shapes."""
+    names = list(named)
     return {
-        f"optimiser.{names[index]}.{key}": value
+        f"optimiser.{names[index]}.{key}": in_memory_order(named[names[index]], value)
+        if value.ndim
+        else value
         for index, moments in optimiser.state_dict()["state"].items()
         for key, value in moments.items()
     }
 
 
 def restore_optimiser(
-    optimiser: torch.optim.Optimizer, names: list[str], tensors: dict[str, Tensor]
+    optimiser: torch.optim.Optimizer, named: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
 ) -> None:
     """Inverse of `optimiser_tensors`."""
-    parameters = optimiser.param_groups[0]["params"]
     state: dict[int, dict[str, Tensor]] = {}
-    for index, (name, parameter) in enumerate(zip(names, parameters, strict=True)):
+    for index, (name, parameter) in enumerate(named.items()):
         prefix = f"optimiser.{name}."
         moments = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-        # Fused Adam walks through memory, so a moment must be laid out as its parameter is.
         state[index] = {
-            key: torch.empty_like(parameter).copy_(value) if value.ndim else value
+            key: in_memory_order(parameter, torch.empty_like(parameter).copy_(value))
+            if value.ndim
+            else value
             for key, value in moments.items()
         }
     optimiser.load_state_dict(optimiser.state_dict() | {"state": state})

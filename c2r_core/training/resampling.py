@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Generator, Tensor
 
@@ -12,9 +14,7 @@ ENCODER_SHARE = 0.2
 
 
 @torch.no_grad()
-def resample_dead(
-    sae: SAE, dead: Tensor, x: Tensor, optimiser: torch.optim.Optimizer, seed: int
-) -> None:
+def resample_dead(sae: SAE, dead: Tensor, x: Tensor, moments: Sequence[Tensor], seed: int) -> None:
     """Point each dead latent at a sample, drawn with a probability in proportion to its squared loss.
 
     Its decoder row and encoder column take the sample's direction (from b_dec), the row at the mean norm
@@ -27,8 +27,8 @@ def resample_dead(
         Changed in place.
     dead : Tensor of bool, shape (..., d_sae)
     x : Tensor, shape (..., batch, d_in)
-    optimiser : torch.optim.Adam
-        Of the SAE's parameters; changed in place.
+    moments : sequence of Tensor
+        What Adam remembers of the latents, (..., d_sae) or (..., d_sae, d_in); changed in place.
     seed : int
         Of the draw; each SAE of a stack draws as it would alone.
     """
@@ -47,7 +47,5 @@ def resample_dead(
         rows[own] = directions * rows[live].norm(dim=-1).mean()
         columns[own] = directions * ENCODER_SHARE * columns[live].norm(dim=-1).mean()
         sae.b_enc[i][own] = 0
-        for parameter in (sae.W_dec, sae.W_enc, sae.b_enc):
-            for moment in ("exp_avg", "exp_avg_sq"):
-                values = optimiser.state[parameter][moment][i]
-                (values.mT if parameter is sae.W_enc else values)[own] = 0
+        for moment in moments:
+            moment[i][own] = 0

@@ -37,7 +37,7 @@ def sharded_losses(sae: SAE, step: StepInput) -> TrainingLosses:
         centred = x - sae.b_dec
     entries = SparseActs(kept_values, kept % n_latents, offsets, n_latents)
     values = EncodeKept.apply(entries, centred, sae.W_enc, sae.b_enc, sae.b_dec).relu()
-    feature_acts = entries._replace(values=values)
+    feature_acts = entries.with_values(values)
 
     written = decode_sparse(feature_acts, sae.W_dec)
     if dist.get_rank() == 0:

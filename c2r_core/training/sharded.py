@@ -41,7 +41,7 @@ from c2r_core.training.history import History
 from c2r_core.training.regularisers import C2R, Orthogonality, Regulariser, written_norms
 from c2r_core.training.shard_step import neighbours_of_shard, pair_terms, sharded_losses
 from c2r_core.training.trainer import BatchSource, DivergedError, _divergence, _Run
-from c2r_core.training.update import add_gradients, clip_factors, normalise_rows, set_gradients
+from c2r_core.training.update import clip_factors
 
 SHARDED = ("topk", "batch_topk")
 """Architectures whose latents can be shared out."""
@@ -238,27 +238,8 @@ class _ShardRun(_Run):
                 "but for the latents."
             )
 
-    def take_step(self, x: Tensor) -> None:
-        """As in `_Run`, with the bound on the norm of the gradient of all shards."""
-        sae, config = self.sae, self.config
-        precision = torch.bfloat16 if config.precision == "bfloat16" else None
-        step = StepInput(x, self.step / config.steps, self._dead(), precision)
-        losses = sharded_losses(sae, step)
-        own_loss = losses.total(config.aux_k_coefficient)
-        penalty, penalties = self._penalty(losses)
-        self._check_finite(own_loss + penalty, losses, penalties)
-
-        self.optimiser.param_groups[0]["lr"] = config.lr_at(self.step)
-        gradients = self._gradients(own_loss, retain_graph=bool(penalties))
-        factor = self._clip_factor(gradients)
-        if penalties:
-            gradients = add_gradients(gradients, self._gradients(penalty))
-        set_gradients(self.parameters, gradients, factor)
-        self.optimiser.step()
-        normalise_rows(sae.W_dec)
-        sae.after_step(losses, config.ema_decay)
-        self._count_and_log(x, losses, penalties)
-        self.step += 1
+    def _losses(self, step: StepInput) -> TrainingLosses:
+        return sharded_losses(self.sae, step)
 
     def _penalty(self, losses: TrainingLosses) -> tuple[Tensor | float, dict[str, Tensor]]:
         """As in `_Run`: the value is of all shards, the gradient to the own latents."""
@@ -288,7 +269,8 @@ class _ShardRun(_Run):
         pairs = zip(self.names, found, strict=True)
         return [total(g) if name == "b_dec" and g is not None else g for name, g in pairs]
 
-    def _clip_factor(self, gradients: list[Tensor | None]) -> Tensor:
+    def _clip_factors(self, gradients: Sequence[Tensor | None]) -> Tensor:
+        """By the norm of the gradient of all shards."""
         of_shard = [g for name, g in zip(self.names, gradients, strict=True) if name != "b_dec"]
         squares = total(sum(g.square().sum() for g in of_shard))
         b_dec = gradients[self.names.index("b_dec")]

@@ -29,6 +29,7 @@ from c2r_core.training.update import (
     add_gradients,
     clip_factors,
     geometric_median,
+    in_memory_order,
     normalise_rows,
     set_gradients,
     without_parallel,
@@ -118,8 +119,10 @@ class _Run:
             )
         self.identity = identity(sae, config, self.regularisers, first_batch)
         self.step, self.history = 0, History()
-        self.names, self.parameters = zip(*sae.named_parameters(), strict=True)
-        self.optimiser = torch.optim.Adam(sae.parameters(), lr=config.lr, fused=True)
+        self.named = dict(sae.named_parameters())
+        self.names, self.parameters = tuple(self.named), tuple(self.named.values())
+        self.memory = [in_memory_order(p) for p in self.parameters]
+        self.optimiser = torch.optim.Adam(self.memory, lr=config.lr, fused=True)
         self.revives = config.aux_k_coefficient > 0 and sae.target_l0 is not None
         self.silent_samples = torch.zeros_like(sae.W_dec[..., 0], dtype=torch.long)
         self.last_penalties: dict[str, Tensor] = {}
@@ -148,9 +151,7 @@ class _Run:
     def take_step(self, x: Tensor) -> None:
         sae, config = self.sae, self.config
         precision = torch.bfloat16 if config.precision == "bfloat16" else None
-        losses = sae.training_losses(
-            StepInput(x, self.step / config.steps, self._dead(), precision)
-        )
+        losses = self._losses(StepInput(x, self.step / config.steps, self._dead(), precision))
         own_loss = losses.total(config.aux_k_coefficient)
         self._check_finite(own_loss, losses)
         penalty, penalties = self._penalty(losses)
@@ -159,10 +160,10 @@ class _Run:
         self.optimiser.param_groups[0]["lr"] = config.lr_at(self.step)
         gradients = self._gradients(own_loss, retain_graph=bool(penalties))
         # The bound looks at the SAE's own gradient, so that it never weakens a penalty beside it.
-        factors = clip_factors(gradients, config.clip_norm, stacked=sae.n_stacked is not None)
+        factors = self._clip_factors(gradients)
         if penalties:
             gradients = add_gradients(gradients, self._gradients(penalty))
-        set_gradients(self.parameters, gradients, factors)
+        set_gradients(self.parameters, self.memory, gradients, factors)
         self.optimiser.step()
         if sae.unit_norm_decoder:
             normalise_rows(sae.W_dec)
@@ -170,9 +171,22 @@ class _Run:
         self._count_and_log(x, losses, penalties)
         if config.resamples_after(self.step):
             dead = self.silent_samples >= config.resample_every / 2 * x.shape[-2]
-            resample_dead(sae, dead, x, self.optimiser, mix_seeds(config.seed, self.step))
+            resample_dead(sae, dead, x, self._moments(), mix_seeds(config.seed, self.step))
             self.silent_samples[dead] = 0
         self.step += 1
+
+    def _losses(self, step: StepInput) -> TrainingLosses:
+        return self.sae.training_losses(step)
+
+    def _clip_factors(self, gradients: Sequence[Tensor | None]) -> Tensor:
+        stacked = self.sae.n_stacked is not None
+        return clip_factors(gradients, self.config.clip_norm, stacked=stacked)
+
+    def _moments(self) -> list[Tensor]:
+        """What Adam remembers of each latent, (..., d_sae) or (..., d_sae, d_in)."""
+        by_name = dict(zip(self.names, self.memory, strict=True))
+        states = [self.optimiser.state[by_name[name]] for name in ("W_enc", "b_enc", "W_dec")]
+        return [state[moment] for state in states for moment in ("exp_avg", "exp_avg_sq")]
 
     def _penalty(self, losses: TrainingLosses) -> tuple[Tensor | float, dict[str, Tensor]]:
         """What the regularisers add at this step, and the value of each that acts, by name."""
@@ -262,7 +276,7 @@ class _Run:
             raise DivergedError(_divergence(self.step, {}, self.checkpoint))
         tensors = {f"sae.{name}": tensor for name, tensor in self.sae.state_dict().items()}
         tensors |= {f"penalty.{name}": tensor for name, tensor in self.last_penalties.items()}
-        tensors |= optimiser_tensors(self.optimiser, self.names)
+        tensors |= optimiser_tensors(self.optimiser, self.named)
         tensors["silent_samples"] = self.silent_samples
         state = {"step": self.step, "history": self.history.records, "run": self.identity}
         write_checkpoint(self.checkpoint, tensors, state)
@@ -275,7 +289,7 @@ class _Run:
             return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
         self.sae.load_state_dict(named("sae."))
-        restore_optimiser(self.optimiser, self.names, tensors)
+        restore_optimiser(self.optimiser, self.named, tensors)
         self.last_penalties = named("penalty.")
         self.silent_samples.copy_(tensors["silent_samples"])
         self.step = state["step"]

@@ -55,19 +55,34 @@ def add_gradients(some: Gradients, others: Gradients) -> list[Tensor | None]:
     return [b if a is None else a if b is None else a + b for a, b in pairs]
 
 
-def set_gradients(parameters: Sequence[Tensor], gradients: Gradients, factors: Tensor) -> None:
-    """Give each parameter its gradient times the factor of its SAE, of shape () or (n_stacked,).
+def in_memory_order(parameter: Tensor, tensor: Tensor | None = None) -> Tensor:
+    """A parameter's memory, without gradient, as a tensor that is walked row by row.
 
-    The memory is kept from step to step, and laid out as the parameter's: fused Adam goes by that alone.
+    That of W_enc has a row for each latent, as W_dec has. Fused Adam takes such a tensor as it is, and
+    would copy any other, at every step. `tensor`, of the parameter's shape, is turned as the parameter
+    is; and turned back, given in that order.
     """
-    for p, gradient in zip(parameters, gradients, strict=True):
+    tensor = parameter if tensor is None else tensor
+    is_turned = parameter.ndim > 1 and not parameter.is_contiguous()
+    return tensor.detach().mT if is_turned else tensor.detach()
+
+
+def set_gradients(
+    parameters: Sequence[Tensor], memory: Sequence[Tensor], gradients: Gradients, factors: Tensor
+) -> None:
+    """Give each parameter, and its memory, its gradient times the factor of its SAE.
+
+    factors has the shape () or (n_stacked,). What a gradient takes is kept from step to step.
+    """
+    for p, own, gradient in zip(parameters, memory, gradients, strict=True):
         if gradient is None:
-            p.grad = None
+            own.grad = p.grad = None
             continue
-        if p.grad is None:
-            p.grad = torch.empty_like(p)
-        factor = factors.reshape(factors.shape + (1,) * (p.ndim - factors.ndim))
-        torch.mul(gradient, factor, out=p.grad)
+        if own.grad is None:
+            own.grad = torch.empty_like(own)
+            p.grad = in_memory_order(p, own.grad)
+        factor = factors.reshape(factors.shape + (1,) * (own.ndim - factors.ndim))
+        torch.mul(in_memory_order(p, gradient), factor, out=own.grad)
 
 
 @torch.no_grad()
