@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from c2r_core.artefacts.checksums import of_values
 from c2r_core.data.forward import activations
 from c2r_core.data.harvest import harvest
 from c2r_core.data.language_models import RANDOM, load_language_model
-from c2r_core.data.store import ActivationStore, HarvestConfig
+from c2r_core.data.store import MANIFEST, OF_MANIFEST, ActivationStore, HarvestConfig
 from c2r_core.data.text import Corpus, load_corpus
 
 HOOK = "blocks.0.hook_resid_post"
@@ -39,3 +42,13 @@ def small_store(folder: Path) -> ActivationStore:
 
 def all_activations(store: ActivationStore, model) -> torch.Tensor:
     return activations(model, torch.from_numpy(store.contexts), HOOK).flatten(0, 1)
+
+
+def change_manifest(folder: Path, change: Callable[[dict], object]) -> None:
+    """Change the values of a store's manifest, its checksum with them."""
+    file = folder / MANIFEST
+    values = json.loads(file.read_text(encoding="utf-8"))
+    change(values)
+    values.pop(OF_MANIFEST)
+    values[OF_MANIFEST] = of_values(values)
+    file.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import shutil
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from faults import accepted, flip, some_bits
 from safetensors.torch import save_file
 
 from architectures import make
@@ -26,32 +26,6 @@ from foreign_saes import write_dictionary_learning
 
 TREE = FeatureTree(d_in=20, n_parents=2, children_per_parent=2, n_singles=4)
 CONFIG = TrainConfig(steps=17, lr=5e-3, log_every=4, checkpoint_every=5)
-
-
-def flip(file: Path, bit: int) -> None:
-    content = bytearray(file.read_bytes())
-    content[bit // 8] ^= 1 << bit % 8
-    file.write_bytes(content)
-
-
-def some_bits(file: Path, n: int, *, first_byte: int = 0, end: int | None = None) -> list[int]:
-    bits = range(8 * first_byte, 8 * (end or file.stat().st_size))
-    return random.Random(0).sample(bits, n)
-
-
-def accepted(file: Path, bits, read) -> list[int]:
-    """Those of the bits with which, flipped, the file is read and not refused by its name."""
-    whole, found = file.read_bytes(), []
-    for bit in bits:
-        flip(file, bit)
-        try:
-            read()
-            found.append(bit)
-        except ValueError as error:
-            assert str(file) in str(error), f"bit {bit}: {error!r}"
-        file.write_bytes(whole)
-    read()
-    return found
 
 
 def length_of_header(file: Path) -> int:

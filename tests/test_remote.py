@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-import json
+import shutil
+import tempfile
+from pathlib import Path
 
 import fsspec
 import pytest
 import torch
+from faults import flip
 from fsspec.implementations.memory import MemoryFileSystem
-from stores import small_store
+from stores import change_manifest, small_store
 
 from c2r_core.artefacts import cache
 from c2r_core.data.remote import copy_to, open_remote
 from c2r_core.data.store import KEPT, MANIFEST, TOKENS, ActivationStore
+
+SHARD = {"name": "shard-00000.npy", "n_tokens": 640, "n_bytes": 640 * 128 + 128, "sha256": ""}
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +50,10 @@ def overwrite(url, name, content):
 
 
 def changed_manifest(store, **changes):
-    content = json.loads((store.folder / MANIFEST).read_text())
-    return json.dumps(content | changes).encode()
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copy(store.folder / MANIFEST, folder)
+        change_manifest(Path(folder), lambda values: values.update(changes))
+        return (Path(folder) / MANIFEST).read_bytes()
 
 
 def fetched(monkeypatch):
@@ -96,7 +103,9 @@ def test_a_fetch_that_failed_goes_on_where_it_was(store, url, monkeypatch):
     files, path = remote_file(url, last)
     content = files.cat_file(path)
     overwrite(url, last, content[:-8])
-    with pytest.raises(ValueError, match=f"{last} from .* bytes, the manifest says"):
+    with pytest.raises(
+        ValueError, match=f"{last} from {url} is not what was saved.*copy the store"
+    ):
         open_remote(url)
     overwrite(url, last, content)
     names = fetched(monkeypatch)
@@ -125,21 +134,37 @@ def test_a_missing_file_leaves_no_store(store, url, tmp_path, own):
     assert not list((tmp_path / "cache").glob(f"**/{MANIFEST}"))
 
 
-@pytest.mark.parametrize(("field", "file"), [("n_tokens", TOKENS), ("n_kept", KEPT)])
-def test_tokens_are_checked_too(store, url, field, file):
+@pytest.mark.parametrize("own", [None, "own"])
+@pytest.mark.parametrize("name", [TOKENS, KEPT, "shard-00002.npy"])
+def test_what_changed_on_the_way_is_refused(store, url, tmp_path, own, name):
     copy_to(store.folder, url)
-    wrong = {field: getattr(store.manifest, field) - 1}
-    overwrite(url, MANIFEST, changed_manifest(store, **wrong))
-    with pytest.raises(ValueError, match=f"{file} from .* the manifest says"):
+    content = bytearray((store.folder / name).read_bytes())
+    content[-30] ^= 4
+    overwrite(url, name, bytes(content))
+    with pytest.raises(
+        ValueError, match=f"{name} from {url} is not what was saved.*Fetch it again"
+    ):
+        open_remote(url, own and tmp_path / own)
+    assert not (tmp_path / "own").exists()
+    assert not list((tmp_path / "cache").glob(f"**/{MANIFEST}"))
+
+
+def test_a_damaged_store_is_not_copied(store, url, tmp_path):
+    folder = shutil.copytree(store.folder, tmp_path / "damaged")
+    flip(folder / "shard-00001.npy", 8 * 1000)
+    with pytest.raises(ValueError, match="shard-00001.npy is not what was saved"):
+        copy_to(folder, url)
+    with pytest.raises(FileNotFoundError, match=f"holds no {MANIFEST}"):
         open_remote(url)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format_version": 1}, "format 1; this code reads 2"),
-        ({"shards": [{"name": "../x.npy", "n_tokens": 1, "n_bytes": 1}]}, "outside of its store"),
-        ({"shards": None}, "not that of a store"),
+        ({"format_version": 2}, "format version 2; this code reads 3"),
+        ({"shards": [SHARD | {"name": "../x.npy"}]}, r"named '\.\./x.npy'; expected shard-00000"),
+        ({"shards": None}, "shards is None; expected tuple"),
+        ({"n_tokens": 1}, "n_tokens is 1"),
     ],
 )
 def test_a_strange_manifest_is_refused_before_anything_is_fetched(
@@ -148,7 +173,9 @@ def test_a_strange_manifest_is_refused_before_anything_is_fetched(
     copy_to(store.folder, url)
     overwrite(url, MANIFEST, changed_manifest(store, **changes))
     names = fetched(monkeypatch)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(
+        ValueError, match=f"{url}/{MANIFEST} .*{message}.*copy the store there again"
+    ):
         open_remote(url)
     assert names == []
 

@@ -6,6 +6,8 @@ How contexts are cut, what of them is stored, and which tokens are kept is one r
 
 from __future__ import annotations
 
+import hashlib
+import io
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from importlib.metadata import version
@@ -18,16 +20,19 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from c2r_core.artefacts.checksums import of_file
 from c2r_core.artefacts.files import check_room, whole_folder
 from c2r_core.data.forward import activations, check_hook_name
 from c2r_core.data.language_models import model_fingerprint
 from c2r_core.data.store import (
     KEPT,
+    MANIFEST,
     TOKENS,
     ActivationStore,
     HarvestConfig,
     Manifest,
     Shard,
+    shard_name,
     to_storage,
 )
 from c2r_core.data.text import Corpus
@@ -108,15 +113,16 @@ def harvest(
         check_room(part, n_bytes)
         shards, norms = [], []
         for block in _slices(contexts, max(1, shard_tokens // config.context_size)):
-            path = part / f"shard-{len(shards):05d}.npy"
+            path = part / shard_name(len(shards))
             passes = _slices(block, contexts_per_pass)
             batches = (stored_activations(model, batch, config) for batch in passes)
-            norms += _write_shard(path, batches, (block.size, d_in), config.dtype, bar)
-            shards.append(Shard(path.name, block.size, path.stat().st_size))
+            of_shard, checksum = _write_shard(path, batches, (block.size, d_in), config.dtype, bar)
+            norms += of_shard
+            shards.append(Shard(path.name, block.size, path.stat().st_size, checksum))
         kept, median, factor = _statistics(np.concatenate(norms), config)
         np.save(part / TOKENS, contexts)
         np.save(part / KEPT, kept)
-        Manifest(
+        manifest = Manifest(
             **asdict(config),
             model_name=model.cfg.model_name,
             model_fingerprint=model_fingerprint(model.cfg.model_name),
@@ -130,8 +136,11 @@ def harvest(
             median_norm=median,
             norm_factor=factor,
             shards=tuple(shards),
+            tokens_sha256=of_file(part / TOKENS),
+            kept_sha256=of_file(part / KEPT),
             library_versions={library: version(library) for library in _LIBRARIES},
-        ).write(part)
+        )
+        (part / MANIFEST).write_bytes(manifest.as_bytes())
     return ActivationStore.open(folder)
 
 
@@ -185,18 +194,21 @@ def _slices(array: np.ndarray, size: int) -> Iterator[np.ndarray]:
 
 def _write_shard(
     path: Path, batches: Iterator[Tensor], shape: tuple[int, int], dtype: str, bar: tqdm
-) -> list[np.ndarray]:
-    """Write a .npy file batch by batch; returns the norms of the stored values."""
-    norms = []
+) -> tuple[list[np.ndarray], str]:
+    """Write a .npy file batch by batch; returns the norms of the stored values, and the file's SHA-256."""
+    norms, header = [], io.BytesIO()
+    described = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(header, described)
+    digest = hashlib.sha256(header.getvalue())
     # Plain writes: on a full disk they raise an OSError, where a memory map would kill the process.
     with path.open("wb") as file:
-        header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(file, header)
+        file.write(header.getvalue())
         for stored in batches:
             file.write(stored.numpy().data)
+            digest.update(stored.numpy().data)
             norms.append(row_norms(stored))
             bar.update(len(stored))
-    return norms
+    return norms, digest.hexdigest()
 
 
 def _statistics(norms: np.ndarray, config: HarvestConfig) -> tuple[np.ndarray, float, float]:

@@ -10,15 +10,15 @@ protocols need a package of their own, and take credentials from where that pack
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from c2r_core.artefacts.cache import cached
+from c2r_core.artefacts.checksums import compare, of_file
 from c2r_core.artefacts.files import check_room, whole_file, whole_folder
-from c2r_core.data.store import FORMAT_VERSION, KEPT, MANIFEST, TOKENS, ActivationStore
+from c2r_core.data.store import MANIFEST, ActivationStore, Manifest
 from c2r_core.errors import needs_extra
 
 needs_extra("lm", "fsspec")
@@ -33,7 +33,7 @@ def open_remote(url: str, folder: str | Path | None = None) -> ActivationStore:
     The manifest is read first. Without a `folder` the store is kept in the cache, under the address and the
     manifest: where it is there already nothing else is fetched, and a fetch that was killed goes on with the
     first file that is missing. A folder given appears when all is there; if it holds this store already, it
-    is opened. Sizes are compared with the manifest, contents are not.
+    is opened. What is fetched is compared with its checksum.
 
     Parameters
     ----------
@@ -55,13 +55,15 @@ def open_remote(url: str, folder: str | Path | None = None) -> ActivationStore:
         If the folder holds something else.
     """
     remote = _Remote.at(url)
-    manifest = remote.manifest()
-    if manifest is None:
+    content = remote.manifest()
+    if content is None:
         raise FileNotFoundError(
             f"{url} holds no {MANIFEST}: check the address, or copy a store there with copy_to()."
         )
+    remedy = f"Delete what is at {url}, and copy the store there again."
+    manifest = Manifest.read(content, f"{url}/{MANIFEST}", remedy)
     if folder is None:
-        key = {"url": url, "manifest": hashlib.sha256(manifest).hexdigest()}
+        key = {"url": url, "manifest": hashlib.sha256(content).hexdigest()}
         code = ["c2r_core.data.store:FORMAT_VERSION"]
 
         def fetch(part: Path) -> None:
@@ -69,7 +71,7 @@ def open_remote(url: str, folder: str | Path | None = None) -> ActivationStore:
 
         return ActivationStore.open(cached("remote", key, fetch, code=code, resumable=True))
     own = Path(folder) / MANIFEST
-    if not (own.is_file() and own.read_bytes() == manifest):
+    if not (own.is_file() and own.read_bytes() == content):
         with whole_folder(folder, replace=False) as part:
             remote.fetch(manifest, part)
     return ActivationStore.open(folder)
@@ -90,7 +92,7 @@ def copy_to(store_folder: str | Path, url: str) -> None:
     Raises
     ------
     FileNotFoundError or ValueError
-        If the folder holds no whole store, as `ActivationStore.open` says.
+        If the folder holds no whole store, as `ActivationStore.open` and `check` say.
     ValueError
         If the protocol is unknown, or a file did not arrive in its size.
     ImportError
@@ -99,17 +101,19 @@ def copy_to(store_folder: str | Path, url: str) -> None:
         If there is another store at the address.
     """
     folder, remote = Path(store_folder), _Remote.at(url)
-    ActivationStore.open(folder)
+    store = ActivationStore.open(folder)
     manifest, there = (folder / MANIFEST).read_bytes(), remote.manifest()
     if there == manifest:
         return
     if there is not None:
         raise FileExistsError(f"{url} holds another store: name a new address, or delete that one.")
+    store.check()
+    names = list(store.manifest.checksums())
     remote.files.makedirs(remote.root, exist_ok=True)
-    for name in _names(manifest):
+    for name in names:
         remote.files.put_file(str(folder / name), remote.path(name))
     remote.files.invalidate_cache()
-    for name in _names(manifest):
+    for name in names:
         arrived, n_bytes = remote.files.size(remote.path(name)), (folder / name).stat().st_size
         if arrived != n_bytes:
             raise ValueError(
@@ -151,47 +155,24 @@ class _Remote:
         except FileNotFoundError:
             return None
 
-    def fetch(self, manifest: bytes, folder: Path) -> None:
+    def fetch(self, manifest: Manifest, folder: Path) -> None:
         """Bring all files into a folder, the manifest last; those that are there are not fetched again."""
-        names = _names(manifest)
         for scratch in folder.glob("*.part"):  # of a fetch that was killed
             shutil.rmtree(scratch)
-        missing = [name for name in names if not (folder / name).is_file()]
-        check_room(folder, sum(n_bytes or 0 for n_bytes in (names[name] for name in missing)))
-        for name in missing:
+        checksums = manifest.checksums()
+        missing = {name: checksums[name] for name in checksums if not (folder / name).is_file()}
+        sizes = {shard.name: shard.n_bytes for shard in manifest.shards}
+        check_room(folder, sum(sizes.get(name, 0) for name in missing))
+        for name, checksum in missing.items():
             try:
                 with whole_file(folder / name) as part:
                     self.files.get_file(self.path(name), str(part))
-                    self._check(name, part.stat().st_size, names[name])
+                    remedy = "Fetch it again; if that does not help, copy the store there again."
+                    compare(f"{name} from {self.url}", checksum, of_file(part), remedy)
             except FileNotFoundError as error:
                 raise FileNotFoundError(
                     f"{name} is missing from the store at {self.url}; copy the store there again."
                 ) from error
         with whole_file(folder / MANIFEST) as part:
-            part.write_bytes(manifest)
-        store = ActivationStore.open(folder)
-        self._check(TOKENS, store.contexts.size, store.manifest.n_tokens, "tokens")
-        self._check(KEPT, int(store.kept.sum()), store.manifest.n_kept, "kept tokens")
-
-    def _check(self, name: str, found: int, expected: int | None, what: str = "bytes") -> None:
-        if expected is not None and found != expected:
-            raise ValueError(
-                f"{name} from {self.url} has {found:,} {what}, the manifest says {expected:,}; copy the "
-                "store there again."
-            )
-
-
-def _names(manifest: bytes) -> dict[str, int | None]:
-    """Every file of a store but the manifest, and its size in bytes where the manifest says it."""
-    try:
-        content = json.loads(manifest)
-        version = content["format_version"]
-        shards = {shard["name"]: shard["n_bytes"] for shard in content["shards"]}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"The {MANIFEST} is not that of a store ({error!r}).") from error
-    if version != FORMAT_VERSION:
-        raise ValueError(f"The store has format {version}; this code reads {FORMAT_VERSION}.")
-    outside = [name for name in shards if PurePosixPath(name).name != name or "\\" in name]
-    if outside:
-        raise ValueError(f"The {MANIFEST} names files outside of its store: {outside}.")
-    return {TOKENS: None, KEPT: None, **shards}
+            part.write_bytes(manifest.as_bytes())
+        ActivationStore.open(folder)

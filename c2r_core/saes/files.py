@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import filecmp
-import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from c2r_core.artefacts.checksums import compare, of_file, of_values
 from c2r_core.artefacts.files import whole_folder
 from c2r_core.saes.base import SAE
 
@@ -26,7 +26,7 @@ FORMAT_VERSION = 2
 """Version 1 had no checksums."""
 CONFIG, WEIGHTS = "config.json", "sae.safetensors"
 OF_CONFIG, OF_WEIGHTS = "config_sha256", "weights_sha256"
-"""Entries of the config: its own checksum (see `_checksum`), and that of the file of weights."""
+"""Entries of the config: its own checksum (of its other values), and that of the file of weights."""
 RESTORE = "Restore it from a copy, or save the SAE again (overwrite=True)."
 
 ARCHITECTURES: dict[str, type[SAE]] = {}
@@ -98,8 +98,8 @@ def save_sae(
     try:
         with whole_folder(folder) as part:
             save_file(state, part / WEIGHTS)
-            config[OF_WEIGHTS] = _file_checksum(part / WEIGHTS)
-            config[OF_CONFIG] = _checksum(config)
+            config[OF_WEIGHTS] = of_file(part / WEIGHTS)
+            config[OF_CONFIG] = of_values(config)
             (part / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             if not overwrite and (folder / WEIGHTS).is_file():
                 if not filecmp.cmp(folder / WEIGHTS, part / WEIGHTS, shallow=False):
@@ -163,29 +163,11 @@ def _read_config(folder: Path) -> dict[str, Any]:
             f"{file} has format version {version!r}; this code reads 1 and {FORMAT_VERSION}."
         )
     if version == FORMAT_VERSION:
-        _compare(file, config.pop(OF_CONFIG, None), _checksum(config))
-        _compare(folder / WEIGHTS, config.pop(OF_WEIGHTS), _file_checksum(folder / WEIGHTS))
+        compare(file, config.pop(OF_CONFIG, None), of_values(config), RESTORE)
+        weights = folder / WEIGHTS
+        compare(weights, config.pop(OF_WEIGHTS), of_file(weights), RESTORE)
     del config["format_version"]
     return config
-
-
-def _compare(file: Path, stated: object, found: str) -> None:
-    if stated != found:
-        raise ValueError(
-            f"{file} is not what was saved: its SHA-256 should be {stated} and is {found}. It is damaged, or "
-            f"was changed by hand. {RESTORE}"
-        )
-
-
-def _checksum(config: Mapping[str, Any]) -> str:
-    """SHA-256 of JSON's values, whatever the order of their names and the white space."""
-    values = json.loads(json.dumps(config))  # as they are read: names are text, tuples are lists
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-
-
-def _file_checksum(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def fold_norm_factor(sae: SAE) -> SAE:
