@@ -246,6 +246,7 @@ def test_checkpoints_of_earlier_versions_are_read(tmp_path):
     whole, _ = trained()
     trained(path, stop_at=12)
     tensors, state = read_checkpoint(path)
+    state["run"]["config"]["checkpoint_every"] = CONFIG.checkpoint_every
     save_file(tensors, path, metadata={"state": json.dumps(state)})
     with warnings.catch_warnings(action="error"):
         sae, _ = trained(path)

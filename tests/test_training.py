@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -245,6 +245,43 @@ def test_logging_and_checkpoints_do_not_change_the_result(tmp_path):
         config=small_config(log_every=1, checkpoint_every=1), checkpoint=tmp_path / "c.safetensors"
     )
     assert_same_state(busy, quiet, **EXACT)
+
+
+def test_when_checkpoints_are_written_is_no_part_of_a_run(tmp_path):
+    class Dying(ToyBatches):
+        def __call__(self, step):
+            if step == 8:
+                raise KeyboardInterrupt
+            return super().__call__(step)
+
+    whole, history = run()
+    path, sae = tmp_path / "run.safetensors", BatchTopKSAE(20, 30, k=2)
+    config, how = small_config(checkpoint_every=3), {"checkpoint": path, "progress": False}
+    with pytest.raises(KeyboardInterrupt):
+        train(sae, Dying(TREE, 32, 0), config, [C2R(0.1)], **how)
+    assert read_checkpoint(path)[1]["step"] == 6
+    other = small_config(checkpoint_every=1000, checkpoint_minutes=0.5)
+    resumed, again = run(config=other, checkpoint=path)
+    assert_same_state(resumed, whole, **EXACT)
+    assert again.records == history.records
+    assert other.decides() == small_config().decides()
+    assert replace(other, lr=1e-3).decides() != other.decides()
+    with pytest.raises(ValueError, match="belongs to another training: its config"):
+        run(config=replace(other, lr=1e-3), checkpoint=path)
+
+
+def test_checkpoints_are_due_by_steps_and_by_minutes():
+    config = small_config()  # 12 steps, every 5
+    assert [step for step in range(12) if config.saves_after(step, 1e9)] == [4, 9, 11]
+    timed = replace(config, checkpoint_minutes=0.5)
+    assert timed.saves_after(0, 30.0) and not timed.saves_after(0, 29.9)
+    assert [step for step in range(12) if timed.saves_after(step, 0.0)] == [4, 9, 11]
+
+
+@pytest.mark.parametrize("minutes", [0, -1.0, float("inf"), float("nan")])
+def test_minutes_between_checkpoints_are_positive(minutes):
+    with pytest.raises(ValueError, match="checkpoint_minutes is .*; expected a positive number"):
+        TrainConfig(steps=1, checkpoint_minutes=minutes)
 
 
 def test_a_stack_trains_each_sae_as_if_alone():

@@ -185,7 +185,7 @@ class LanguageModelArm:
 
     def settings(self) -> dict[str, Any]:
         """All that decides the trained SAE, but data and seed: JSON."""
-        return asdict(self)
+        return asdict(self) | {"config": self.config.decides()}
 
     def code(self) -> list[str]:
         """The module of its architecture."""

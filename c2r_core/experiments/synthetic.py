@@ -42,7 +42,7 @@ class Arm:
             "architecture": {"name": self.architecture} | dict(self.arguments),
             "d_sae": self.d_sae,
             "batch_size": self.batch_size,
-            "config": asdict(self.config),
+            "config": self.config.decides(),
             "regulariser": penalty and {"name": penalty.name} | asdict(penalty),
         }
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from c2r_core.artefacts.files import whole_file
 from c2r_core.saes.base import SAE
-from c2r_core.training.config import TrainConfig
+from c2r_core.training.config import DECIDE_NOTHING, TrainConfig
 from c2r_core.training.regularisers import Regulariser
 from c2r_core.training.update import in_memory_order
 
@@ -42,7 +42,7 @@ def identity(
         start.update(_bytes(tensor))
     described = {
         "sae": sae.config | {"n_stacked": sae.n_stacked, "norm_factor": sae.norm_factor},
-        "config": dataclasses.asdict(config),
+        "config": config.decides(),
         "regularisers": [{"name": r.name} | dataclasses.asdict(r) for r in regularisers],
         START: start.hexdigest()[:16],
     }
@@ -51,6 +51,9 @@ def identity(
 
 def check_same_run(path: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
     """Raise a ValueError that names what differs, unless a checkpoint is of this training."""
+    # Earlier versions also wrote down when checkpoints are written.
+    recipe = {k: v for k, v in theirs.get("config", {}).items() if k not in DECIDE_NOTHING}
+    theirs = theirs | {"config": recipe}
     for part in ours:
         if theirs.get(part) != ours[part]:
             hint = " (an SAE that has trained already is not new: create it again)"

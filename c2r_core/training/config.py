@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
+
+DECIDE_NOTHING = ("checkpoint_every", "checkpoint_minutes")
+"""Settings of `TrainConfig` that change no result."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,9 @@ class TrainConfig:
         Random stream of the regularisers (the SAE and the batches carry seeds of their own).
     log_every, checkpoint_every : int
         Steps between entries of the history, and between checkpoints (the last step writes one too).
+    checkpoint_minutes : float or None
+        A checkpoint is also written after the step at which so many minutes have passed since the last one,
+        or since the start: steps of a large SAE may take long. None goes by steps alone.
     """
 
     steps: int
@@ -58,12 +65,16 @@ class TrainConfig:
     seed: int = 0
     log_every: int = 50
     checkpoint_every: int = 200
+    checkpoint_minutes: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("steps", "log_every", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1.")
-        for name in ("lr", "clip_norm", "dead_after", "ema_share"):
+        positive = ["lr", "clip_norm", "dead_after", "ema_share"]
+        if self.checkpoint_minutes is not None:
+            positive.append("checkpoint_minutes")
+        for name in positive:
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} is {getattr(self, name)}; expected a positive number.")
         if not 0 <= self.aux_k_coefficient < float("inf"):
@@ -80,6 +91,10 @@ class TrainConfig:
         if self.precision not in ("float32", "bfloat16"):
             raise ValueError(f"precision is {self.precision!r}; expected 'float32' or 'bfloat16'.")
 
+    def decides(self) -> dict[str, Any]:
+        """All that decides a training's result, by name; when checkpoints are written does not. JSON."""
+        return {name: v for name, v in asdict(self).items() if name not in DECIDE_NOTHING}
+
     def lr_at(self, step: int) -> float:
         """Learning rate of a step: linear warm-up, constant, linear decay to 0."""
         rising = (step + 1) / max(1.0, self.warmup_share * self.steps)
@@ -91,6 +106,12 @@ class TrainConfig:
         done = step + 1
         due = self.resample_every > 0 and done % self.resample_every == 0
         return due and 2 * done <= self.steps
+
+    def saves_after(self, step: int, seconds: float) -> bool:
+        """Whether a checkpoint is written at the end of this step, so many seconds after the last one."""
+        done, minutes = step + 1, self.checkpoint_minutes
+        by_time = minutes is not None and seconds >= 60 * minutes
+        return by_time or done % self.checkpoint_every == 0 or done == self.steps
 
     @property
     def ema_decay(self) -> float:
