@@ -85,7 +85,10 @@ def language_model(name: str, device: str = "cpu") -> TransformerBridge:
     return load_language_model(name, device=device)
 
 
-def _harvest_config(lm: LanguageModelProfile, max_tokens: int | None, device: str) -> HarvestConfig:
+def harvest_config(
+    lm: LanguageModelProfile, max_tokens: int | None, device: str = "cpu"
+) -> HarvestConfig:
+    """How a profile's activations are made: so many tokens of a store, None for a stream."""
     return HarvestConfig(
         hook_name=lm.hook_name,
         context_size=lm.context_size,
@@ -105,7 +108,7 @@ def stored(
     ValueError
         If the corpus has fewer tokens than are asked for.
     """
-    config = _harvest_config(lm, max_tokens, device)
+    config = harvest_config(lm, max_tokens, device)
     key = asdict(config) | {"model": _model(lm.model), "text": corpus.fingerprint}
 
     def build(part: Path) -> None:
@@ -142,7 +145,8 @@ class TrainingStream:
     def settings(self) -> dict[str, Any]:
         """What decides the batches, but their size and seed: JSON."""
         text = training_corpus(self.lm).fingerprint
-        return asdict(self._config()) | {"model": _model(self.lm.model), "text": text}
+        config = asdict(harvest_config(self.lm, None, self.device))
+        return config | {"model": _model(self.lm.model), "text": text}
 
     def batches(self, batch_size: int, seed: int) -> StreamedBatches:
         """Batches straight from the model; errors are those of `StreamedBatches`."""
@@ -151,10 +155,8 @@ class TrainingStream:
         texts = TextStream(corpus.name, lambda: (d.text for d in corpus.documents), **about)
         model = language_model(self.lm.model, self.device)
         chosen = {"batch_size": batch_size, "seed": seed, "repeat": True}
-        return StreamedBatches(model, texts, self._config(), **chosen)
-
-    def _config(self) -> HarvestConfig:
-        return _harvest_config(self.lm, None, self.device)
+        config = harvest_config(self.lm, None, self.device)
+        return StreamedBatches(model, texts, config, **chosen)
 
 
 TrainingData = ActivationStore | TrainingStream

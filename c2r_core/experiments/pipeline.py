@@ -17,12 +17,11 @@ import torch
 from c2r_core.artefacts.profiles import PerformanceProfile
 from c2r_core.data.forward import activations
 from c2r_core.data.harvest import cut_contexts, harvest
-from c2r_core.data.precision import resolve_precision
-from c2r_core.data.store import HarvestConfig
 from c2r_core.data.streaming import StreamedBatches, TextStream
 from c2r_core.data.text import Corpus
 from c2r_core.experiments.language_model import (
     Sources,
+    harvest_config,
     language_model,
     training_corpus,
 )
@@ -50,7 +49,7 @@ def measure_harvest(
     """
     model = language_model(sources.lm.model, device)
     corpus = some_text(training_corpus(sources.lm), sizes.harvest_tokens)
-    config = _config(sources, sizes.harvest_tokens, device)
+    config = harvest_config(sources.lm, sizes.harvest_tokens, device)
     texts = [document.text for document in corpus.documents]
     by_document = list(cut_contexts(model.tokenizer, texts, config.context_size))
     contexts = torch.cat([torch.from_numpy(part) for part in by_document])
@@ -161,21 +160,10 @@ def some_text(corpus: Corpus, n_tokens: int) -> Corpus:
     return replace(corpus, documents=tuple(chosen))
 
 
-def _config(sources: Sources, max_tokens: int | None, device: str = "cpu") -> HarvestConfig:
-    lm = sources.lm
-    return HarvestConfig(
-        hook_name=lm.hook_name,
-        context_size=lm.context_size,
-        max_tokens=max_tokens,
-        drop_norm_ratio=lm.drop_norm_ratio,
-        precision=resolve_precision(lm.precision, device),
-    )
-
-
 def _harvest_once(n_tokens: int, sources: Sources) -> Callable[[], object]:
     model = language_model(sources.lm.model)
     corpus = some_text(training_corpus(sources.lm), n_tokens)
-    config = _config(sources, n_tokens)
+    config = harvest_config(sources.lm, n_tokens)
 
     def run() -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -187,7 +175,7 @@ def _harvest_once(n_tokens: int, sources: Sources) -> Callable[[], object]:
 def _streaming_once(sizes: PerformanceProfile, sources: Sources, seed: int) -> Callable[[], object]:
     model, corpus = language_model(sources.lm.model), training_corpus(sources.lm)
     texts = TextStream(corpus.name, lambda: (document.text for document in corpus.documents))
-    config = _config(sources, None)
+    config = harvest_config(sources.lm, None)
 
     def two_steps(sae: BatchTopKSAE, batch_size: int, buffer_tokens: int) -> None:
         how = {"batch_size": batch_size, "seed": seed, "buffer_tokens": buffer_tokens}

@@ -26,13 +26,13 @@ from torch import Generator, Tensor
 from c2r_core.artefacts.cache import cached
 from c2r_core.artefacts.cells import Cell
 from c2r_core.artefacts.profiles import LanguageModelProfile, Profile, training_seeds
-from c2r_core.data.store import HarvestConfig
 from c2r_core.data.streaming import StreamedBatches, TextStream
 from c2r_core.experiments.language_model import (
     LanguageModelArm,
     Sources,
     TrainingStream,
     arm_of,
+    harvest_config,
     inputs_of,
     language_model,
     training_corpus,
@@ -144,16 +144,10 @@ class Stream:
             lambda: (corpus.documents[i].text for i in order),
             fingerprint=corpus.fingerprint,
         )
-        config = HarvestConfig(
-            hook_name=lm.hook_name,
-            context_size=lm.context_size,
-            drop_norm_ratio=lm.drop_norm_ratio,
-            precision=stack.recipe.config.precision,
-        )
         return StreamedBatches(
             language_model(lm.model, device),
             texts,
-            config,
+            harvest_config(lm, None, device),
             batch_size=stack.recipe.batch_size,
             seed=seed,
             buffer_tokens=self.buffer_tokens,
