@@ -13,7 +13,7 @@ from dataclasses import asdict
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
@@ -47,6 +47,8 @@ _OTHER_BYTES_A_TOKEN = 5
 _TEXTS_TOKENISED_AT_ONCE = 64
 _ROWS_AT_ONCE = 256
 _LIBRARIES = ("torch", "transformers", "transformer_lens", "numpy")
+
+Norms = TypeVar("Norms", np.ndarray, Tensor)
 
 
 def harvest(
@@ -277,13 +279,18 @@ def median_norm(norms: np.ndarray, context_size: int) -> float:
 
 
 def kept_positions(norms: np.ndarray, context_size: int, largest_norm: float) -> np.ndarray:
-    """Which tokens of whole contexts count, by their norms (n,): places, int64, rising.
+    """Which tokens of whole contexts count, by their norms (n,): places, int64, rising; see `is_kept`."""
+    return np.flatnonzero(is_kept(norms.reshape(-1, context_size), largest_norm))
+
+
+def is_kept(norms: Norms, largest_norm: float) -> Norms:
+    """Which tokens count, by their norms (n_contexts, context_size): bool, of the same shape.
 
     The first token of each context is left out, and tokens of a norm over `largest_norm`.
     """
     kept = norms <= largest_norm
-    kept[::context_size] = False
-    return np.flatnonzero(kept)
+    kept[:, 0] = False
+    return kept
 
 
 def norm_factor(norms: np.ndarray) -> float:

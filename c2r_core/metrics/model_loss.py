@@ -29,6 +29,7 @@ from torch import Tensor
 
 from c2r_core.artefacts.records import Record
 from c2r_core.data.forward import activations, log_probs
+from c2r_core.data.harvest import is_kept
 from c2r_core.data.precision import Precision
 from c2r_core.errors import NotEvaluable
 from c2r_core.metrics import metric
@@ -285,10 +286,8 @@ def _mean_activation(
 
 
 def _is_replaced(activation: Tensor, max_norm: float) -> Tensor:
-    """Which tokens of (batch, context, d_in) an SAE may replace; the rule of `harvest`."""
-    is_replaced = activation.float().norm(dim=-1) <= max_norm
-    is_replaced[:, 0] = False
-    return is_replaced
+    """Which tokens of (batch, context, d_in) an SAE may replace: those that a harvest keeps."""
+    return is_kept(activation.float().norm(dim=-1), max_norm)
 
 
 @torch.no_grad()
