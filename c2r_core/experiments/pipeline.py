@@ -163,7 +163,7 @@ def some_text(corpus: Corpus, n_tokens: int) -> Corpus:
 def _harvest_once(n_tokens: int, sources: Sources) -> Callable[[], object]:
     model = language_model(sources.lm.model)
     corpus = some_text(training_corpus(sources.lm), n_tokens)
-    config = harvest_config(sources.lm, n_tokens)
+    config = harvest_config(sources.lm, n_tokens, "cpu")
 
     def run() -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -175,7 +175,7 @@ def _harvest_once(n_tokens: int, sources: Sources) -> Callable[[], object]:
 def _streaming_once(sizes: PerformanceProfile, sources: Sources, seed: int) -> Callable[[], object]:
     model, corpus = language_model(sources.lm.model), training_corpus(sources.lm)
     texts = TextStream(corpus.name, lambda: (document.text for document in corpus.documents))
-    config = harvest_config(sources.lm, None)
+    config = harvest_config(sources.lm, None, "cpu")
 
     def two_steps(sae: BatchTopKSAE, batch_size: int, buffer_tokens: int) -> None:
         how = {"batch_size": batch_size, "seed": seed, "buffer_tokens": buffer_tokens}
