@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import itertools
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -26,7 +27,7 @@ from c2r_core.saes import (
     save_sae,
 )
 from c2r_core.training import C2R, DivergedError, Orthogonality, TrainConfig, train
-from c2r_core.training.checkpoints import read_checkpoint
+from c2r_core.training.checkpoints import read_checkpoint, write_checkpoint
 from c2r_core.training.resampling import resample_dead
 from c2r_core.training.update import (
     clip_factors,
@@ -276,6 +277,24 @@ def test_checkpoints_are_due_by_steps_and_by_minutes():
     timed = replace(config, checkpoint_minutes=0.5)
     assert timed.saves_after(0, 30.0) and not timed.saves_after(0, 29.9)
     assert [step for step in range(12) if timed.saves_after(step, 0.0)] == [4, 9, 11]
+
+
+def test_a_checkpoint_is_written_when_its_minutes_have_passed(tmp_path, monkeypatch):
+    clock, path, saved = itertools.count(step=25.0), tmp_path / "run.safetensors", []
+    own_time = SimpleNamespace(monotonic=lambda: next(clock))
+    monkeypatch.setattr("c2r_core.training.trainer.time", own_time)
+    write = write_checkpoint
+
+    def noted(path, tensors, state):
+        saved.append(state["step"])
+        write(path, tensors, state)
+
+    monkeypatch.setattr("c2r_core.training.trainer.write_checkpoint", noted)
+    # The clock goes on by 25 s each time it is looked at: after every step, and every checkpoint.
+    timed = small_config(checkpoint_every=1000, checkpoint_minutes=1.0)
+    sae, _ = run(config=timed, checkpoint=path)
+    assert saved == [3, 6, 9, 12]
+    assert_same_state(sae, run()[0], **EXACT)
 
 
 @pytest.mark.parametrize("minutes", [0, -1.0, float("inf"), float("nan")])

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -95,7 +96,9 @@ class _SharedRun(_Run):
     def __init__(self, *given: object) -> None:
         super().__init__(*given)
         starts = [None] * dist.get_world_size()
-        dist.all_gather_object(starts, self.identity | {"step": self.step})
+        dist.all_gather_object(
+            starts, self.identity | {"step": self.step, "all": asdict(self.config)}
+        )
         if any(start != starts[0] for start in starts):
             raise ValueError(
                 "The processes start from unlike SAEs, first batches, settings or checkpoints; expected the "
@@ -118,6 +121,9 @@ class _SharedRun(_Run):
 
     def _firings(self, losses: TrainingLosses, x: Tensor) -> tuple[Tensor, int]:
         return firing_counts(losses.feature_acts), len(x) * dist.get_world_size()
+
+    def _agreed(self, seconds: float) -> float:
+        return agreed_seconds(seconds, self)
 
     def save(self) -> None:
         if dist.get_rank() == 0:
@@ -203,6 +209,15 @@ def check_group() -> None:
             "torch.distributed has no process group: call torch.distributed.init_process_group() first, and "
             "start the script with torchrun."
         )
+
+
+def agreed_seconds(seconds: float, run: _Run) -> float:
+    """Those of the first process, so that all write a checkpoint after the same step."""
+    if run.config.checkpoint_minutes is None:
+        return seconds
+    told = torch.tensor(seconds, device=run.sae.W_dec.device)
+    dist.broadcast(told, 0)
+    return told.item()
 
 
 def total(tensor: Tensor) -> Tensor:

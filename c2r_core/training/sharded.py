@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -36,7 +37,7 @@ from c2r_core.saes.files import create_sae
 from c2r_core.saes.sparse import latent_norms
 from c2r_core.training.checkpoints import START
 from c2r_core.training.config import TrainConfig
-from c2r_core.training.distributed import check_group, total
+from c2r_core.training.distributed import agreed_seconds, check_group, total
 from c2r_core.training.history import History
 from c2r_core.training.regularisers import C2R, Orthogonality, Regulariser, written_norms
 from c2r_core.training.shard_step import neighbours_of_shard, pair_terms, sharded_losses
@@ -229,7 +230,7 @@ class _ShardRun(_Run):
                     "chunk_size=None, the exact search."
                 )
         start = {part: about for part, about in self.identity.items() if part != START}
-        start |= {"step": self.step, "b_dec": self.sae.b_dec.tolist()}
+        start |= {"step": self.step, "b_dec": self.sae.b_dec.tolist(), "all": asdict(self.config)}
         starts = [None] * dist.get_world_size()
         dist.all_gather_object(starts, start)
         if any(other != start for other in starts):
@@ -286,6 +287,9 @@ class _ShardRun(_Run):
         super()._count_and_log(x, losses, penalties)
         for record in records[before:]:
             record["l0"] = total(x.new_tensor(record["l0"], dtype=torch.float64)).item()
+
+    def _agreed(self, seconds: float) -> float:
+        return agreed_seconds(seconds, self)
 
     def save(self) -> None:
         if self.checkpoint is None:

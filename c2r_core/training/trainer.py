@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -67,9 +68,9 @@ def train(
     regularisers : sequence of Regulariser
         Penalties to add, such as C2R(weight=...).
     checkpoint : path, optional
-        File to write the state to every config.checkpoint_every steps and at the end. If it exists,
-        training goes on from it, and ends with the same SAE as if it had never stopped (to the bit on a
-        CPU; a GPU adds in changing order).
+        File to write the state to every config.checkpoint_every steps or checkpoint_minutes, and at the end.
+        If it exists, training goes on from it, and ends with the same SAE as if it had never stopped (to the
+        bit on a CPU; a GPU adds in changing order).
     progress : bool
         Show a progress bar.
 
@@ -140,13 +141,18 @@ class _Run:
 
     def to_the_end(self, progress: bool) -> History:
         """Take the steps that are left."""
-        config = self.config
+        config, saved_at = self.config, time.monotonic()
         steps = range(self.step, config.steps)
         for step in tqdm(steps, initial=self.step, total=config.steps, disable=not progress):
             self.take_step(self.batch(step))
-            if self.step % config.checkpoint_every == 0 or self.step == config.steps:
+            if config.saves_after(step, self._agreed(time.monotonic() - saved_at)):
                 self.save()
+                saved_at = time.monotonic()
         return self.history
+
+    def _agreed(self, seconds: float) -> float:
+        """The seconds by which checkpoints are due; where several processes train, the same in each."""
+        return seconds
 
     def take_step(self, x: Tensor) -> None:
         sae, config = self.sae, self.config
