@@ -195,7 +195,10 @@ def _search_in_tiles(unit: Tensor, tile: int) -> Neighbours:
             if len(found) > _CANDIDATES * len(cosines):
                 # Nearly all rows are alike here: the best of each is enough.
                 found = _best_of_tile(unit[order[a]], unit[order[b]], is_diagonal=a == b)
-            n_columns, cosine = cosines.shape[1], cosines.flatten()[found].to(best.dtype)
+            n_columns, cosine = (
+                cosines.shape[1],
+                cosines.flatten().index_select(0, found).to(best.dtype),
+            )
             i, j = found // n_columns + a.start, found % n_columns + b.start
             for rows in (i, j):
                 best.scatter_reduce_(0, rows, cosine, "amax")

@@ -70,7 +70,8 @@ class SparseActs:
         """The same entries latent by latent; sorted once, for all products that need it."""
         latents, order = self.latents.sort(stable=True)
         every = torch.arange(self.d_sae, device=latents.device)
-        return ByLatent(order, self.samples[order], torch.searchsorted(latents, every))
+        starts = torch.searchsorted(latents, every)
+        return ByLatent(order, self.samples.index_select(0, order), starts)
 
     def with_values(self, values: Tensor) -> SparseActs:
         """Other values of the same entries; what is known of where these are is kept."""
@@ -174,7 +175,7 @@ class EncodeKept(torch.autograd.Function):
 def sum_by_latent(feature_acts: SparseActs, x: Tensor) -> Tensor:
     """feature_acts.to_dense().T @ x, shape (d_sae, d_in), from the stored entries; x (batch, d_in)."""
     order, samples, offsets = feature_acts.by_latent
-    values = feature_acts.values[order]
+    values = feature_acts.values.index_select(0, order)
     return F.embedding_bag(samples, x, offsets, mode="sum", per_sample_weights=values)
 
 

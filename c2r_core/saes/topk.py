@@ -81,7 +81,7 @@ class KSparseSAE(SAE):
         with torch.no_grad():
             pre_acts = self.pre_acts(x, step.precision)
             kept = self.keep(pre_acts, self._k_at(step.progress)).sort().values  # sample by sample
-            kept_values = pre_acts.flatten()[kept].to(x.dtype)
+            kept_values = pre_acts.flatten().index_select(0, kept).to(x.dtype)
             offsets = torch.searchsorted(
                 kept, torch.arange(0, pre_acts.numel(), self.d_sae, device=x.device)
             )
@@ -186,7 +186,9 @@ def largest_above(values: Tensor, n: int, least: Tensor | float) -> Tensor:
     above = true_indices(values > least)
     if not n <= len(above) <= len(values) // 8:
         return largest_entries(values, n)
-    return above[values[above].topk(n, sorted=False).indices]
+    # On a CPU index_select takes a quarter of the time of [].
+    best = values.index_select(0, above).topk(n, sorted=False).indices
+    return above.index_select(0, best)
 
 
 def largest_entries(values: Tensor, n: int, group: int = 16) -> Tensor:

@@ -31,7 +31,7 @@ def sharded_losses(sae: SAE, step: StepInput) -> TrainingLosses:
         else:
             kept = _among_largest(pre_acts.flatten().unsqueeze(0), k * len(x))
         kept = kept.sort().values  # sample by sample
-        kept_values = pre_acts.flatten()[kept].to(x.dtype)
+        kept_values = pre_acts.flatten().index_select(0, kept).to(x.dtype)
         starts = torch.arange(0, pre_acts.numel(), n_latents, device=x.device)
         offsets = torch.searchsorted(kept, starts)
         centred = x - sae.b_dec
