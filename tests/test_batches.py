@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
 import torch
 from stores import HOOK, small_store
 
 from c2r_core.artefacts.paths import data_dir
-from c2r_core.data.batches import StoreBatches, ToyBatches
+from c2r_core.data.batches import Prefetched, StoreBatches, ToyBatches
 from c2r_core.data.language_models import RANDOM, SMOLLM2
 from c2r_core.data.toy import FeatureTree
 
@@ -68,3 +70,41 @@ def test_batches_say_what_they_are_made_of(store) -> None:
     toys = ToyBatches(tree, 8)
     assert toys.norm_factor == tree.norm_factor
     assert toys.trained_on == {"features": repr(tree)} and "n_parents=2" in repr(tree)
+
+
+def test_prefetched_batches_are_the_same_and_are_there_before_they_are_asked_for():
+    batches = ToyBatches(
+        FeatureTree(d_in=20, n_parents=2, children_per_parent=2, n_singles=4), 8, 3
+    )
+    made, third = [], threading.Event()
+
+    def source(step):
+        made.append((step, threading.current_thread().name))
+        if step == 2:
+            third.set()
+        return batches(step)
+
+    ahead = Prefetched(source, ahead=2)
+    assert torch.equal(ahead(0), batches(0))
+    assert third.wait(timeout=30), "nobody has asked for it yet"
+    for step in (1, 2, 7, 8, 0):
+        assert torch.equal(ahead(step), batches(step))
+    steps, threads = zip(*made, strict=True)
+    assert steps[:3] == (0, 1, 2) and all(name.startswith("prefetched") for name in threads)
+
+
+def test_prefetched_batches_know_what_their_source_knows_and_fail_where_it_does():
+    def source(step):
+        if step > 1:
+            raise OSError(f"disk gone at {step}")
+        return torch.zeros(2, 3)
+
+    ahead = Prefetched(source)
+    assert getattr(ahead, "norm_factor", None) is None
+    assert ahead(0).shape == ahead(1).shape == (2, 3)
+    with pytest.raises(OSError, match="disk gone at 2"):
+        ahead(2)
+    source.norm_factor = 0.5
+    assert ahead.norm_factor == 0.5
+    with pytest.raises(ValueError, match="ahead is 0; expected at least 1"):
+        Prefetched(source, ahead=0)

@@ -5,10 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 import sys
-import time
-import traceback
 from pathlib import Path
 
 import pytest
@@ -30,7 +27,7 @@ from c2r_core.training import (
     train,
     train_sharded,
 )
-from conftest import PROJECT
+from processes import errors, in_processes, run_file
 
 CASES = {
     "c2r": ("batch_topk", [C2R(0.3)]),
@@ -118,36 +115,19 @@ def worker(folder: Path, cases: list[str]) -> None:
             save_sae(whole, folder / case)
 
 
-def in_processes(folder: Path, n: int, cases: list[str]) -> tuple[list[int], float]:
-    """Exit statuses of n workers, and the seconds until all had ended; errors are in folder/error-RANK."""
-    started, store, children = time.monotonic(), folder / f"store-{time.monotonic_ns()}", []
-    for rank in range(n):
-        children.append(os.fork())
-        if children[-1] == 0:
-            try:
-                dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=n)
-                worker(folder, cases)
-            except BaseException:
-                (folder / f"error-{rank}").write_text(traceback.format_exc())
-                os._exit(1)
-            os._exit(0)
-    statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    return statuses, time.monotonic() - started
-
-
 def scenarios(folder: Path) -> dict:
     """All that takes several processes; they are forked from one, which has read torch once."""
     torch.set_num_threads(1)
     two, four = folder / "two", folder / "four"
     for made in (two, four):
         made.mkdir()
-    found = {"two": in_processes(two, 2, list(CASES))}
+    found = {"two": in_processes(two, 2, lambda: worker(two, list(CASES)))}
     (four / "dies").touch()
-    found["dies"] = in_processes(four, 4, ["c2r"])
+    found["dies"] = in_processes(four, 4, lambda: worker(four, ["c2r"]))
     found["errors"] = [(four / f"error-{rank}").read_text() for rank in (0, 2, 3)]
     (four / "dies").unlink()
     (four / "asked-0").unlink()
-    found["goes on"] = in_processes(four, 4, ["c2r"])
+    found["goes on"] = in_processes(four, 4, lambda: worker(four, ["c2r"]))
     return found
 
 
@@ -155,20 +135,8 @@ def scenarios(folder: Path) -> dict:
 def trained(tmp_path_factory):
     """The folder of all scenarios, and what became of their processes."""
     folder = tmp_path_factory.mktemp("sharded")
-    environment = os.environ | {"PYTHONPATH": f"{PROJECT}{os.pathsep}{PROJECT / 'tests'}"}
-    done = subprocess.run(
-        [sys.executable, __file__, str(folder)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
+    run_file(__file__, folder)
     return folder, json.loads((folder / "found.json").read_text())
-
-
-def errors(folder: Path) -> str:
-    return "\n".join(path.read_text() for path in folder.glob("error-*"))
 
 
 def check(folder: Path, case: str, n: int) -> list[dict]:

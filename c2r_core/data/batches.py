@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -103,3 +105,48 @@ class ToyBatches:
     def _draw(self, seed: int, step: int) -> Tensor:
         generator = torch.Generator().manual_seed(mix_seeds(seed, step))
         return self.features.sample(self.batch_size, generator).x * self.norm_factor
+
+
+class Prefetched:
+    """The batches of another source, made ready in a thread while the training takes its steps.
+
+    It pays where steps run on a GPU and batches come from a disk or a language model. The batches are the
+    same, so a run is too; each takes its memory while it waits.
+
+    Parameters
+    ----------
+    batches : callable
+        batches(step) -> Tensor, as `train` takes it. Only one thread calls it, one step at a time.
+    ahead : int
+        How many batches may wait.
+
+    Raises
+    ------
+    ValueError
+        If `ahead` is below 1.
+    Exception
+        Whatever the source raises, at the step for which it does.
+    """
+
+    def __init__(self, batches: Callable[[int], Tensor], ahead: int = 2) -> None:
+        if ahead < 1:
+            raise ValueError(f"ahead is {ahead}; expected at least 1 batch that is made ready.")
+        self.batches, self.ahead = batches, ahead
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="prefetched")
+        self._waiting: dict[int, Future[Tensor]] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        # norm_factor, trained_on and whatever else the source knows.
+        if name.startswith("__") or name == "batches":
+            raise AttributeError(name)
+        return getattr(self.batches, name)
+
+    def __call__(self, step: int) -> Tensor:
+        """The source's batch of that step."""
+        wanted = range(step, step + 1 + self.ahead)
+        for other in self._waiting.keys() - set(wanted):
+            self._waiting.pop(other).cancel()
+        for one in wanted:
+            if one not in self._waiting:
+                self._waiting[one] = self._thread.submit(self.batches, one)
+        return self._waiting.pop(step).result()

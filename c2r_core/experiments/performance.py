@@ -44,6 +44,9 @@ from c2r_core.training import C2R, TrainConfig, train
 PENALTIES = {"no penalty": 0, "C²R on every step": 1, "C²R on every fifth step": 5}
 """What is timed of a step: how often C²R applies, 0 for never."""
 WEIGHT = 0.3
+WARM_UP = 4
+"""Steps of a new SAE that are not timed: the first keeps more than k, and the next find their threshold and
+their memory. The reference is the same object in all rounds, so it is warm from its first on."""
 
 
 def cells(profile: Profile, seed: int = 0, device: str = "cpu") -> list[Cell]:
@@ -161,8 +164,7 @@ def measure_step(
     def ours(*penalties: C2R) -> float:
         clock = Clock(batches, device)
         own = BatchTopKSAE(sizes.d_in, d_sae, k=sizes.k, seed=seeds[0]).to(device)
-        # The first step keeps more activations than k; so it is left out.
-        config = TrainConfig(steps=n_steps + 1, clip_norm=CLIP_NORM, mean_square_norm=None)
+        config = TrainConfig(steps=n_steps + WARM_UP, clip_norm=CLIP_NORM, mean_square_norm=None)
         train(own, clock, config, list(penalties), progress=False)
         return statistics.mean(clock.last(n_steps))
 
@@ -273,7 +275,7 @@ def saelens_step(
     device = str(batches[0].device)
     config = BatchTopKTrainingSAEConfig(d_in=sizes.d_in, d_sae=d_sae, k=sizes.k, device=device)
     recipe = SAETrainerConfig(
-        total_training_samples=(n_steps + 1) * sizes.batch_size,
+        total_training_samples=(n_steps + WARM_UP) * sizes.batch_size,
         train_batch_size_samples=sizes.batch_size,
         lr=2e-4,
         lr_end=2e-4,
