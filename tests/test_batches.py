@@ -7,12 +7,12 @@ import threading
 import numpy as np
 import pytest
 import torch
-from stores import HOOK, small_store
 
 from c2r_core.artefacts.paths import data_dir
 from c2r_core.data.batches import Prefetched, StoreBatches, ToyBatches
 from c2r_core.data.language_models import RANDOM, SMOLLM2
 from c2r_core.data.toy import FeatureTree
+from stores import HOOK, small_store
 
 pytestmark = pytest.mark.skipif(
     not (data_dir() / SMOLLM2).is_dir(), reason="SmolLM2 is not here; run `make data`"

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from faults import accepted, flip, some_bits
 from safetensors.torch import save_file
 
 from architectures import make
@@ -22,7 +24,10 @@ from c2r_core.formats import open_sae
 from c2r_core.saes import BatchTopKSAE, load_sae, save_sae
 from c2r_core.training import C2R, TrainConfig, train
 from c2r_core.training.checkpoints import read_checkpoint, write_checkpoint
+from conftest import PROJECT
+from faults import accepted, flip, some_bits
 from foreign_saes import write_dictionary_learning
+from processes import environment
 
 TREE = FeatureTree(d_in=20, n_parents=2, children_per_parent=2, n_singles=4)
 CONFIG = TrainConfig(steps=17, lr=5e-3, log_every=4, checkpoint_every=5)
@@ -293,3 +298,14 @@ def test_a_damaged_pickle_is_refused_by_name(tmp_path):
         except ValueError as error:
             assert "ae.pt" in str(error), f"bit {bit}: {error!r}"
         file.write_bytes(whole)
+
+
+# -- all of them, at random moments ----------------------------------------------------------------
+
+
+def test_some_faults_in_real_work_cost_no_more_than_they_may():
+    """A small share of `make faults`."""
+    command = [sys.executable, PROJECT / "tests" / "inject_faults.py", "--share", "0.02"]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"^1[0-9] faults, 0 wrong in silence, at most \d steps", done.stdout, re.M)

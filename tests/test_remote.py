@@ -9,13 +9,13 @@ from pathlib import Path
 import fsspec
 import pytest
 import torch
-from faults import flip
 from fsspec.implementations.memory import MemoryFileSystem
-from stores import change_manifest, small_store
 
 from c2r_core.artefacts import cache
 from c2r_core.data.remote import copy_to, open_remote
 from c2r_core.data.store import KEPT, MANIFEST, TOKENS, ActivationStore
+from faults import flip
+from stores import change_manifest, small_store
 
 SHARD = {"name": "shard-00000.npy", "n_tokens": 640, "n_bytes": 640 * 128 + 128, "sha256": ""}
 

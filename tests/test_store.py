@@ -7,13 +7,13 @@ import json
 import numpy as np
 import pytest
 import torch
-from faults import accepted, flip, some_bits
-from stores import CONTEXT, HOOK, change_manifest, small_store
 
 from c2r_core.artefacts.checksums import of_file
 from c2r_core.artefacts.paths import data_dir
 from c2r_core.data.language_models import RANDOM, SMOLLM2, load_language_model
 from c2r_core.data.store import ActivationStore, HarvestConfig, Manifest
+from faults import accepted, flip, some_bits
+from stores import CONTEXT, HOOK, change_manifest, small_store
 
 pytestmark = pytest.mark.skipif(
     not (data_dir() / SMOLLM2).is_dir(), reason="SmolLM2 is not here; run `make data`"

@@ -9,7 +9,6 @@ from itertools import islice
 
 import pytest
 import torch
-from stores import CONTEXT, HOOK, small_config, small_corpus
 
 from c2r_core import C2R, BatchTopKSAE, TrainConfig, train
 from c2r_core.artefacts.profiles import load_profile
@@ -20,6 +19,7 @@ from c2r_core.data.store import HarvestConfig
 from c2r_core.data.streaming import StreamedBatches, TextStream, open_texts
 from c2r_core.errors import NotEvaluable
 from c2r_core.experiments.language_model import TrainingStream
+from stores import CONTEXT, HOOK, small_config, small_corpus
 
 CONFIG = HarvestConfig(hook_name=HOOK, context_size=CONTEXT, drop_norm_ratio=1.05)
 BLOCK = 12 * CONTEXT
