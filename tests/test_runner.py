@@ -163,3 +163,16 @@ def test_summary_fails_where_a_notebook_did_not_run(tmp_path):
     text, as_committed = runner.summary(tmp_path / "notebooks", tmp_path / "runs")
     assert not as_committed
     assert "not run" in text
+
+
+def test_a_notebook_that_awaits_its_evidence_need_not_run(tmp_path):
+    path = tmp_path / "notebooks" / "01_a.ipynb"
+    notebook_with(path, "[check holds] one")
+    waiting = nbformat.read(path, 4)
+    for cell in waiting.cells:
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+    nbformat.write(waiting, path)
+    text, as_committed = runner.summary(tmp_path / "notebooks", tmp_path / "runs")
+    assert as_committed
+    assert "not run: it waits for results that take long" in text

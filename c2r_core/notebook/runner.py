@@ -104,15 +104,17 @@ def summary(committed: Path, executed: Path) -> tuple[str, bool]:
     for path in sorted(committed.glob("[0-9][0-9]_*.ipynb")):
         run_path = executed / path.name
         lines.append(f"\n{path.stem}")
+        was = notebook_files.read(path)
+        awaits = notebook_files.awaits_evidence(was)
         if not run_path.is_file():
-            lines.append(f"  not run: {run_path} is missing")
-            agrees = False
+            why = "it waits for results that take long" if awaits else f"{run_path} is missing"
+            lines.append(f"  not run: {why}")
+            agrees &= awaits
             continue
         measured = notebook_files.verdicts(notebook_files.read(run_path))
         every += measured
         lines += [f"  {line.printed}" for line in measured]
-        was = notebook_files.read(path)
-        if notebook_files.awaits_evidence(was):
+        if awaits:
             lines.append("  committed without outputs, so there is nothing to compare with")
             continue
         differ, changed = disagreements(notebook_files.verdicts(was), measured)
