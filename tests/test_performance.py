@@ -83,7 +83,7 @@ def test_every_stage_has_its_memory(values, monkeypatch):
     table = performance.memory_table({cell.name: compute(cell) for cell in of_memory})
     assert list(table["stage"]) == ["harvest", "streaming", "evaluation"]
     assert list(table["tokens"]) == ["512", "", "256"] and (table["MiB"] == 1).all()
-    assert run[2]["fvu"] > 0
+    assert run[2].fvu > 0
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
