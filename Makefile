@@ -151,7 +151,7 @@ verify: $(DATA) ## compute every committed result again and compare
 evidence: $(DATA) ## bring the results of every study, or of STUDY, up to date: results/
 	$(EXPERIMENTS) run $(STUDY) --profile $(PROFILE)
 
-validate: $(DATA) ## one study: does assignment consistency predict use? 37 SAEs, an hour
+validate: $(DATA) ## one study: does assignment consistency predict use? 37 SAEs, an hour and a half
 	$(EXPERIMENTS) run validation
 
 blocks: $(DATA) ## one study: in which blocks, at which k, is there absorption to measure?

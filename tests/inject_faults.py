@@ -53,7 +53,6 @@ class Outcome:
 
     fault: str
     tries: int = 0
-    survived: int = 0
     most_steps_lost: int = 0
     silent: list[str] = field(default_factory=list)
     """Wrong results that nobody was told of: what, and in which try."""
@@ -61,9 +60,13 @@ class Outcome:
     def count(self, is_right: bool, what: str = "") -> None:
         """One more try."""
         self.tries += 1
-        self.survived += is_right
         if not is_right:
             self.silent.append(f"try {self.tries}: {what}")
+
+    @property
+    def survived(self) -> int:
+        """Tries after which all was as if nothing had happened."""
+        return self.tries - len(self.silent)
 
 
 @dataclass(frozen=True)
@@ -263,10 +266,10 @@ def damaged_files(world: World) -> Outcome:
     folder = Path(tempfile.mkdtemp(dir=world.folder))
     readers = dict(_readers(folder))
     originals = {file: file.read_bytes() for file in readers}
+    expected = {file: read() for file, read in readers.items()}
     for _ in world.tries(150):
         file = world.chance.choice(sorted(readers))
         read, whole = readers[file], originals[file]
-        expected = read()
         damage = world.chance.choice(["bit", "cut", "swap"])
         if damage == "bit":
             flip(file, world.chance.randrange(8 * len(whole)))
@@ -275,7 +278,7 @@ def damaged_files(world: World) -> Outcome:
         else:
             file.write_bytes(originals[world.chance.choice([o for o in originals if o != file])])
         try:
-            is_right = read() == expected
+            is_right = read() == expected[file]
         except (ValueError, OSError) as error:
             is_right = str(file) in str(error) or str(file.parent) in str(error)
         outcome.count(is_right, f"{damage} of {file.name}")
