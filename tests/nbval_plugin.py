@@ -7,6 +7,7 @@ from pathlib import Path
 
 from c2r_core.notebook import files
 from c2r_core.notebook.runner import KERNEL_ENVIRONMENT
+from tests.forks import fork_kernels
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 NOT_COMPARED = ("text/html", "image/svg+xml")
@@ -16,6 +17,7 @@ NOT_COMPARED = ("text/html", "image/svg+xml")
 def pytest_configure() -> None:
     for name, value in KERNEL_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    fork_kernels()
 
 
 def pytest_report_header() -> list[str]:

@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import errno
 import json
-import multiprocessing
 import os
 import time
 
 import pytest
+from forks import forked
 
 from c2r_core.artefacts.cache import cached, prune
 from c2r_core.artefacts.fingerprints import all_modules
@@ -84,8 +84,7 @@ def _use(build):
 
 def start_processes(build, count):
     """Exit codes of `count` processes that want the same artefact at the same time."""
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=_use, args=(build,)) for _ in range(count)]
+    processes = [forked(_use, build) for _ in range(count)]
     for process in processes:
         process.start()
     for process in processes:

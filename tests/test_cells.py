@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import time
 from dataclasses import replace
 
 import pytest
+from forks import forked
 
 from c2r_core.artefacts.cells import Cell, EditedCellError, differing, look, read_or_compute, state
 from c2r_core.artefacts.results import results_dir, runs_dir
@@ -132,8 +132,7 @@ def _read(folder, code):
 
 
 def test_two_processes_compute_once(folders):
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=_read, args=(folders, None)) for _ in range(2)]
+    processes = [forked(_read, folders, None) for _ in range(2)]
     for process in processes:
         process.start()
     for process in processes:

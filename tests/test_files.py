@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import errno
-import multiprocessing
 import os
 import resource
 import threading
 
 import pytest
+from forks import forked
 
 from c2r_core.artefacts.files import DiskFullError, check_room, whole_file, whole_folder
 
@@ -108,9 +108,7 @@ def _die_half_way(folder, how):
 
 @pytest.mark.parametrize("how", [whole_folder, whole_file])
 def test_what_a_killed_process_left_is_no_ones_and_stays(tmp_path, how):
-    process = multiprocessing.get_context("spawn").Process(
-        target=_die_half_way, args=(tmp_path, how)
-    )
+    process = forked(_die_half_way, tmp_path, how)
     process.start()
     process.join()
     assert process.exitcode == 9

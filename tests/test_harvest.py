@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import resource
 import time
@@ -11,6 +10,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from forks import forked
 
 from c2r_core.artefacts import files
 from c2r_core.artefacts.cache import cached
@@ -254,11 +254,7 @@ def _harvest(room, how) -> None:
 
 @pytest.mark.parametrize("how", ["dies", "same cache entry"])
 def test_killed_and_simultaneous_harvests(model, corpus, tmp_path, how) -> None:
-    context = multiprocessing.get_context("spawn")
-    processes = [
-        context.Process(target=_harvest, args=(tmp_path, how))
-        for _ in range(1 if how == "dies" else 2)
-    ]
+    processes = [forked(_harvest, tmp_path, how) for _ in range(1 if how == "dies" else 2)]
     for process in processes:
         process.start()
     for process in processes:

