@@ -29,7 +29,7 @@ PRELOADED = [
     "torch._dynamo",  # the first step of an optimiser imports it
     "transformer_lens.model_bridge",
 ]
-"""Neither ours, whose imports are under test, nor matplotlib, which settles on import how figures are shown."""
+"""Not ours, whose imports are under test; not matplotlib, which settles on import how figures are shown."""
 
 CAN_FORK = sys.platform == "linux"
 """Elsewhere the system's libraries have threads that do not survive it."""
