@@ -35,7 +35,7 @@ TRAINED   := $(addprefix runs/default/language_model/,$(addsuffix -seed-10-recon
 SOURCES   := requirements.lock $(shell find c2r_core -name '*.py' -o -name '*.yml')
 PROFILE   ?= default
 DEVICE    ?= cpu
-SAMPLE    ?= toy/relu-c2r agreement/baseline-seed-10-seeds
+SAMPLE    ?= toy/relu-c2r scale/arms-of-one-stream
 
 # What every process gets before Python starts. Kept blocks of memory: page faults are slow.
 ifndef OMP_NUM_THREADS
@@ -45,8 +45,7 @@ endif
 # Notebooks, and files of tests, run side by side: small tensors gain nothing from a second thread.
 SIDE_BY_SIDE := $(shell echo $$(( $(OMP_NUM_THREADS) > 4 ? 4 : $(OMP_NUM_THREADS) )))
 THREADS_EACH := $(shell echo $$(( $(OMP_NUM_THREADS) / $(SIDE_BY_SIDE) )))
-TESTS         = OMP_NUM_THREADS=$(THREADS_EACH) $(PYTHON) -m pytest \
-  --dist loadfile --no-loadscope-reorder -n $(SIDE_BY_SIDE)
+TESTS         = OMP_NUM_THREADS=$(THREADS_EACH) $(PYTHON) -m pytest --no-loadscope-reorder -n $(SIDE_BY_SIDE)
 
 HF_HUB_OFFLINE ?= 1
 export OMP_NUM_THREADS HF_HUB_OFFLINE
@@ -95,12 +94,12 @@ lab: $(DATA) ## open the notebooks and the exercises in JupyterLab
 	$(PYTHON) -m jupyterlab
 
 test: $(DATA) ## units, hygiene, every notebook small, then nbval and a sample of the results
-	$(TESTS)
+	$(TESTS) --dist loadgroup
 	@$(MAKE) nbval
 	$(EXPERIMENTS) verify $(SAMPLE)
 
 smoke: $(DATA) ## every notebook under the smoke profile
-	$(TESTS) tests/test_smoke_notebooks.py
+	$(TESTS) --dist loadgroup tests/test_smoke_notebooks.py
 
 reproduce: $(DATA) ## compute the main results here, ALL=1: every one; print every claim. PROFILE=paper: first what is missing
 ifneq ($(PROFILE),default)
@@ -135,7 +134,7 @@ refresh: $(DATA) ## execute the committed notebooks in place; bring results/ up 
 nbval: $(DATA) ## run the committed notebooks again and compare their outputs
 	@$(if $(CI)$(FRESH),rm -rf runs/nbval)
 	C2R_RUNS="$(CURDIR)/runs/nbval" $(if $(CI)$(FRESH),C2R_CACHE="$(CURDIR)/runs/nbval/cache") \
-	  $(TESTS) notebooks --nbval --nbval-current-env -p tests.nbval_plugin \
+	  $(TESTS) --dist loadfile notebooks --nbval --nbval-current-env -p tests.nbval_plugin \
 	    --nbval-sanitize-with tests/nbval_sanitize.cfg
 	@$(if $(CI)$(FRESH),rm -rf runs/nbval)
 

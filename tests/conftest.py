@@ -55,18 +55,25 @@ TINY_CELLS = [
 ]
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest file first, so that of workers side by side none is left with it at the end."""
-    items.sort(key=lambda item: item.path.name != "test_smoke_notebooks.py")
+    """Workers side by side share out the notebooks, then the other files, each with its fixtures, whole."""
+    alone = [item for item in items if item.path.name == "test_smoke_notebooks.py"]
+    others = [item for item in items if item.path.name != "test_smoke_notebooks.py"]
+    for item in others:
+        item.add_marker(pytest.mark.xdist_group(item.path.name))
+    items[:] = alone + others
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Tests and their kernels share one fresh cache and leave the project's folders alone."""
+    """Tests of all workers and their kernels share one fresh cache and leave the project's folders alone."""
+    is_worker = "PYTEST_XDIST_WORKER" in os.environ
+    own = tmp_path_factory.getbasetemp()
+    shared = own.parent if is_worker else own
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("C2R_RESULTS", str(tmp_path_factory.mktemp("results")))
-        patch.setenv("C2R_RUNS", str(tmp_path_factory.mktemp("runs")))
-        patch.setenv("C2R_CACHE", str(tmp_path_factory.mktemp("cache")))
+        for name in ("results", "runs", "cache"):
+            patch.setenv(f"C2R_{name.upper()}", str(shared / name))
         patch.delenv("MPLBACKEND", raising=False)
         yield
 

@@ -59,6 +59,9 @@ def local_cluster(workers: int) -> Iterator[Client]:
             env={"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads} | kept,
             memory_limit=0,
             dashboard_address=None,
+            scheduler_kwargs={
+                "dashboard_address": "127.0.0.1:0"
+            },  # any free port, where others cannot reach it
             silence_logs=logging.CRITICAL,
         ) as cluster,
         Client(cluster) as client,
