@@ -45,7 +45,8 @@ endif
 # Notebooks, and files of tests, run side by side: small tensors gain nothing from a second thread.
 SIDE_BY_SIDE := $(shell echo $$(( $(OMP_NUM_THREADS) > 4 ? 4 : $(OMP_NUM_THREADS) )))
 THREADS_EACH := $(shell echo $$(( $(OMP_NUM_THREADS) / $(SIDE_BY_SIDE) )))
-TESTS         = OMP_NUM_THREADS=$(THREADS_EACH) $(PYTHON) -m pytest --no-loadscope-reorder -n $(SIDE_BY_SIDE)
+TESTS         = OMP_NUM_THREADS=$(THREADS_EACH) $(PYTHON) -m pytest \
+  --dist loadfile --no-loadscope-reorder -n $(SIDE_BY_SIDE)
 
 HF_HUB_OFFLINE ?= 1
 export OMP_NUM_THREADS HF_HUB_OFFLINE
@@ -94,12 +95,12 @@ lab: $(DATA) ## open the notebooks and the exercises in JupyterLab
 	$(PYTHON) -m jupyterlab
 
 test: $(DATA) ## units, hygiene, every notebook small, then nbval and a sample of the results
-	$(TESTS) --dist loadgroup
+	$(TESTS)
 	@$(MAKE) nbval
 	$(EXPERIMENTS) verify $(SAMPLE)
 
 smoke: $(DATA) ## every notebook under the smoke profile
-	$(TESTS) --dist loadgroup tests/test_smoke_notebooks.py
+	$(TESTS) tests/test_smoke_notebooks.py
 
 reproduce: $(DATA) ## compute the main results here, ALL=1: every one; print every claim. PROFILE=paper: first what is missing
 ifneq ($(PROFILE),default)
@@ -134,7 +135,7 @@ refresh: $(DATA) ## execute the committed notebooks in place; bring results/ up 
 nbval: $(DATA) ## run the committed notebooks again and compare their outputs
 	@$(if $(CI)$(FRESH),rm -rf runs/nbval)
 	C2R_RUNS="$(CURDIR)/runs/nbval" $(if $(CI)$(FRESH),C2R_CACHE="$(CURDIR)/runs/nbval/cache") \
-	  $(TESTS) --dist loadfile notebooks --nbval --nbval-current-env -p tests.nbval_plugin \
+	  $(TESTS) notebooks --nbval --nbval-current-env -p tests.nbval_plugin \
 	    --nbval-sanitize-with tests/nbval_sanitize.cfg
 	@$(if $(CI)$(FRESH),rm -rf runs/nbval)
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import nbformat
 import pytest
 from forks import fork_kernels
+from xdist.scheduler import LoadFileScheduling
 
 from c2r_core.data.language_models import load_language_model
 from c2r_core.data.text import Corpus, load_corpus
@@ -17,6 +18,7 @@ from c2r_core.notebook import runner
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
+    from xdist.remote import Producer
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
@@ -55,14 +57,23 @@ TINY_CELLS = [
 ]
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Workers side by side share out the notebooks, then the other files, each with its fixtures, whole."""
-    alone = [item for item in items if item.path.name == "test_smoke_notebooks.py"]
-    others = [item for item in items if item.path.name != "test_smoke_notebooks.py"]
-    for item in others:
-        item.add_marker(pytest.mark.xdist_group(item.path.name))
-    items[:] = alone + others
+    """The longest tests first, so that of workers side by side none is left with one at the end."""
+    items.sort(key=lambda item: not _is_of_a_notebook(item.nodeid))
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadFileScheduling:
+    """Workers side by side share out notebooks one by one, and other files, with their fixtures, whole."""
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return nodeid if _is_of_a_notebook(nodeid) else super()._split_scope(nodeid)
+
+    return Scheduling(config, log)
+
+
+def _is_of_a_notebook(nodeid: str) -> bool:
+    return "test_smoke_notebooks.py" in nodeid
 
 
 @pytest.fixture(scope="session", autouse=True)
