@@ -57,7 +57,7 @@ export PYTHONHASHSEED := 0
 export MALLOC_MMAP_THRESHOLD_ := 8589934592
 export MALLOC_TRIM_THRESHOLD_ := 17179869184
 export MALLOC_TOP_PAD_ := 268435456
-unexport MPLBACKEND
+unexport MPLBACKEND PYTHONDONTWRITEBYTECODE # without bytecode every process would compile torch anew
 
 # Where a notebook's measurements come from: committed results that are current (kept), the main ones computed
 # here (main), all but the tuning that chose the settings (anew), or those that are not current computed and

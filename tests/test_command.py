@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 
@@ -37,24 +36,22 @@ def corpus_folder(few_documents, tmp_path_factory):
     return folder
 
 
-def start(arguments, out, cache):
-    return subprocess.Popen(
-        [sys.executable, "-m", "c2r_core.evaluate", *arguments, "--out", out, "--profile", "smoke"],
-        cwd=PROJECT,
-        env=os.environ | {"C2R_CACHE": str(cache)},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+def _in_a_process(arguments: list[str]) -> int:
+    return subprocess.call([sys.executable, "-m", "c2r_core.evaluate", *arguments], cwd=PROJECT)
 
 
-def test_two_processes_write_the_same_report(folder, corpus_folder, tmp_path):
-    arguments = [folder, "--seed", "3", "--corpus", corpus_folder]
+def test_two_processes_write_the_same_report(folder, corpus_folder, tmp_path, monkeypatch, capfd):
+    """In a process of its own, and here; each has a cache of its own, so that nothing is handed over."""
     files = [tmp_path / "first.json", tmp_path / "second.json"]
-    # Each with a cache of its own, so that nothing is handed over.
-    processes = [start(arguments, file, file.with_suffix("")) for file in files]
-    said = [process.communicate()[0] for process in processes]
-    assert [process.returncode for process in processes] == [command.INCOMPLETE] * 2
+    own = [str(folder), "--seed", "3", "--corpus", str(corpus_folder), "--profile", "smoke"]
+    statuses, said = [], []
+    for file, run in zip(files, (_in_a_process, command.main), strict=True):
+        monkeypatch.setenv("C2R_CACHE", str(file.with_suffix("")))
+        statuses.append(run([*own, "--out", str(file)]))
+        said.append(capfd.readouterr().out.replace(file.name, "the report"))
+    assert statuses == [command.INCOMPLETE] * 2
     assert "absorption: not evaluable. None of the 26 letters" in said[0]
+    assert said[0] == said[1]
     first, second = (file.read_bytes() for file in files)
     assert first == second
     report = json.loads(first)

@@ -7,6 +7,7 @@ import math
 import pandas as pd
 import pytest
 import torch
+from forks import CONTEXT
 
 from c2r_core.artefacts.cells import compute, differing
 from c2r_core.artefacts.profiles import load_profile
@@ -24,7 +25,10 @@ SIZES = SMOKE.performance
 
 @pytest.fixture(scope="module")
 def values():
-    return {cell.name: compute(cell) for cell in cells("performance", SMOKE)}
+    """Memory is measured in forked processes here, which start at once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timing.multiprocessing, "get_context", lambda method: CONTEXT)
+        return {cell.name: compute(cell) for cell in cells("performance", SMOKE)}
 
 
 def test_every_cell_has_times_and_ratios(values):
