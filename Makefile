@@ -1,4 +1,4 @@
-# `make` prints what can be made. Only make and Python 3.11 or later need to be there.
+# `make` prints what can be made. Only make and Python 3.11.5 or later need to be there.
 #   nb/NN        PROFILE=smoke|default|full|paper  SEED=n
 #   setup        TORCH=cpu   PyTorch's CPU build (Linux without a GPU)
 #   reproduce    ALL=1       every result; without it those of notebooks 00 to 05, 12 and 15 that say most
@@ -6,6 +6,7 @@
 #   test         SAMPLE=…    results that are computed again and compared (STUDY or STUDY/CELL)
 #   evidence     STUDY=name  one study's results (c2r run --help lists them), PROFILE=…
 #   lock         UPGRADE=1   take the newest versions that pyproject.toml allows
+#   newest       FILES=…     the tests that are run (all of tests/)
 #   anything     HF_HUB_OFFLINE=0 to let a notebook reach the Hugging Face hub
 
 # This project's conda environment where it is active, else a venv made from the lock.
@@ -21,8 +22,8 @@ DATA   := $(or $(C2R_DATA),data)/.c2r
 
 UV     := $(shell command -v uv 2>/dev/null)
 FOUND  := $(shell for p in python3.11 python3.12 python3.13 python3; do \
-  $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
-BASE    = $(or $(FOUND),$(error Python 3.11 or later is needed, and none was found))
+  $$p -c 'import sys; sys.exit(sys.version_info < (3, 11, 5))' 2>/dev/null && echo $$p && break; done)
+BASE    = $(or $(FOUND),$(error Python 3.11.5 or later is needed, and none was found))
 
 RUNNER    := $(PYTHON) -m c2r_core.notebook.runner
 NOTEBOOKS := $(sort $(wildcard notebooks/[0-9][0-9]_*.ipynb))
@@ -67,11 +68,11 @@ reproduce:  export C2R_CELLS := $(if $(ALL),anew,main)
 refresh bench validate blocks parity evidence: export C2R_CELLS := commit
 
 .PHONY: help setup data lab test smoke reproduce refresh nbval status verify bench parity validate blocks evidence
-.PHONY: docs faults lint lock clean
+.PHONY: docs faults threads lint lock lock-check newest audit clean
 .DELETE_ON_ERROR:
 
 help:
-	@sed -n -e 's,nb/%,nb/NN,' -e 's/^\([a-zA-Z/]*\):.*## /  make \1|/p' Makefile | \
+	@sed -n -e 's,nb/%,nb/NN,' -e 's/^\([a-zA-Z/-]*\):.*## /  make \1|/p' Makefile | \
 	  while IFS='|' read -r target what; do printf '%-18s %s\n' "  $$target" "$$what"; done
 
 setup: $(ENV) ## an environment with the locked versions (venv, filled by uv)
@@ -177,6 +178,9 @@ $(ENV)-docs: $(ENV)
 faults: $(DATA) ## kill, fill, cut and alter real work some 600 times; count what is lost, and wrong in silence
 	OMP_NUM_THREADS=1 $(PYTHON) tests/inject_faults.py
 
+threads: $(ENV) ## is a training the same in another run, and with two threads for one? Some minutes
+	$(PYTHON) tests/compare_threads.py
+
 lint: $(ENV) ## ruff: rules and format
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
@@ -189,5 +193,34 @@ lock: ## resolve pyproject.toml anew, keeping the pins that still fit
 	  | grep -vE '^(pip|nvidia|triton|cuda|-e|#)'; } | LC_ALL=C sort -f > requirements.lock.part
 	mv requirements.lock.part requirements.lock && rm -rf .venv-lock
 
-clean: ## remove the environment, the runs and the cache; data stay
-	rm -rf .venv .venv-lock runs cache
+# soupsieve needs Python 3.11.5, torch macOS 14.
+lock-check: $(ENV) ## does the lock resolve on macOS (ARM) and Linux, under Python 3.11, 3.12 and 3.13? Installs nothing
+	@failed=0; for platform in aarch64-apple-darwin x86_64-unknown-linux-gnu aarch64-unknown-linux-gnu; do \
+	  for version in 3.11.5 3.12 3.13; do \
+	    MACOSX_DEPLOYMENT_TARGET=14.0 $(or $(UV),$(PYTHON) -m uv) pip compile --quiet -o /dev/null \
+	      --python-platform $$platform --python-version $$version --constraints requirements.lock \
+	      --extra dev --extra docs --extra saelens pyproject.toml \
+	    && echo "resolves: $$platform, Python $$version" || failed=1; \
+	  done; \
+	done; exit $$failed
+
+NEWEST := .venv-newest/bin/python
+
+newest: $(DATA) ## the tests with the newest versions that pyproject.toml allows; which differ from the lock
+	$(if $(UV),uv venv --quiet --seed --allow-existing --python $(or $(FOUND),3.11),$(BASE) -m venv) .venv-newest
+	@$(if $(UV),,$(NEWEST) -m pip install --quiet uv)
+	$(or $(UV),$(NEWEST) -m uv) pip install --quiet --upgrade --python $(NEWEST) \
+	  $(if $(TORCH),--torch-backend $(TORCH)) -e '.[dev]'
+	@echo "Other versions than in the lock:"
+	@$(NEWEST) -m pip freeze --all --exclude-editable | sed 's/+.*//' \
+	  | grep -vE '^(pip|nvidia|triton|cuda|setuptools)' | awk -F '==| ;' \
+	    'NR == FNR { locked[$$1] = $$2; next } locked[$$1] != $$2 \
+	     { print "  " $$1 " " $$2 ", locked: " (locked[$$1] ? locked[$$1] : "none"); n++ } END { print n + 0 " in all" }' \
+	    requirements.lock -
+	$(subst $(PYTHON),$(NEWEST),$(TESTS)) $(FILES)
+
+audit: $(ENV) ## known vulnerabilities of the locked versions; needs the network
+	$(or $(UV),$(PYTHON) -m uv) tool run pip-audit==2.10.1 --disable-pip --no-deps --progress-spinner off -r requirements.lock
+
+clean: ## remove the environments, the runs and the cache; data stay
+	rm -rf .venv .venv-lock .venv-newest runs cache

@@ -332,6 +332,12 @@ def test_the_score_is_the_mean_over_splits_and_says_how_far_it_varies(task, prob
     assert alone[0].split_sd_absorption_fraction_score is None
 
 
+def test_probes_of_another_width_are_explained(task, probes):
+    narrow = replace(probes, weights=probes.weights[:, 1:])
+    with pytest.raises(NotEvaluable, match="The probes' weights have shape .*expected rows of 153"):
+        evaluate_first_letter(None, [LetterSplit(task, narrow)])
+
+
 def test_probes_are_saved_and_loaded(task, tmp_path):
     probes = train_letter_probes(task)
     probes.save(tmp_path)

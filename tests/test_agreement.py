@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
+from c2r_core.errors import NotEvaluable
 from c2r_core.metrics.agreement import compare_saes, random_baseline
 from c2r_core.metrics.matching import match_latents
 from c2r_core.saes import TopKSAE
@@ -251,3 +252,11 @@ def test_nothing_to_compare_on_is_an_error():
         compare_saes(sae, sae, [torch.full((3, D_IN), torch.nan)])
     with pytest.raises(ValueError, match="n_draws is 1"):
         compare_saes(sae, sae, [normal(9, D_IN)], n_draws=1)
+
+
+def test_saes_of_two_widths_are_not_compared():
+    a, b = TopKSAE(D_IN, D_SAE, k=5), TopKSAE(D_IN + 1, D_SAE, k=5)
+    with pytest.raises(
+        NotEvaluable, match=f"of widths {D_IN} and {D_IN + 1}; only SAEs of the same"
+    ):
+        compare_saes(a, b, [normal(10, D_IN)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from scipy.sparse import csr_array
 from c2r_core.data.forest import GatedForest
 from c2r_core.data.toy import FeatureTree
 from c2r_core.data.words import LETTERS, FirstLetterTask
+from c2r_core.errors import NotEvaluable
+from c2r_core.metrics import assignment
 from c2r_core.metrics.assignment import (
     VERSION,
     letter_assignment,
@@ -461,3 +464,12 @@ def test_what_cannot_be_measured_is_explained(change, message):
     }
     with pytest.raises(ValueError, match=message):
         measure_assignment(**(arguments | change))
+
+
+def test_a_text_without_letters_to_measure_says_so(monkeypatch):
+    few = SimpleNamespace(n_evaluated=0, concepts=[SimpleNamespace(not_evaluable="no words")] * 26)
+    monkeypatch.setattr(assignment, "letter_splits", lambda inputs: [(None, None)])
+    monkeypatch.setattr(assignment, "letter_acts", lambda inputs: None)
+    monkeypatch.setattr(assignment, "letter_assignment", lambda *_, **__: few)
+    with pytest.raises(NotEvaluable, match="None of the 26 letters could be .* example: no words"):
+        assignment.measure_assignment_consistency(SimpleNamespace(sae=None, seed=0))

@@ -322,3 +322,9 @@ def test_start_takes_threads_from_the_environment(session, monkeypatch):
 def test_start_refuses_wrong_parameters(wrong, message):
     with pytest.raises(ValueError, match=message):
         start(**{"notebook": "00_tiny", "device": "cpu", **wrong})
+
+
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="device 'cuda:1' is not available here"):
+        start(notebook="00_tiny", profile="smoke", seed=0, device="cuda:1")

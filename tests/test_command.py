@@ -117,6 +117,13 @@ def test_without_anything_to_measure_there_is_no_report(
     assert not out.exists()
 
 
+def test_without_an_sae_the_usage_is_shown(capsys):
+    with pytest.raises(SystemExit) as end:
+        command.main([])
+    assert end.value.code == command.NO_REPORT
+    assert "the folder of an SAE is missing" in capsys.readouterr().err
+
+
 def test_an_error_of_the_program_is_no_message(folder, tmp_path, monkeypatch):
     def broken(inputs):
         raise ValueError("operands could not be broadcast together")

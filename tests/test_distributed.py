@@ -170,6 +170,40 @@ def test_what_cannot_be_shared_is_refused(monkeypatch):
             train_distributed(sae, batches(), settings)
 
 
+@pytest.fixture
+def two(monkeypatch):
+    """This process takes itself for the first of two that start alike."""
+
+    def gather(told, own):
+        told[:] = [own, own]
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+
+
+def test_processes_that_start_unlike_are_refused(two, monkeypatch):
+    def gather(told, own):
+        told[:] = [own, own | {"step": 5}]
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    with pytest.raises(ValueError, match="The processes start from unlike SAEs"):
+        run(train_distributed, "relu")
+
+
+@pytest.mark.parametrize("n", [33, 2])
+def test_a_batch_that_cannot_be_divided_is_refused(two, n):
+    with pytest.raises(ValueError, match=f"step 0 has {n} samples; expected a multiple of the 2"):
+        run(train_distributed, "relu", source=lambda step: batches()(step)[:n])
+
+
+def test_a_share_that_keeps_nothing_is_named(two, monkeypatch):
+    monkeypatch.setattr(distributed, "_all_gather", lambda own: [own, torch.full((4,), 9.0)])
+    with pytest.raises(ValueError, match="None of the 4 largest .* share of 2 samples"):
+        distributed._keep(torch.ones(2, 4), 1)
+
+
 def all_trained(folder: Path) -> None:
     """The same from processes that are forked, which takes a third of the time of torchrun."""
     for n, architectures in TRAINED.items():

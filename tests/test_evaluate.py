@@ -24,6 +24,7 @@ from c2r_core.evaluate import (
     evaluate,
     json_schema,
     read_report,
+    strongest_contexts,
     write_report,
 )
 from c2r_core.evaluate.report import NotEvaluated
@@ -316,6 +317,15 @@ def test_two_reports_are_compared(sae, measured):
     assert ratio.winner == ("a" if abs(ratio.a - 1) < abs(ratio.b - 1) else "b")
     assert rows["reconstruction", "l0"].winner == ""
     assert {row.winner for row in compare(reports[0], reports[0])} == {""}
+
+
+def test_a_metric_says_which_report_it_returns():
+    def measure(inputs: Inputs) -> float:
+        return 0.0
+
+    with pytest.raises(TypeError, match="measure returns .*float.* names the dataclass of its rep"):
+        metric("mine", group="own", headline={})(measure)
+    assert "mine" not in METRICS
 
 
 def test_a_full_disk_leaves_the_report_that_was_there(sae, measured, tmp_path, monkeypatch):
@@ -611,3 +621,11 @@ def test_what_the_sae_was_trained_on_is_compared(sae, measured, few_documents):
     with pytest.raises(ValueError, match="the very documents that are held out"):
         after_training_on(held_out.fingerprint)
     sae.trained_on = {}
+
+
+@pytest.mark.parametrize("latent", [-1, D_SAE])
+def test_a_latent_that_is_not_there_is_named(sae, latent):
+    with pytest.raises(
+        ValueError, match=f"latent is {latent}; this SAE has latents 0 to {D_SAE - 1}"
+    ):
+        strongest_contexts(sae, None, None, latent)

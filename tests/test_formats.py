@@ -146,6 +146,19 @@ def test_a_transposed_decoder_is_named(tmp_path):
         open_sae(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("W_enc", r"W_enc has shape \(1, 6, 10\); expected \(d_in, d_sae\)"),
+        ("b_dec", r"b_dec has shape \(1, 6\); expected \(6,\)"),
+    ],
+)
+def test_tensors_of_another_shape_are_named(tmp_path, name, message):
+    write_sae_lens(tmp_path, tensors={name: random_tensors()[name][None]})
+    with pytest.raises(ValueError, match=message):
+        open_sae(tmp_path)
+
+
 def test_sae_lens_scaling_factor(tmp_path):
     write_sae_lens(tmp_path, tensors={"scaling_factor": torch.ones(D_SAE)})
     open_sae(tmp_path)
@@ -254,6 +267,14 @@ def test_dictionary_learning_bad_config_is_explained(tmp_path, trainer, message)
     config["trainer"] |= trainer
     file.write_text(json.dumps(config))
     with pytest.raises(ValueError, match=message):
+        open_sae(tmp_path)
+
+
+@pytest.mark.parametrize("trainer", [{}, None, ["AutoEncoder"]])
+def test_dictionary_learning_without_a_class_is_explained(tmp_path, trainer):
+    write_dictionary_learning(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"trainer": trainer}))
+    with pytest.raises(ValueError, match=r"config.json has no entry trainer.dict_class"):
         open_sae(tmp_path)
 
 

@@ -229,5 +229,5 @@ def test_the_package_holds_no_other_python():
 
 
 def _scripts() -> list[Path]:
-    skipped = {".venv", ".venv-lock", "runs", "data", "cache"}
+    skipped = {".venv", ".venv-lock", ".venv-newest", "runs", "data", "cache"}
     return [path for path in PROJECT.rglob("*.py") if path.parts[len(PROJECT.parts)] not in skipped]

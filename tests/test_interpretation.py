@@ -319,6 +319,14 @@ def test_requests_keep_their_pace(firings, endpoint):
     assert slept == pytest.approx([2.0, 2.0, 2.0])  # four requests, two seconds apart
 
 
+@pytest.mark.parametrize(
+    "wrong", [{"requests_per_minute": 0}, {"parallel": 0}, {"timeout": 0}, {"retries": -1}]
+)
+def test_a_pace_that_is_not_positive_is_refused(wrong):
+    with pytest.raises(ValueError, match="parallel and timeout must be positive"):
+        Endpoint("http://localhost", "m", **wrong)
+
+
 def test_threads_share_one_pace(endpoint, server):
     """Requests that start together leave one after the other."""
     server.judge = lambda question: "none"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from c2r_core.data.language_models import RANDOM, load_language_model
 from c2r_core.data.passages import harvest_passages
 from c2r_core.data.text import Corpus, Document
 from c2r_core.errors import NotEvaluable
+from c2r_core.metrics import ablation
 from c2r_core.metrics.ablation import measure_scr, measure_tpp
 from c2r_core.metrics.pooling import PooledActs, pool, split_by_document
 from c2r_core.metrics.probing import PENALTIES, _fitted, probe_sparsely
@@ -208,6 +210,16 @@ def test_too_little_to_measure_stays_in_the_report(planted):
         probe_sparsely(pooled, {"rare": rare})
     with pytest.raises(NotEvaluable, match="1 of 2 classes"):
         measure_tpp(pooled, {"a": labels["a"], "rare": rare})
+
+
+def test_documents_without_a_label_are_named(planted, monkeypatch):
+    pooled, labels = planted
+    monkeypatch.setattr(ablation, "pooled_passages", lambda inputs: (pooled, labels))
+    inputs = SimpleNamespace(
+        documents=SimpleNamespace(corpus=Corpus("mine", (Document("a", "x"),)))
+    )
+    with pytest.raises(NotEvaluable, match="The documents of 'mine' have no label of who or when"):
+        ablation.measure_scr_of_documents(inputs)
 
 
 def test_a_bug_is_no_record(planted, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch
 from c2r_core.data.entities import load_ravel, offline_cities
 from c2r_core.data.language_models import RANDOM, load_language_model
 from c2r_core.errors import NotEvaluable
+from c2r_core.metrics import ravel as module
 from c2r_core.metrics.ravel import Asked, EntityTask, entity_task, measure_ravel
 
 N, N_VALUES = 120, 4  # entities; values of each of two attributes
@@ -117,6 +119,13 @@ def test_cities_are_complete_and_distinct():
     assert all(value.strip() for known in cities.values.values() for value in known.values())
     shown = {" Prague", " Accra", " Jakarta", " Bogota"}
     assert not shown & set(cities.values["country"])
+
+
+def test_a_tokenizer_that_joins_every_entity_is_named(monkeypatch):
+    monkeypatch.setattr(module, "make_prompts", lambda *_: (None, []))
+    model = SimpleNamespace(tokenizer=None)
+    with pytest.raises(NotEvaluable, match=r"None of the \d+ entities ends where a token ends"):
+        entity_task(model, offline_cities(), "blocks.0.hook_resid_post")
 
 
 def test_ravels_own_files(tmp_path):

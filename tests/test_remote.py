@@ -180,6 +180,14 @@ def test_a_strange_manifest_is_refused_before_anything_is_fetched(
     assert names == []
 
 
+def test_a_file_that_arrives_short_is_named(store, url, monkeypatch):
+    monkeypatch.setattr(fsspec.get_filesystem_class(url.partition(":")[0]), "size", lambda *_: 7)
+    with pytest.raises(ValueError, match="has 7 bytes at .* here; copy the store again"):
+        copy_to(store.folder, url)
+    with pytest.raises(FileNotFoundError, match=f"holds no {MANIFEST}"):
+        open_remote(url)
+
+
 def test_the_manifest_is_written_last(store, url, monkeypatch):
     kind = fsspec.get_filesystem_class(url.partition(":")[0])
     plain = kind.put_file

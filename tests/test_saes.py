@@ -305,6 +305,14 @@ def test_an_architecture_gives_no_more_than_its_activation(tmp_path, monkeypatch
         torch.testing.assert_close(losses.reconstruction.flatten()[i], error)
 
 
+@pytest.mark.parametrize("factor", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_scale_that_is_not_positive_is_not_folded_in(factor):
+    sae = make("topk")
+    sae.norm_factor = factor
+    with pytest.raises(ValueError, match=f"norm_factor is {factor}; expected a positive number"):
+        fold_norm_factor(sae)
+
+
 def test_damaged_folders_are_refused(tmp_path):
     folder = save_sae(make("topk"), tmp_path / "sae")
     config = json.loads((folder / "config.json").read_text())

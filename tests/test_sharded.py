@@ -242,6 +242,16 @@ def test_a_penalty_that_is_not_exact_over_shards_is_refused(group, penalty):
         train_sharded(create_shard("topk", **SIZES).double(), batches(), CONFIG, [penalty])
 
 
+def test_shards_that_start_unlike_are_refused(group, monkeypatch):
+    def gather(told, own):
+        told[:] = [own | {"step": 5}]
+
+    shard = create_shard("topk", **SIZES).double()
+    monkeypatch.setattr(dist, "all_gather_object", gather)
+    with pytest.raises(ValueError, match="unlike first batches, settings or SAEs"):
+        train_sharded(shard, batches(), CONFIG)
+
+
 def test_a_checkpoint_that_is_not_of_these_processes_is_refused(group, monkeypatch, tmp_path):
     (tmp_path / "step-5.shard-0-of-2.safetensors").touch()
     with pytest.raises(ValueError, match="a checkpoint of 2 processes, but now there are 1"):

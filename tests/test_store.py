@@ -298,3 +298,8 @@ def test_a_folder_without_a_store_and_another_format_are_refused(copy_of, tmp_pa
 def test_settings_out_of_range_are_refused(setting, message) -> None:
     with pytest.raises(ValueError, match=message):
         HarvestConfig(hook_name=HOOK, **setting)
+
+
+def test_a_chunk_holds_at_least_one_token(store) -> None:
+    with pytest.raises(ValueError, match="size is 0; expected a positive number of tokens"):
+        next(store.chunks(0))

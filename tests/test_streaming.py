@@ -7,12 +7,13 @@ import itertools
 import json
 from itertools import islice
 
+import numpy as np
 import pytest
 import torch
 
 from c2r_core import C2R, BatchTopKSAE, TrainConfig, train
 from c2r_core.artefacts.profiles import load_profile
-from c2r_core.data import text
+from c2r_core.data import streaming, text
 from c2r_core.data.harvest import harvest
 from c2r_core.data.language_models import RANDOM, load_language_model
 from c2r_core.data.store import HarvestConfig
@@ -258,3 +259,9 @@ def test_a_source_that_is_not_there_is_named(tmp_path):
     (tmp_path / "data.bin").write_bytes(b"0")
     with pytest.raises(FileNotFoundError, match=r"\.jsonl"):
         open_texts(tmp_path / "data.bin")
+
+
+def test_a_bound_that_keeps_no_token_is_named(model, texts, monkeypatch):
+    monkeypatch.setattr(streaming, "kept_positions", lambda *_: np.array([], dtype=int))
+    with pytest.raises(NotEvaluable, match="No token of block 0 is within drop_norm_ratio"):
+        streamed(model, texts)(0)

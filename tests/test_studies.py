@@ -6,8 +6,10 @@ import contextlib
 import json
 import math
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -631,3 +633,19 @@ def test_make_trains_every_arm_of_the_language_model_first():
     assert {f"{arm}-seed-10-reconstruction" for arm in listed} == {
         name for name in made if name.endswith("-reconstruction")
     }
+
+
+def test_the_comparison_with_saelens_says_what_it_needs(monkeypatch):
+    streamed = SimpleNamespace(lm=SimpleNamespace(streamed=True))
+    with pytest.raises(NotEvaluable, match="SAELens's trainer reads a store"):
+        parity.measure(None, "saelens", streamed, [0], "cpu")
+    monkeypatch.setitem(sys.modules, "sae_lens", None)
+    with pytest.raises(ImportError, match=r"SAELens cannot be imported .*c2r-core\[saelens\]"):
+        parity.trained_by_saelens(None, None, 0)
+
+
+def test_a_number_of_workers_below_one_is_refused(capsys):
+    with pytest.raises(SystemExit) as end:
+        __main__.main(["run", "toy", "--profile", "smoke", "--workers", "0"])
+    assert end.value.code == 2
+    assert "--workers is 0; expected at least 1" in capsys.readouterr().err

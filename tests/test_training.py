@@ -636,3 +636,28 @@ def test_activations_that_are_not_finite_are_refused(bad):
 
     with pytest.raises(ValueError, match="step 3 holds a NaN"):
         train(TopKSAE(20, 30, k=2), batches, small_config(), progress=False)
+
+
+def test_a_penalty_without_a_gradient_is_refused():
+    @dataclass
+    class Cut(C2R):
+        def __call__(self, feature_acts, W_dec, generator):
+            return super().__call__(feature_acts, W_dec, generator).detach()
+
+    with pytest.raises(ValueError, match="c2r gives a value without a gradient"):
+        run(regularisers=[Cut(0.1)])
+
+
+def test_another_number_of_threads_changes_the_last_digits_only():
+    def trained(n_threads):
+        before = torch.get_num_threads()
+        torch.set_num_threads(n_threads)
+        sae, history = run(
+            BatchTopKSAE(20, 3000, k=2), small_config(steps=4, log_every=1), batch=64
+        )
+        torch.set_num_threads(before)
+        return sae.W_dec, [record["reconstruction"] for record in history.records]
+
+    one, again, two = (trained(n) for n in (1, 1, 2))
+    assert torch.equal(one[0], again[0]) and one[1] == again[1]
+    assert two[1] == pytest.approx(one[1], rel=1e-5)

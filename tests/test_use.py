@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -293,3 +294,12 @@ def test_a_second_sae_finds_the_reference(some_inputs, task, monkeypatch):
     assert module._kept_use_of_means(some_inputs(), task) == expected
     monkeypatch.setattr(module, "measure_use_of_means", None)
     assert module._kept_use_of_means(some_inputs(), task) == expected
+
+
+def test_letters_of_several_tokens_are_named():
+    def tokenizer(text, add_special_tokens):
+        return {"input_ids": [1, 2] if text.strip() in "QX" else [1]}
+
+    model = SimpleNamespace(tokenizer=tokenizer)
+    with pytest.raises(NotEvaluable, match="The letters Q, X behind a space are several tokens"):
+        letter_use_task(model, None, "blocks.0.hook_resid_post")

@@ -344,7 +344,9 @@ def _run(
         check_hook_name(model, hook_name)
         hooks = [(hook_name, hook)]
     if last is not None:
-        check_hook_name(model, UNEMBEDDING)  # a hook that is not there would be passed over in silence
+        check_hook_name(
+            model, UNEMBEDDING
+        )  # a hook that is not there would be passed over in silence
         rows = torch.arange(len(last))
         hooks.append((UNEMBEDDING, lambda x, hook: x[rows, last][:, None]))
     settings = {} if cache is None else {"past_key_values": cache, "use_cache": True}

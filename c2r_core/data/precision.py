@@ -46,9 +46,7 @@ def _chosen(kind: str, kept: Path) -> Precision:
     return precision
 
 
-def faster_on_processor(
-    kept: Path, speed_up: Callable[[], float] | None = None
-) -> Precision:
+def faster_on_processor(kept: Path, speed_up: Callable[[], float] | None = None) -> Precision:
     """bfloat16 if this processor multiplies in it at least 1.2 times as fast as in float32.
 
     Parameters

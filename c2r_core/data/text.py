@@ -49,7 +49,8 @@ class FileDocument(Document):
         text = _read_utf8(file)
         if self.known is not None and _digest(text) != self.known:
             raise ValueError(
-                f"{file} has changed since the corpus was loaded; leave the files as they are, or start again."
+                f"{file} has changed since the corpus was loaded; leave the files as they are, or start "
+                "again."
             )
         return text
 
