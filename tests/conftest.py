@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 
 import nbformat
 import pytest
-from forks import fork_kernels
 from xdist.scheduler import LoadFileScheduling
 
 from c2r_core.data.language_models import load_language_model
 from c2r_core.data.text import Corpus, load_corpus
 from c2r_core.notebook import runner
+from forks import fork_kernels
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge

@@ -6,10 +6,10 @@ import os
 import time
 
 import pytest
-from forks import forked
 
 from c2r_core.artefacts.cache import cached, prune
 from c2r_core.artefacts.fingerprints import all_modules
+from forks import forked
 
 
 @pytest.fixture(autouse=True)

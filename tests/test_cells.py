@@ -7,10 +7,10 @@ import time
 from dataclasses import replace
 
 import pytest
-from forks import forked
 
 from c2r_core.artefacts.cells import Cell, EditedCellError, differing, look, read_or_compute, state
 from c2r_core.artefacts.results import results_dir, runs_dir
+from forks import forked
 
 
 @pytest.fixture(autouse=True)

@@ -33,8 +33,8 @@ WORDED_ELSEWHERE = {
     "DiskFullError(target)": "the disk is full: …. Free some space",
     "DivergedError(_divergence(self.step, terms, self.checkpoint))": "Training diverged at step",
     "DivergedError(_divergence(self.step, {}, self.checkpoint))": "Training diverged at step",
-    "NotEvaluable(why_no_letter(splits))": "None of the … letters could be measured on",
-    "NotEvaluable(str(error))": "… is missing; expected the unpacked folder",
+    "NotEvaluable(why_no_letter(splits))": "None of the … letters could be measured on … words",
+    "NotEvaluable(str(error))": "… is missing; expected the unpacked folder of RAVEL's data",
 }
 """What is raised with a message that another function makes, and that message's row."""
 
@@ -131,8 +131,8 @@ def test_no_reason_outlives_its_error():
 
 
 @cache
-def tests(file: str) -> dict[str, str]:
-    """The source of every test of a file, by name, with what its parameters are."""
+def functions_of(file: str) -> dict[str, str]:
+    """The source of every function of a file, by name, with what its parameters are."""
     source = (PROJECT / file).read_text(encoding="utf-8")
     return {
         node.name: "\n".join(map(ast.unparse, [node, *node.decorator_list]))
@@ -144,6 +144,6 @@ def tests(file: str) -> dict[str, str]:
 @pytest.mark.parametrize("row", rows(), ids=lambda row: row.message)
 def test_a_row_has_a_remedy_and_a_test_that_expects_an_error(row):
     file, _, name = row.test.partition("::")
-    assert name in tests(file), f"{row.test} does not exist"
-    assert EXPECTS_AN_ERROR.search(tests(file)[name]), f"{row.test} expects no error"
+    assert name in functions_of(file), f"{row.test} does not exist"
+    assert EXPECTS_AN_ERROR.search(functions_of(file)[name]), f"{row.test} expects no error"
     assert row.what and row.remedy

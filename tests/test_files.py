@@ -8,9 +8,9 @@ import resource
 import threading
 
 import pytest
-from forks import forked
 
 from c2r_core.artefacts.files import DiskFullError, check_room, whole_file, whole_folder
+from forks import forked
 
 
 def fill(folder, text="new"):

@@ -10,7 +10,6 @@ import time
 import numpy as np
 import pytest
 import torch
-from forks import forked
 
 from c2r_core.artefacts import files
 from c2r_core.artefacts.cache import cached
@@ -23,6 +22,7 @@ from c2r_core.data.language_models import RANDOM, SMOLLM2, load_language_model, 
 from c2r_core.data.store import ActivationStore
 from c2r_core.data.text import Corpus, Document
 from c2r_core.errors import NotEvaluable
+from forks import forked
 from stores import CONTEXT, HOOK, all_activations, small_config, small_corpus, small_store
 
 pytestmark = pytest.mark.skipif(

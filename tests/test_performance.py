@@ -7,7 +7,6 @@ import math
 import pandas as pd
 import pytest
 import torch
-from forks import CONTEXT
 
 from c2r_core.artefacts.cells import compute, differing
 from c2r_core.artefacts.profiles import load_profile
@@ -18,6 +17,7 @@ from c2r_core.experiments import cells, growth, performance, pipeline, samples, 
 from c2r_core.losses import c2r_loss
 from c2r_core.saes import BatchTopKSAE
 from c2r_core.training import C2R, TrainConfig, train
+from forks import CONTEXT
 
 SMOKE = load_profile("smoke")
 SIZES = SMOKE.performance

@@ -6,11 +6,11 @@ import hashlib
 import os
 
 import pytest
-from forks import forked
 
 from c2r_core.artefacts import files
 from c2r_core.data import smollm2
 from c2r_core.data.smollm2 import fetch_smollm2
+from forks import forked
 
 
 def test_fetching_again_does_nothing(tmp_path, monkeypatch) -> None:

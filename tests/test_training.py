@@ -639,7 +639,6 @@ def test_activations_that_are_not_finite_are_refused(bad):
 
 
 def test_a_penalty_without_a_gradient_is_refused():
-    @dataclass
     class Cut(C2R):
         def __call__(self, feature_acts, W_dec, generator):
             return super().__call__(feature_acts, W_dec, generator).detach()

@@ -302,4 +302,4 @@ def test_letters_of_several_tokens_are_named():
 
     model = SimpleNamespace(tokenizer=tokenizer)
     with pytest.raises(NotEvaluable, match="The letters Q, X behind a space are several tokens"):
-        letter_use_task(model, None, "blocks.0.hook_resid_post")
+        letter_use_task(model, None)
