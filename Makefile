@@ -220,7 +220,7 @@ newest: $(DATA) ## the tests with the newest versions that pyproject.toml allows
 	$(subst $(PYTHON),$(NEWEST),$(TESTS)) $(FILES)
 
 audit: $(ENV) ## known vulnerabilities of the locked versions; needs the network
-	$(or $(UV),$(PYTHON) -m uv) tool run pip-audit==2.10.1 --disable-pip --no-deps --progress-spinner off -r requirements.lock
+	$(or $(UV),$(PYTHON) -m uv) tool run pip-audit==2.10.1 --strict --disable-pip --no-deps --progress-spinner off -r requirements.lock
 
 clean: ## remove the environments, the runs and the cache; data stay
 	rm -rf .venv .venv-lock .venv-newest runs cache
