@@ -20,7 +20,7 @@ FLOORS = (
     ("training", "formats"),
     ("metrics",),
     ("evaluate",),
-    ("experiments", "browser"),
+    ("experiments", "browser", "hub"),
     ("notebook",),
     ("__init__", "__main__"),
 )

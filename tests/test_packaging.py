@@ -77,7 +77,8 @@ def imported(name):
 
 def test_the_base_is_what_the_loss_the_saes_and_training_need():
     assert {Requirement(one).name for one in PROJECT_TABLE["dependencies"]} == set(BASE)
-    assert set(EXTRAS) == {"lm", "evaluate", "notebooks", "cluster", "dev", "docs", "saelens"}
+    others = {"cluster", "tensorboard", "dev", "docs", "saelens"}
+    assert set(EXTRAS) == {"lm", "evaluate", "notebooks"} | others
     assert brought_by("lm") < brought_by("evaluate") < brought_by("notebooks") < brought_by("dev")
 
 
@@ -120,6 +121,7 @@ def test_the_base_alone_trains_saves_and_loads():
         ),
         ("c2r_core; c2r_core.History().plot()", "notebooks", "seaborn"),
         ("c2r_core.training.sae_lens", "saelens", "sae_lens"),
+        ("c2r_core.hub", "lm", "huggingface_hub"),
     ],
 )
 def test_an_import_that_needs_an_extra_names_it(module, extra, hidden):

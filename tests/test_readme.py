@@ -9,9 +9,11 @@ import pytest
 import torch
 
 import c2r_core
+import c2r_core.training
 from c2r_core.__main__ import COMMANDS
 from c2r_core.metrics import groups
 from conftest import PROJECT
+from fake_hub import fake_hub
 
 README = (PROJECT / "README.md").read_text(encoding="utf-8")
 PYTHON = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
@@ -46,6 +48,30 @@ def test_the_whole_way_from_text_to_a_latent_runs(tmp_path, monkeypatch, capsys)
     streamed = streamed.replace("blocks.4.", "blocks.1.")
     exec(streamed.replace("batch_size=2048,", "batch_size=64, buffer_tokens=2048,"), names)
     assert names["batches"](0).shape == (64, 64)
+    (as_results,) = [code for code in PYTHON if "write_saebench(" in code]
+    exec(as_results, names)
+    (result,) = (tmp_path / "eval_results").rglob("*_eval_results.json")
+    assert json.loads(result.read_text())["eval_type_id"] == "core"
+    (moved,) = [code for code in PYTHON if "import pull, push" in code]
+    with fake_hub(monkeypatch) as hub:
+        exec(moved, names)
+    assert (
+        hub.private["me/my-c2r"] and "license: mit" in hub.files("me/my-c2r")["README.md"].decode()
+    )
+    assert (tmp_path / "my_copy" / "config.json").read_bytes() == (
+        tmp_path / "my_c2r" / "config.json"
+    ).read_bytes()
+
+
+def test_a_training_is_watched(tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard", reason="the extra tensorboard is not installed")
+    (example,) = [code for code in PYTHON if "tracked(log)" in code]
+    monkeypatch.chdir(tmp_path)
+    x = torch.nn.functional.normalize(torch.randn(32, 8), dim=-1)
+    sae = c2r_core.BatchTopKSAE(8, 24, k=2)
+    names = {"sae": sae, "batches": lambda step: x, "penalties": []} | vars(c2r_core.training)
+    exec(example.replace("steps=1000", "steps=3"), names)
+    assert names["history"].records and list((tmp_path / "my_logs").iterdir())
 
 
 def test_the_loss_and_the_conversion():

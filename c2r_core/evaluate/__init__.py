@@ -12,6 +12,7 @@ from c2r_core.evaluate.compare import compare
 from c2r_core.evaluate.contexts import strongest_contexts
 from c2r_core.evaluate.evaluation import evaluate
 from c2r_core.evaluate.report import Report, json_schema, read_report, write_report
+from c2r_core.evaluate.saebench import saebench_results, write_saebench
 from c2r_core.metrics import METRICS
 from c2r_core.metrics.inputs import Options
 
@@ -23,6 +24,8 @@ __all__ = [
     "evaluate",
     "json_schema",
     "read_report",
+    "saebench_results",
     "strongest_contexts",
     "write_report",
+    "write_saebench",
 ]

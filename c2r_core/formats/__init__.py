@@ -1,9 +1,11 @@
-"""SAEs on disk, of this package and of other libraries: one function opens them all.
+"""SAEs on disk, of this package and of other libraries: one function opens them all, one writes them.
 
     opened = open_sae("my_sae")
     feature_acts = opened.sae.encode(x)  # raw activations (batch, d_in) -> (batch, d_sae)
+    export_sae(opened.sae, "for_sae_lens", "sae_lens", stated=opened.stated)
 
-A further format is a module with CONFIG, WEIGHTS, `read` and `stated`, and a line in FORMATS.
+A further format is a module with CONFIG, WEIGHTS, `read` and `stated`, and a line in FORMATS. One that is
+also written has `write`, and a line in WRITTEN of `export.py`.
 """
 
 from __future__ import annotations
@@ -17,10 +19,11 @@ from types import ModuleType
 import torch
 
 from c2r_core.formats import c2r, dictionary_learning, sae_lens
+from c2r_core.formats.export import export_sae
 from c2r_core.formats.inference import InferenceSAE
 from c2r_core.saes.interface import AnySAE
 
-__all__ = ["FORMATS", "InferenceSAE", "OpenedSAE", "open_sae"]
+__all__ = ["FORMATS", "InferenceSAE", "OpenedSAE", "export_sae", "open_sae"]
 
 FORMATS: dict[str, ModuleType] = {
     "c2r": c2r,

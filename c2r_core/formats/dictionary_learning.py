@@ -1,4 +1,4 @@
-"""SAEs that dictionary_learning wrote: a folder with `config.json` and `ae.pt`.
+"""SAEs in the format of dictionary_learning: a folder with `config.json` and `ae.pt`.
 
 Read in the code of dictionary_learning 0.1.0. Encode and decode are those of the dictionary that
 its `load_dictionary` gives:
@@ -13,6 +13,7 @@ its `load_dictionary` gives:
 
 from __future__ import annotations
 
+import json
 import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -72,6 +73,39 @@ def read(folder: Path, config: Mapping[str, Any]) -> tuple[InferenceSAE, str]:
     return sae, dict_class
 
 
+def write(sae: InferenceSAE, folder: Path, stated: Mapping[str, Any]) -> None:
+    """Both files of a dictionary that `load_dictionary` loads.
+
+    Its class is one that changes nothing when it is loaded: `AutoEncoder`, which rescales latents, is not
+    used. `b_dec` goes into the encoder's biases, or out of them, as the class wants it.
+    """
+    dict_class = WRITTEN_AS[type(sae.activation)]
+    layout = CLASSES[dict_class]
+    sae = sae.with_centred(layout.centred)
+    activation, (d_in, d_sae) = sae.activation, sae.W_enc.shape
+    biases = [getattr(activation, name) for name in activation.names]
+    if isinstance(activation, JumpReLU):  # one for each latent there
+        biases[1] = biases[1].expand(d_sae)
+    matrices = [sae.W_enc, sae.W_dec]
+    if layout.names[:2] == MATRICES:
+        matrices = [matrix.T for matrix in matrices]
+    tensors = dict(zip(layout.names, [*matrices, sae.b_dec, *biases], strict=True))
+    trainer = {"dict_class": dict_class, "activation_dim": d_in, "dict_size": d_sae}
+    if isinstance(activation, TopK):
+        trainer["k"] = activation.k
+        tensors |= {"k": torch.tensor(activation.k), "threshold": torch.tensor(-1.0)}
+    trainer |= {
+        name: stated[key]
+        for name, key in (("lm_name", "model"), ("submodule_name", "hook_name"), ("layer", "layer"))
+        if key in stated
+    }
+    torch.save(
+        {name: t.cpu().contiguous().clone() for name, t in tensors.items()}, folder / WEIGHTS
+    )
+    content = json.dumps({"trainer": trainer, "buffer": {}}, indent=2)
+    (folder / CONFIG).write_text(content + "\n", encoding="utf-8")
+
+
 def stated(config: Mapping[str, Any]) -> dict[str, str]:
     """What the config says about the model and the place in it."""
     trainer = config.get("trainer") or {}
@@ -113,6 +147,12 @@ CLASSES = {
     "JumpReluAutoEncoder": Layout(PLAIN, JumpReLU, centred=False),
     # All groups are active when a Matryoshka dictionary is loaded.
     "MatryoshkaBatchTopKSAE": Layout(PLAIN, JumpReLU, unused=("k", "group_sizes")),
+}
+WRITTEN_AS = {
+    ReLU: "AutoEncoderNew",
+    TopK: "AutoEncoderTopK",
+    JumpReLU: "JumpReluAutoEncoder",
+    Gated: "GatedAutoEncoder",
 }
 
 

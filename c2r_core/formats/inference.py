@@ -65,6 +65,17 @@ class InferenceSAE(nn.Module):
         """Reconstruction (..., d_in) from feature activations (..., d_sae)."""
         return feature_acts @ self.W_dec + self.b_dec
 
+    def with_centred(self, centred: bool) -> InferenceSAE:
+        """The same SAE with b_dec subtracted before the encoder or not; its biases make up for it.
+
+        Activations stay what they were, up to rounding.
+        """
+        if centred == self.centred:
+            return self
+        shift = (self.b_dec.double() @ self.W_enc.double()) * (1 if centred else -1)
+        activation = self.activation.shifted(shift)
+        return InferenceSAE(self.W_enc, self.W_dec, self.b_dec, activation, centred=centred)
+
 
 class Activation(nn.Module):
     """An activation with its biases, in the order of `names`."""
@@ -75,6 +86,11 @@ class Activation(nn.Module):
         super().__init__()
         for name, bias in zip(self.names, biases, strict=True):
             self.register_buffer(name, bias)
+
+    def shifted(self, shift: Tensor) -> Activation:
+        """The activation that does with p − shift what this one does with p; shift is (d_sae,)."""
+        b_enc, *rest = (getattr(self, name) for name in self.names)
+        return type(self)((b_enc + shift).float(), *rest)
 
 
 class ReLU(Activation):
@@ -92,6 +108,10 @@ class TopK(Activation):
         if isinstance(k, bool) or not isinstance(k, int) or k < 1:
             raise ValueError(f"k is {k!r}; expected a positive integer.")
         self.k = k
+
+    def shifted(self, shift: Tensor) -> TopK:
+        """As in `Activation`."""
+        return TopK((self.b_enc + shift).float(), self.k)
 
     def forward(self, projection: Tensor) -> Tensor:
         kept = (projection + self.b_enc).topk(self.k, dim=-1, sorted=False)
@@ -112,6 +132,11 @@ class Gated(Activation):
     """relu(exp(r_mag) p + b_mag) where p + b_gate is positive."""
 
     names = ("b_gate", "r_mag", "b_mag")
+
+    def shifted(self, shift: Tensor) -> Gated:
+        """As in `Activation`."""
+        b_mag = self.b_mag + self.r_mag.double().exp() * shift
+        return Gated((self.b_gate + shift).float(), self.r_mag, b_mag.float())
 
     def forward(self, projection: Tensor) -> Tensor:
         magnitude = (self.r_mag.exp() * projection + self.b_mag).relu()

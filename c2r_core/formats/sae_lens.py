@@ -1,4 +1,4 @@
-"""SAEs that SAELens wrote: a folder with `cfg.json` and `sae_weights.safetensors`.
+"""SAEs in the format of SAELens: a folder with `cfg.json` and `sae_weights.safetensors`.
 
 Read in the code of SAELens 6.54.12. Encode and decode are those of the SAE that
 `SAE.load_from_disk` gives, with these limits:
@@ -14,13 +14,14 @@ Read in the code of SAELens 6.54.12. Encode and decode are those of the SAE that
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from c2r_core.formats.inference import Gated, InferenceSAE, JumpReLU, ReLU, TopK, take
@@ -36,6 +37,7 @@ ARCHITECTURES = (
     "batchtopk",
     "matryoshka_batchtopk",
 )
+WRITTEN_AS = {ReLU: "standard", TopK: "topk", JumpReLU: "jumprelu", Gated: "gated"}
 
 
 def read(folder: Path, config: Mapping[str, Any]) -> tuple[InferenceSAE, str]:
@@ -86,6 +88,35 @@ def read(folder: Path, config: Mapping[str, Any]) -> tuple[InferenceSAE, str]:
             f"{CONFIG} says (d_in, d_sae) = {stated}; {WEIGHTS} has {tuple(sae.W_enc.shape)}."
         )
     return sae, architecture
+
+
+def write(sae: InferenceSAE, folder: Path, stated: Mapping[str, Any]) -> None:
+    """Both files of an SAE that `SAE.load_from_disk` loads; all that can be represented here can be there."""
+    d_in, d_sae = sae.W_enc.shape
+    architecture = WRITTEN_AS[type(sae.activation)]
+    tensors = {"W_enc": sae.W_enc, "W_dec": sae.W_dec, "b_dec": sae.b_dec}
+    tensors |= {name: getattr(sae.activation, name) for name in sae.activation.names}
+    if architecture == "jumprelu":  # one for each latent there
+        tensors["threshold"] = tensors["threshold"].expand(d_sae)
+    save_file({name: t.cpu().contiguous().clone() for name, t in tensors.items()}, folder / WEIGHTS)
+    config = {
+        "architecture": architecture,
+        "d_in": d_in,
+        "d_sae": d_sae,
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": sae.centred,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        "metadata": {
+            name: stated[key]
+            for name, key in (("model_name", "model"), ("hook_name", "hook_name"))
+            if key in stated
+        },
+    }
+    if architecture == "topk":
+        config["k"] = sae.activation.k
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def stated(config: Mapping[str, Any]) -> dict[str, str]:

@@ -18,6 +18,7 @@ from c2r_core.training.regularisers import (
     register_regulariser,
 )
 from c2r_core.training.sharded import create_shard, gather_shards, train_sharded
+from c2r_core.training.tracking import tensorboard, tracked
 from c2r_core.training.trainer import DivergedError, train
 
 __all__ = [
@@ -34,6 +35,8 @@ __all__ = [
     "gather_shards",
     "register_regulariser",
     "strength_from_weight",
+    "tensorboard",
+    "tracked",
     "train",
     "train_distributed",
     "train_sharded",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +12,21 @@ from c2r_core.errors import needs_extra
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
+
+FOLLOWERS: ContextVar[tuple[Callable[[dict[str, Any]], None], ...]] = ContextVar(
+    "followers", default=()
+)
+"""Called with every record that a training adds to its history; `c2r_core.training.tracking` sets them."""
+
+
+class Records(list[dict[str, Any]]):
+    """A history's records; what is appended is also given to the followers, what is restored is not."""
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Add a record."""
+        super().append(record)
+        for follow in FOLLOWERS.get():
+            follow(record)
 
 
 @dataclass
@@ -21,7 +38,7 @@ class History:
     was on.
     """
 
-    records: list[dict[str, Any]] = field(default_factory=list)
+    records: list[dict[str, Any]] = field(default_factory=Records)
 
     def frame(self) -> pd.DataFrame:
         """Long table with the columns step, copy, term, value; copy is 0 outside a stack."""
