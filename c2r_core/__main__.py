@@ -28,6 +28,9 @@ COMMANDS = {
     "compare": Command("c2r_core.evaluate.compare", "two reports side by side"),
     "contexts": Command("c2r_core.evaluate.contexts", "the text on which one latent fires hardest"),
     "browse": Command("c2r_core.browser.__main__", "an SAE's latents as pages to look at"),
+    "playground": Command(
+        "c2r_core.playground.__main__", "sliders over small SAEs on toy features, one page"
+    ),
     "data": Command("c2r_core.data.smollm2", "fetch the small language model, once"),
     "status": Command(
         "c2r_core.experiments.__main__", "which results are current, stale or missing", True

@@ -17,7 +17,11 @@ from c2r_core.experiments.playground import cells, feature_names, worlds
 
 METRICS = {
     "mcc": ("MCC", "higher", "mean cosine of latents with true features, matched one to one"),
-    "recovery": ("Recovery", "higher", "share of true features with a latent at a cosine above 0.9"),
+    "recovery": (
+        "Recovery",
+        "higher",
+        "share of true features with a latent at a cosine above 0.9",
+    ),
     "absorption": (
         "Absorption",
         "lower",
