@@ -1,4 +1,4 @@
-"""The playground shows its cells as they are, moves in well under a second, and says something without scripts."""
+"""The playground shows its cells as they are, moves in under a second, and says something without scripts."""
 
 from __future__ import annotations
 
