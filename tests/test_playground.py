@@ -16,7 +16,7 @@ from c2r_core.artefacts.cells import read_or_compute
 from c2r_core.artefacts.profiles import load_profile
 from c2r_core.data.toy import FeatureTree
 from c2r_core.experiments import playground as study
-from c2r_core.experiments import synthetic, toy
+from c2r_core.experiments import steering, synthetic, toy
 from c2r_core.playground import page, write_page
 from c2r_core.playground.__main__ import main
 from c2r_core.training import C2R, weight_from_strength
@@ -50,7 +50,14 @@ def points():
 
 
 @pytest.fixture(scope="module")
-def written(points, tmp_path_factory):
+def texts():
+    """What the study `steering` gives, by SAE."""
+    made = zip(steering.TITLES, steering.cells(SMOKE), strict=True)
+    return {title: read_or_compute(cell) for title, cell in made}
+
+
+@pytest.fixture(scope="module")
+def written(points, texts, tmp_path_factory):
     return write_page(
         tmp_path_factory.mktemp("page") / "playground.html", SMOKE, home="docs/index.html"
     )
@@ -97,6 +104,15 @@ def test_a_picture_has_the_live_latents_by_the_feature_they_are_nearest_to(point
     for of_world in points.values():
         for one in of_world:
             assert len(one["cosines"].split("/")) == round(one["live_share"][0] * OWN.d_sae)
+
+
+def test_steered_texts_are_of_latents_that_fire_and_the_first_is_not_steered(texts):
+    (unsteered,) = {one["texts"][0] for latents in texts.values() for one in latents}
+    for latents in texts.values():
+        assert len({one["latent"] for one in latents}) == steering.N_LATENTS
+        for one in latents:
+            assert len(one["texts"]) == len(steering.FACTORS) and one["texts"][-1] != unsteered
+            assert one["largest"] > 0 and all("«" in context for context in one["top"])
 
 
 # -- the page -----------------------------------------------------------------------------------
@@ -174,6 +190,29 @@ def test_every_move_redraws_its_own_point_in_under_a_second(written, tmp_path, s
 
 
 @needs_chromium
+def test_a_steered_text_is_that_of_its_latent_and_strength(written, texts, tmp_path):
+    copy = tmp_path / "steered.html"
+    moves = """<script>addEventListener("load", () => {
+      const say = (id, key, value) => { const one = document.getElementById(id);
+        one[key] = value; one.dispatchEvent(new Event("input")); };
+      say("steered-sae", "value", "C²R"); say("steered-latent", "selectedIndex", 1); say("factor", "value", "2");
+      document.body.replaceChildren(JSON.stringify(document.getElementById("written").textContent));
+    });</script>"""
+    copy.write_text(written.read_text("utf-8").replace("</body>", f"{moves}</body>"), "utf-8")
+    said = re.search(r"<body>\s*(.*?)\s*</body>", shown(copy), re.S)[1]
+    assert json.loads(html.unescape(said)) == steering.PROMPT + texts["C²R"][1]["texts"][2]
+
+
+def test_without_steered_texts_the_page_does_not_speak_of_them(
+    written, points, tmp_path, monkeypatch
+):
+    assert '<section id="steering">' in written.read_text("utf-8")
+    monkeypatch.setattr(steering, "PROMPT", "Another prompt of which there is no result")
+    text = write_page(tmp_path / "page.html", SMOKE).read_text("utf-8")
+    assert '<section id="steering" hidden>' in text and '"steering":null' in text
+
+
+@needs_chromium
 def test_an_address_leads_to_its_point_and_a_wrong_one_to_the_start(written):
     there = shown(written, "#strength=1&alpha=2&child=0.3&cosine=0.8")
     assert "Here: strength 1, α = 2" in there and 'id="live" hidden' not in there
@@ -184,4 +223,5 @@ def test_an_address_leads_to_its_point_and_a_wrong_one_to_the_start(written):
 def test_without_scripts_there_is_the_table(written):
     page = shown(written, "", "--blink-settings=scriptEnabled=false")
     assert re.search(r'id="live" hidden', page) and "The sliders need JavaScript" in page
-    assert page.count("<td>") == len(study.worlds(SMOKE)) * (1 + len(OWN.strengths)) * 7
+    points = len(study.worlds(SMOKE)) * (1 + len(OWN.strengths)) * 7
+    assert page.count("<td>") == points + len(steering.TITLES) * len(steering.FACTORS) * 4

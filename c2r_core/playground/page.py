@@ -13,6 +13,7 @@ from typing import Any
 from c2r_core.artefacts.cells import look
 from c2r_core.artefacts.files import whole_file
 from c2r_core.artefacts.profiles import PlaygroundProfile, Profile, training_seeds
+from c2r_core.experiments import steering
 from c2r_core.experiments.playground import cells, feature_names, worlds
 
 METRICS = {
@@ -68,6 +69,8 @@ def write_page(path: str | Path, profile: Profile, *, home: str | None = None) -
         "css": _static("playground.css"),
         "home": f'<a href="{html.escape(home)}">Home</a>' if home else "",
         "table": table(data),
+        "texts": steering_table(data["steering"]) if data["steering"] else "",
+        "hidden": "" if data["steering"] else " hidden",
         "about": html.escape(data["about"]),
         "data": _json(data),
         "js": _static("playground.js"),
@@ -81,7 +84,10 @@ def write_page(path: str | Path, profile: Profile, *, home: str | None = None) -
 
 
 def page_data(profile: Profile) -> dict[str, Any]:
-    """All that the page shows, as JSON: sliders, features, metrics, and the points of every world."""
+    """All that the page shows, as JSON: sliders, metrics, the points of every world, and steered texts.
+
+    `steering` is null where the study of that name, which trains on a language model, has not been computed.
+    """
     own, found, stale = profile.playground, [], False
     of_cell = {cell.name: look(cell) for cell in cells(profile)}
     missing = [name for name, (state, _) in of_cell.items() if state.kind == "missing"]
@@ -101,7 +107,27 @@ def page_data(profile: Profile) -> dict[str, Any]:
             for field, (title, better, what) in METRICS.items()
         ],
         "worlds": found,
+        "steering": _steering(profile),
         "about": _about(profile) + (f" {STALE}" if stale else ""),
+    }
+
+
+def _steering(profile: Profile) -> dict[str, Any] | None:
+    try:
+        made = steering.cells(profile)
+    except (
+        FileNotFoundError
+    ):  # without the language model it is not known whether a cell is its own
+        return None
+    of_cell = {title: look(cell) for title, cell in zip(steering.TITLES, made, strict=True)}
+    if any(state.kind == "missing" for state, _ in of_cell.values()):
+        return None
+    return {
+        "prompt": steering.PROMPT,
+        "factors": steering.FACTORS,
+        "hook_name": profile.language_model.hook_name,
+        "model": profile.language_model.model,
+        "saes": {title: latents for title, (_, latents) in of_cell.items()},
     }
 
 
@@ -151,6 +177,17 @@ def table(data: Mapping[str, Any]) -> str:
     ]
     shown = [_row("th", head), *(_row("td", [_number(value) for value in row]) for row in rows)]
     return f"<table>\n<caption>α = {alpha:g}; means over seeds</caption>\n{''.join(shown)}</table>"
+
+
+def steering_table(found: Mapping[str, Any]) -> str:
+    """The texts of each SAE's first latent, as HTML that needs no JavaScript."""
+    rows = [
+        [title, str(latents[0]["latent"]), _number(factor), text]
+        for title, latents in found["saes"].items()
+        for factor, text in zip(found["factors"], latents[0]["texts"], strict=True)
+    ]
+    head = _row("th", ["SAE", "Latent", "Strength", f"What follows “{found['prompt']}”"])
+    return f"<table>{head}{''.join(_row('td', row) for row in rows)}</table>"
 
 
 def _row(tag: str, values: Iterable[str]) -> str:

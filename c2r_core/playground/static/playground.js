@@ -101,6 +101,40 @@
       picture(title, point, world.features), picture("Without the penalty", plain, world.features));
   }
 
+  // -- steering -----------------------------------------------------------------------------
+
+  function steering({ prompt, factors, saes }) {
+    const choice = (id, title, values) => {
+      const made = element("select", { id }, ...values.map((value) => element("option", { value }, value)));
+      return [element("label", { for: id }, `${title} `, made), made];
+    };
+    const [saeLabel, sae] = choice("steered-sae", "SAE", Object.keys(saes));
+    const [latentLabel, latent] = choice("steered-latent", "Latent", []);
+    const output = element("output", { for: "factor" });
+    const input = element("input", { type: "range", id: "factor", min: 0, max: factors.length - 1, step: 1, value: 0 });
+    document.getElementById("steer").append(saeLabel, latentLabel, element("div", { class: "slider" },
+      element("label", { for: "factor" }, "Strength", output), input));
+
+    function showText() {
+      const one = saes[sae.value][latent.selectedIndex];
+      output.textContent = input.ariaValueText = String(factors[input.value]);
+      document.getElementById("written").replaceChildren(
+        element("span", { class: "soft" }, prompt), one.texts[input.value]);
+      document.getElementById("fires").replaceChildren(
+        element("p", { class: "note" }, `Where latent ${one.latent} fires hardest (on ${(100 * one.density).toPrecision(2)} % of tokens):`),
+        element("ul", {}, ...one.top.map((context) => element("li", {}, context))));
+    }
+
+    function listLatents() {
+      latent.replaceChildren(...saes[sae.value].map((one) => element("option", {}, String(one.latent))));
+      showText();
+    }
+
+    sae.addEventListener("input", listLatents);
+    for (const control of [latent, input]) control.addEventListener("input", showText);
+    listLatents();
+  }
+
   // -- start --------------------------------------------------------------------------------
 
   for (const slider of data.sliders) {
@@ -123,4 +157,5 @@
   addEventListener("hashchange", read);
   document.getElementById("live").hidden = false;
   read();
+  if (data.steering) steering(data.steering);
 })();
