@@ -195,7 +195,9 @@ def test_a_steered_text_is_that_of_its_latent_and_strength(written, texts, tmp_p
     moves = """<script>addEventListener("load", () => {
       const say = (id, key, value) => { const one = document.getElementById(id);
         one[key] = value; one.dispatchEvent(new Event("input")); };
-      say("steered-sae", "value", "C²R"); say("steered-latent", "selectedIndex", 1); say("factor", "value", "2");
+      say("steered-sae", "value", "C²R");
+      say("steered-latent", "selectedIndex", 1);
+      say("factor", "value", "2");
       document.body.replaceChildren(JSON.stringify(document.getElementById("written").textContent));
     });</script>"""
     copy.write_text(written.read_text("utf-8").replace("</body>", f"{moves}</body>"), "utf-8")

@@ -22,8 +22,8 @@ PROMPT = "The most important thing about"
 FACTORS = (0.0, 0.5, 1.0, 2.0, 4.0)
 """How far activations are moved along the latent's direction, in its largest activations on held-out text."""
 N_LATENTS, N_CONTEXTS, N_TOKENS = 6, 3, 24
-MIN_FIRINGS = 30
-"""Latents that fire on fewer of the held-out tokens are not drawn, unless none fires so often."""
+MIN_FIRINGS = 10
+"""Latents that fire on fewer of the held-out tokens are not drawn."""
 
 
 def cells(profile: Profile, seed: int = 0, device: str = "cpu") -> list[Cell]:
@@ -43,9 +43,8 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Latents drawn at random: where they fire, and the text that the model writes at each factor."""
     firings, sae = firings_of(inputs), inputs.sae
-    often = min(MIN_FIRINGS, int(firings.n_firings().max(initial=0)))
     found = []
-    for latent in drawn_latents(firings, N_LATENTS, often, inputs.seed).tolist():
+    for latent in drawn_latents(firings, N_LATENTS, MIN_FIRINGS, inputs.seed).tolist():
         most = float(firings.acts[:, [latent]].max())
         shifts = torch.tensor(factors)[:, None] * most * sae.W_dec[latent].detach().cpu()
         examples = firings.examples(latent, inputs.language_model.tokenizer, n=N_CONTEXTS)

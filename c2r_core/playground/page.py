@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from c2r_core.artefacts.cells import look
+from c2r_core.artefacts.cells import State, look
 from c2r_core.artefacts.files import whole_file
 from c2r_core.artefacts.profiles import PlaygroundProfile, Profile, training_seeds
 from c2r_core.experiments import steering
@@ -90,11 +90,11 @@ def page_data(profile: Profile) -> dict[str, Any]:
     """
     own, found, stale = profile.playground, [], False
     of_cell = {cell.name: look(cell) for cell in cells(profile)}
-    missing = [name for name, (state, _) in of_cell.items() if state.kind == "missing"]
+    missing = [name for name, (state, _) in of_cell.items() if not _fits(state)]
     if missing:
         raise FileNotFoundError(
-            f"{len(missing)} of {len(of_cell)} results are missing, such as {missing[0]}. "
-            f"Compute them with `c2r run playground --profile {profile.name}`."
+            f"{len(missing)} of {len(of_cell)} results are missing, or of another grid, such as "
+            f"{missing[0]}. Compute them with `c2r run playground --profile {profile.name}`."
         )
     for name, (arm, about) in worlds(profile).items():
         state, points = of_cell[name]
@@ -112,15 +112,20 @@ def page_data(profile: Profile) -> dict[str, Any]:
     }
 
 
+def _fits(state: State) -> bool:
+    """Whether a cell is there and of these settings; that of earlier code will do."""
+    return state.kind != "missing" and "setting " not in state.why
+
+
 def _steering(profile: Profile) -> dict[str, Any] | None:
     try:
         made = steering.cells(profile)
     except (
         FileNotFoundError
-    ):  # without the language model it is not known whether a cell is its own
+    ):  # the language model is not here, so nobody knows whose texts these are
         return None
     of_cell = {title: look(cell) for title, cell in zip(steering.TITLES, made, strict=True)}
-    if any(state.kind == "missing" for state, _ in of_cell.values()):
+    if not all(_fits(state) for state, _ in of_cell.values()):
         return None
     return {
         "prompt": steering.PROMPT,

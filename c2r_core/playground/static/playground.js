@@ -47,7 +47,7 @@
   function summary(values) {
     const known = values.filter((value) => value !== null);
     if (!known.length) return ["–"];
-    const ends = [Math.min(...known), Math.max(...known)].map((value) => value.toFixed(2));
+    const ends = [Math.min(...known), Math.max(...known)].map((value) => value.toFixed(3));
     return [`${mean(known).toFixed(3)} `, element("span", { class: "soft" }, `${ends[0]} to ${ends[1]}`)];
   }
 
