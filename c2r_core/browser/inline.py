@@ -236,7 +236,7 @@ def _percent(share: float) -> str:
 
 
 def _visible(text: str) -> str:
-    return text.replace("\n", "⏎").replace("\t", "⇥")
+    return re.sub(r"[\n\v\f\r\x1c-\x1e\x85\u2028\u2029]", "⏎", text).replace("\t", "⇥")
 
 
 def _as_text(line: Line) -> str:
@@ -249,10 +249,11 @@ def _as_text(line: Line) -> str:
 
 def _as_html(line: Line) -> str:
     def part(one: Part) -> str:
-        strength = min(1.0, one.strength)
-        shade = f"background:rgba(var(--fire),{0.12 + 0.5 * strength:.2f})" if strength else ""
-        css = "token at" if one.is_chosen else "token"
-        return f'<span class="{css}" style="{shade}">{html.escape(_visible(one.text))}</span>'
+        text, strength = html.escape(_visible(one.text)), min(1.0, one.strength)
+        css = ' class="token at"' if one.is_chosen else ""
+        if strength:
+            css += f' style="background:rgba(var(--fire),{0.12 + 0.5 * strength:.2f})"'
+        return f"<span{css}>{text}</span>" if css else text
 
     colour = ' style="color:var(--bad)"' if line.is_exception else ""
     lead = f'<span class="value">{html.escape(line.lead)} </span>'
