@@ -28,6 +28,9 @@ COMMANDS = {
     "compare": Command("c2r_core.evaluate.compare", "two reports side by side"),
     "contexts": Command("c2r_core.evaluate.contexts", "the text on which one latent fires hardest"),
     "browse": Command("c2r_core.browser.__main__", "an SAE's latents as pages to look at"),
+    "playground": Command(
+        "c2r_core.playground.__main__", "sliders over small SAEs on toy features, one page"
+    ),
     "export": Command("c2r_core.formats.__main__", "an SAE in another library's format"),
     "saebench": Command("c2r_core.evaluate.saebench", "a report as SAEBench's result files"),
     "push": Command("c2r_core.hub.__main__", "an SAE to the Hugging Face hub, with a card", True),

@@ -49,7 +49,7 @@ class FakeHub:
 
     def sha(self, repo: str, number: int | None = None) -> str:
         number = len(self.repos[repo]) if number is None else number
-        return hashlib.sha1(f"{repo} {number}".encode()).hexdigest()
+        return hashlib.sha1(f"{repo} {number}".encode(), usedforsecurity=False).hexdigest()
 
     def files(self, repo: str, revision: str = "main") -> dict[str, bytes] | None:
         commits = self.repos[repo]
@@ -215,4 +215,5 @@ class _Answers(BaseHTTPRequestHandler):
 
 def _blob(content: bytes) -> str:
     """Git's name of a file's content."""
-    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+    blob = b"blob %d\0" % len(content) + content
+    return hashlib.sha1(blob, usedforsecurity=False).hexdigest()

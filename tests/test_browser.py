@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 import shutil
@@ -10,12 +11,13 @@ import subprocess
 import pytest
 import torch
 
-from c2r_core.browser import browse, concepts
+from c2r_core.browser import browse, concepts, show, show_carriers, show_contexts
 from c2r_core.browser.__main__ import main
 from c2r_core.browser.latents import N_NEAR_MISSES, Reader
 from c2r_core.data.text import Corpus, Document, load_corpus
 from c2r_core.data.words import LETTERS
 from c2r_core.evaluate.evaluation import prepare
+from c2r_core.metrics.carriers import NO_CARRIER
 from c2r_core.metrics.encoding import encode
 from c2r_core.metrics.inputs import Options
 from c2r_core.metrics.letter_probes import LetterProbes
@@ -238,3 +240,78 @@ def test_an_exception_is_red_and_leads_to_its_latent(folder):
     found = re.findall(r'<li class="exception"><a href="([^"]*)"[^>]*>([^<]*)</a>', page)
     assert found == expected
     assert sum(page.count(f">{word}<") for word in ("apple", "ant", "axe")) == 6
+
+
+# -- inside a notebook --------------------------------------------------------------------------
+
+
+def test_a_latent_in_a_notebook_is_that_of_the_pages(folder):
+    latent, shown_ = data(folder, "1-00000")[2][17], show(folder, latent=17, sae="c2r")
+    text, page = repr(shown_), shown_.page()
+    assert text.startswith("Latent 17 of c2r, fires on ")
+    for one in latent["top"]:
+        value = str(one["acts"][one["at"]])
+        (line, *_) = (row for row in text.splitlines() if row.split()[:1] == [value])
+        assert "«" in line and f">{value} </span>" in page
+    assert all(f"latent {other}" in text for other, _ in latent["neighbours"])
+    assert show(folder, latent=17).title != shown_.title
+
+
+def test_words_in_a_notebook_stand_by_their_carrier_and_exceptions_are_red(folder):
+    shown_ = show(folder, letter="A")
+    lines = repr(shown_).splitlines()
+    assert (
+        lines[0] == "Words that start with A" and lines[2].split() == "latent 0 apple ant".split()
+    )
+    (concept,) = (one for one in data(folder, "index")[0]["concepts"] if one["name"] == "A")
+    carriers = [set(own["carriers"]) - {NO_CARRIER} for own in concept["saes"].values()]
+    assert "axe" in repr(shown_)
+    assert (
+        shown_.page().count('style="color:var(--bad)"')
+        == sum(len(c) - 1 for c in carriers if c)
+        > 0
+    )
+
+
+def test_a_notebook_s_frame_runs_no_script_and_holds_text_as_text(folder):
+    found = show(folder, latent=0)
+    frame = found._repr_html_()
+    (source,) = re.findall(r'sandbox="" srcdoc="([^"]*)"', frame)
+    assert html.unescape(source) == found.page()
+    assert "<script" not in found.page() and "<b>" not in found.page() and "<script" not in frame
+    assert "http" not in found.page() and len(frame) < 30_000
+    assert f"<pre>{html.escape(repr(found))}</pre>" in frame
+    assert frame == show(folder, latent=0)._repr_html_()
+
+
+def test_contexts_and_carriers_of_results_are_shown_too():
+    latents = [{"latent": 7, "density": 0.003, "top": ["a« b» c"], "near_misses": ["a[ b]"]}]
+    shown_ = show_contexts("Some", latents)
+    assert repr(shown_).splitlines() == [
+        "Some",
+        "Latent 7, fires on 0.3 % of tokens",
+        "           top  a« b» c",
+        "   near misses  a[ b]",
+    ]
+    assert shown_.page().count("rgba(var(--fire),0.62)") == 1
+    words = {"plain": {"apple": 3, "ant": 3, "axe": 9, "ash": NO_CARRIER}}
+    assert [line.split() for line in repr(show_carriers("Words", words)).splitlines()[2:]] == [
+        ["latent", "3", "apple", "ant"],
+        ["latent", "9", "axe"],
+        ["no", "latent", "ash"],
+    ]
+
+
+def test_what_a_notebook_cannot_show_is_said(folder, tmp_path):
+    for given, problem in (
+        ({}, "give one of them"),
+        ({"latent": 1, "letter": "A"}, "give one of them"),
+        ({"latent": 128}, "plain has 0 to 127"),
+        ({"latent": -1}, "plain has 0 to 127"),
+        ({"latent": 1, "sae": "plane"}, "did you mean 'plain'"),
+        ({"letter": "Z"}, "unknown letter 'Z'"),
+    ):
+        with pytest.raises(ValueError, match=problem):
+            show(folder, **given)
+    with pytest.raises(FileNotFoundError, match="c2r browse"):
+        show(tmp_path, latent=1)

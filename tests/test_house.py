@@ -21,7 +21,7 @@ FLOORS = (
     ("metrics",),
     ("evaluate",),
     ("experiments", "browser", "hub"),
-    ("notebook",),
+    ("notebook", "playground"),
     ("__init__", "__main__"),
 )
 """From the bottom up. Rooms on one floor do not know each other, but for what the ground floor holds."""

@@ -271,6 +271,32 @@ class ScaleProfile(_Section):
     """Of the training that is stopped half-way and continued."""
 
 
+class PlaygroundProfile(_Section):
+    """The grid of small toy SAEs behind the playground's sliders; lr and the rest are those of `toy`."""
+
+    d_in: Count
+    n_parents: Annotated[int, Field(ge=1, le=26)]
+    children_per_parent: Count
+    n_singles: CountOrZero
+    group_size: Annotated[int, Field(ge=1, le=3)]
+    """Singles whose directions have the world's cosine."""
+    parent_probability: Probability
+    single_probability: Probability
+    architecture: str
+    arguments: dict[str, int | float]
+    """Of the architecture, beside d_in, d_sae and seed."""
+    d_sae: Count
+    steps: Count
+    child_probabilities: list[Annotated[float, Field(gt=0, le=1)]]
+    """P(a child is on | its parent is on); a slider's places, as are the next three."""
+    cosines: list[Annotated[float, Field(ge=0, lt=1)]]
+    """Cosine of two singles of a group."""
+    strengths: list[Positive]
+    """Of C²R, beside 0; as `weight_from_strength` defines them."""
+    alphas: list[Positive]
+    seeds: Count
+
+
 class Profile(_Section):
     """All values of one size of run."""
 
@@ -284,6 +310,7 @@ class Profile(_Section):
     evaluation: EvaluationProfile
     performance: PerformanceProfile
     scale: ScaleProfile
+    playground: PlaygroundProfile
 
 
 def load_profile(name: str, file: Path = PROFILES_FILE) -> Profile:

@@ -2,7 +2,7 @@
 
 The pages need no server and no network. Each latent has its strongest, middle and nearly missed contexts, its
 histogram, what it promotes and suppresses, and its neighbours. Each first letter has its carriers, word by
-word, in every SAE side by side.
+word, in every SAE side by side. `show(FOLDER, latent=7)` shows a latent of theirs inside a notebook.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from c2r_core.errors import needs_extra
 
 needs_extra("evaluate", "pandas", "pydantic", "scipy", "sklearn")
 
+from c2r_core.browser.inline import show, show_carriers, show_contexts
 from c2r_core.browser.pages import browse
 
-__all__ = ["browse"]
+__all__ = ["browse", "show", "show_carriers", "show_contexts"]

@@ -36,6 +36,8 @@ STUDIES = {
     "front": "c2r_core.experiments.front",
     "performance": "c2r_core.experiments.performance",
     "scale": "c2r_core.experiments.scale",
+    "playground": "c2r_core.experiments.playground",
+    "steering": "c2r_core.experiments.steering",
 }
 """By name, the module that makes the study's cells."""
 CHOSEN_BEFORE = ("tuning",)

@@ -214,7 +214,8 @@ def _is_same(content: bytes | Path, there: RepoFile | None) -> bool:
         found = of_file(content) if isinstance(content, Path) else _sha256(content)
         return found == there.lfs.sha256
     content = content.read_bytes() if isinstance(content, Path) else content
-    return hashlib.sha1(b"blob %d\0%b" % (len(content), content)).hexdigest() == there.blob_id
+    blob = b"blob %d\0%b" % (len(content), content)
+    return hashlib.sha1(blob, usedforsecurity=False).hexdigest() == there.blob_id
 
 
 def _sha256(content: bytes) -> str:

@@ -7,6 +7,7 @@ to pages as they stand. Nothing is executed: notebooks show their committed outp
 from __future__ import annotations
 
 import inspect
+import os
 import re
 import sys
 from importlib import import_module
@@ -22,7 +23,9 @@ import claims  # noqa: E402
 import links  # noqa: E402
 
 import c2r_core  # noqa: E402
+from c2r_core.artefacts.profiles import load_profile  # noqa: E402
 from c2r_core.notebook import files  # noqa: E402
+from c2r_core.playground import write_page  # noqa: E402
 
 project = "C²R under test"
 author = "The C²R compendium authors"
@@ -133,6 +136,15 @@ def citation() -> str:
     return f"{authors}. *{cited['title']}*. {cited['collection-title']}, {cited['year']}. {where}."
 
 
+def add_playground(app, error: Exception | None) -> None:
+    """Put the playground beside the pages, made of this checkout's results."""
+    if error is None:
+        os.environ["C2R_RESULTS"] = str(PROJECT / "results")
+        write_page(
+            Path(app.outdir) / "playground.html", load_profile("default"), home="docs/index.html"
+        )
+
+
 def leave_out_alias(app, what, name, member, skip: bool, options) -> bool | None:
     """A named tuple's fields are in its signature; "Alias for field number 0" adds nothing."""
     return True if (member.__doc__ or "").startswith("Alias for field number") else None
@@ -145,3 +157,4 @@ def setup(app) -> None:
     app.connect("doctree-read", links.mark, priority=400)  # before downloads are gathered
     app.connect("doctree-resolved", links.resolve)
     app.connect("html-collect-pages", links.pages)
+    app.connect("build-finished", add_playground)

@@ -13,7 +13,11 @@ from docutils import nodes
 from sphinx import addnodes
 from sphinx.application import Sphinx
 
-STANDS_FOR = {"README.md": "docs/index", "CITATION.cff": "docs/how_to_cite"}
+STANDS_FOR = {
+    "README.md": "docs/index",
+    "CITATION.cff": "docs/how_to_cite",
+    "c2r_core/playground/__init__.py": "playground",
+}
 """Pages that show a file in a better way than as its text."""
 
 LANGUAGES = {".py": "python", ".yml": "yaml", ".md": "markdown"}
