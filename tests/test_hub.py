@@ -261,6 +261,22 @@ def test_a_repository_that_is_not_there(tmp_path, hub, api):
         pull(REPO, tmp_path / "back", api=api)
 
 
+def test_a_folder_that_the_repository_lacks_is_named(tmp_path, hub, api, monkeypatch):
+    hub.add(REPO, {"README.md": b""})
+    answers = hub.server.RequestHandlerClass
+    get = answers.do_GET
+
+    def without_folders(self):
+        if "/tree/" not in self.path:
+            return get(self)
+        return self._json({"error": "none"}, 404, {"X-Error-Code": "EntryNotFound"})
+
+    monkeypatch.setattr(answers, "do_GET", without_folders)
+    with pytest.raises(FileNotFoundError, match="no such folder in the repository: me/my-sae/l4"):
+        pull(f"{REPO}/l4", tmp_path / "back", api=api)
+    assert not (tmp_path / "back").exists()
+
+
 # -- the commands ---------------------------------------------------------------------------------
 
 
