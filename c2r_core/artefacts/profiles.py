@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from c2r_core.artefacts.names import unknown_name
 from c2r_core.artefacts.paths import checkout
 
 PROFILES_FILE = Path(__file__).with_name("profiles.yml")
 FIRST_SEED = 10
+_AS_IT_STANDS = TypeAdapter(
+    dict[str, dict[str, str | dict[str, Any] | None] | None], config=ConfigDict(strict=True)
+)
 
 
 def training_seeds(n: int, seed: int = 0) -> list[int]:
@@ -36,7 +39,11 @@ class _Section(BaseModel):
     """Frozen, and strict: an unknown key or a text where a number belongs is an error."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
     )
 
 
@@ -319,14 +326,15 @@ def load_profile(name: str, file: Path = PROFILES_FILE) -> Profile:
     Raises
     ------
     ValueError
-        If there is no such profile, or the file has an unknown key, lacks a value, or gives one
+        If there is no such profile, or the file is no YAML, has an unknown key, lacks a value, or gives one
         of the wrong type.
+    OSError
+        If there is no such file.
     """
-    profiles = yaml.safe_load(file.read_text(encoding="utf-8"))
-    values = _completed(name, profiles, file)
-    section = values.get("language_model") or {}
-    if "/" in str(section.get("corpus")):
-        folder = os.path.relpath(checkout() / section["corpus"])  # wherever this process runs
+    values = _completed(name, _read(file), file)
+    section = values.get("language_model", {})
+    if isinstance(corpus := section.get("corpus"), str) and "/" in corpus:
+        folder = os.path.relpath(checkout() / corpus)  # wherever this process runs
         values["language_model"] = {**section, "corpus": folder}
     try:
         return Profile(name=name, **values)
@@ -336,29 +344,50 @@ def load_profile(name: str, file: Path = PROFILES_FILE) -> Profile:
 
 
 def profile_names(file: Path = PROFILES_FILE) -> list[str]:
-    """Names of all profiles, in the order of the file."""
-    return list(yaml.safe_load(file.read_text(encoding="utf-8")))
+    """Names of all profiles, in the order of the file; errors are those of `load_profile`."""
+    return list(_read(file))
 
 
-def _completed(name: str, profiles: Mapping[str, Any], file: Path) -> dict[str, Any]:
+def _read(file: Path) -> dict[str, dict[str, Any]]:
+    """Every profile as it stands: what differs, by section, and what it is based on."""
+    try:
+        text = file.read_text(encoding="utf-8")
+        # A few lines of aliases can stand for gigabytes.
+        events = yaml.parse(text, yaml.SafeLoader) if "*" in text else ()
+        if any(isinstance(event, yaml.AliasEvent) for event in events):
+            raise ValueError("it holds an alias (*name); write the values out")
+        profiles = _AS_IT_STANDS.validate_python(yaml.safe_load(text))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(f"{file} holds no profiles in YAML: {error}") from error
+    return {name: own or {} for name, own in profiles.items()}
+
+
+def _completed(
+    name: str, profiles: Mapping[str, Any], file: Path, seen: tuple[str, ...] = ()
+) -> dict[str, Any]:
     if name not in profiles:
         raise ValueError(f"{unknown_name('profile', name, profiles)} (in {file.name})")
-    own = dict(profiles[name] or {})
-    if name == "default":
-        return own
-    values = _completed(own.pop("based_on", "default"), profiles, file)
+    if name in seen:
+        raise ValueError(f"{file.name}: the profile {name!r} is based on itself.")
+    own = dict(profiles[name])
+    based_on = "" if name == "default" else own.pop("based_on", "default")
+    if not isinstance(based_on, str):
+        raise ValueError(f"{file.name}, profile {name!r}: based_on is no name of a profile.")
+    values = _completed(based_on, profiles, file, (*seen, name)) if based_on else {}
     for section, changes in own.items():
+        if section == "name" or isinstance(changes, str):
+            raise ValueError(f"{file.name}, profile {name!r}: {section!r} is no section.")
         values[section] = {**values.get(section, {}), **(changes or {})}
     return values
 
 
 def _explain(problem: Mapping[str, Any]) -> str:
     *section, _ = problem["loc"]
-    key = ".".join(problem["loc"])
+    key = ".".join(map(str, problem["loc"]))
     if problem["type"] == "extra_forbidden":
         model = Profile.model_fields[section[0]].annotation if section else Profile
         known = [".".join([*section, name]) for name in model.model_fields if name != "name"]
         return unknown_name("key", key, known)
     if problem["type"] == "missing":
         return f"{key} is missing"
-    return f"{key} is {problem['input']!r}: {problem['msg']}"
+    return f"{key} is {problem['input']!r:.60}: {problem['msg']}"

@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from c2r_core.artefacts.fields import from_json, from_values
 from c2r_core.artefacts.files import whole_folder
 
 _FORMAT_VERSION = 1
@@ -34,8 +35,8 @@ class Record:
     def load(cls, folder: Path | str) -> Self:
         """Read what `save` wrote.
 
-        FileNotFoundError if the folder lacks one of the files, ValueError if they are in another format or
-        cannot be read; the message names the file.
+        FileNotFoundError if the folder lacks one of the files, ValueError if they are in another format,
+        cannot be read, or do not hold the fields, each of its type; the message names the file or folder.
         """
         tensors, others = (
             Path(folder) / f"{cls.FILES}{kind}" for kind in (".safetensors", ".json")
@@ -47,9 +48,9 @@ class Record:
                 )
         file = others
         try:
-            values = dict(json.loads(others.read_text(encoding="utf-8")))
+            values = dict(from_json(others.read_bytes()))
             file = tensors
-            values_of_tensors = load_file(tensors)
+            values |= load_file(tensors)
         except (ValueError, TypeError, SafetensorError) as error:
             raise ValueError(
                 f"{file} is damaged ({error}). Delete {folder} and make it anew."
@@ -60,5 +61,9 @@ class Record:
                 f"{folder} holds a {cls.__name__} of format {version}; this code reads {_FORMAT_VERSION}. "
                 "Make it anew."
             )
-        values = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
-        return cls(**values_of_tensors, **values)
+        try:
+            return from_values(cls, values)
+        except ValueError as error:
+            raise ValueError(
+                f"{folder} does not hold a whole {cls.__name__} ({error}). Delete it and make it anew."
+            ) from error

@@ -16,6 +16,7 @@ import torch
 from pydantic import BaseModel
 
 from c2r_core.artefacts import paths
+from c2r_core.artefacts.fields import from_json
 from c2r_core.artefacts.files import whole_file
 
 COMMITTED_PROFILES = ("default", "full", "paper")
@@ -63,9 +64,9 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """What `write_json` wrote; a ValueError that names the file if it is not JSON in UTF-8."""
+    """What `write_json` wrote; a ValueError that names the file if it is no JSON, or nested too deep."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return from_json(path.read_bytes())
     except ValueError as error:  # a UnicodeDecodeError is one too
         raise ValueError(
             f"{path} is not valid JSON ({error}); delete it to make it anew"

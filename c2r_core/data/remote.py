@@ -53,6 +53,8 @@ def open_remote(url: str, folder: str | Path | None = None) -> ActivationStore:
         If there is no store at the address, or one of its files is missing.
     FileExistsError
         If the folder holds something else.
+    OSError
+        If the address cannot be read, or the disk is full.
     """
     remote = _Remote.at(url)
     content = remote.manifest()

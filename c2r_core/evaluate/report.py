@@ -196,9 +196,19 @@ def write_report(report: Report, file: str | Path) -> None:
 def read_report(file: str | Path) -> Report:
     """What `write_report` wrote. The values of a metric that is not registered here are a plain mapping.
 
-    Raises ValueError if the file is no report of this version.
+    Raises ValueError if the file is no report of this version, OSError if it cannot be read.
     """
-    return checked_report(read_json(Path(file)))
+    content = read_json(Path(file))
+    version = content.get("schema_version") if isinstance(content, dict) else None
+    if version != SCHEMA_VERSION:
+        raise ValueError(
+            f"{file} is no report of version {SCHEMA_VERSION}: its schema_version is {version!r}. "
+            "Evaluate the SAE again."
+        )
+    try:
+        return checked_report(content)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is no report: {error}") from error
 
 
 def checked_report(content: Any) -> Report:

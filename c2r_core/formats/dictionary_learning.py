@@ -8,13 +8,19 @@ its `load_dictionary` gives:
 - normalised training is folded into the biases before `ae.pt` is written, so all take raw
   activations.
 
-`ae.pt` is a pickle; it is read with `weights_only=True`, so nothing in it can run.
+`ae.pt` is a pickle in an archive. It is read with `weights_only=True`, so nothing in it can run. Before that,
+the archive's checksums are compared, and a pickle that names anything but tensors is refused: it could ask
+for any amount of memory.
 """
 
 from __future__ import annotations
 
 import json
 import pickle
+import pickletools
+import struct
+import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +28,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from c2r_core.formats.inference import Gated, InferenceSAE, JumpReLU, ReLU, TopK, take
+from c2r_core.formats.inference import (
+    Gated,
+    InferenceSAE,
+    JumpReLU,
+    ReLU,
+    TopK,
+    as_numbers,
+    take,
+)
 
 CONFIG, WEIGHTS = "config.json", "ae.pt"
 UNREADABLE = (
@@ -32,37 +46,54 @@ UNREADABLE = (
     EOFError,
     ImportError,
     LookupError,
+    OSError,
     RuntimeError,
     TypeError,
     ValueError,
+    struct.error,
+    zipfile.BadZipFile,
+    zlib.error,
 )
-"""What a damaged pickle raises: it is a program, and the damage may be to any of its commands."""
+"""What a damaged archive or pickle raises: it is a program, and the damage may be to any of its commands."""
+
+
+NEEDED = {
+    ("collections", "OrderedDict"),
+    ("torch._utils", "_rebuild_tensor_v2"),
+    ("torch._utils", "_rebuild_parameter"),
+}
+STORAGES = {
+    f"{kind}Storage" for kind in ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Short")
+}
+"""With these, what the pickle of a state dict may name."""
 
 
 def read(folder: Path, config: Mapping[str, Any]) -> tuple[InferenceSAE, str]:
     """The SAE of a dictionary_learning folder and the name of its class, as in its config.
 
-    Raises ValueError if the class is unknown (the message lists the known ones), the file holds anything
-    but tensors, or the tensors do not fit the config.
+    Raises ValueError if the class is unknown (the message lists the known ones), the file is damaged or holds
+    anything but tensors, or the tensors do not fit the config or hold a NaN.
     """
     trainer = config.get("trainer")
     if not isinstance(trainer, Mapping) or "dict_class" not in trainer:
         raise ValueError(f"{folder / CONFIG} has no entry trainer.dict_class.")
     dict_class = trainer["dict_class"]
-    if dict_class not in CLASSES:
+    if not isinstance(dict_class, str) or dict_class not in CLASSES:
         raise ValueError(f"dict_class is {dict_class!r}; this code reads {', '.join(CLASSES)}.")
     try:
-        tensors = torch.load(folder / WEIGHTS, map_location="cpu", weights_only=True)
+        _check_archive(folder / WEIGHTS)
+        # In the mapped file a tensor cannot be larger than its numbers; else torch takes memory for it.
+        file = str(folder / WEIGHTS)
+        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except UNREADABLE as error:
         raise ValueError(
             f"{folder / WEIGHTS} is damaged, or holds more than tensors, which would run code when "
             f"read ({repr(error).splitlines()[0]})."
         ) from error
     if not isinstance(tensors, Mapping) or not all(
-        isinstance(tensor, Tensor) for tensor in tensors.values()
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in tensors.items()
     ):
         raise ValueError(f"{folder / WEIGHTS} is no state dict: expected tensors by name.")
-    tensors = {name: tensor.detach() for name, tensor in tensors.items()}
     sae = _built(dict_class, tensors, trainer)
     said = (trainer.get("activation_dim"), trainer.get("dict_size"))
     if None not in said and said != tuple(sae.W_enc.shape):
@@ -104,6 +135,34 @@ def write(sae: InferenceSAE, folder: Path, stated: Mapping[str, Any]) -> None:
     )
     content = json.dumps({"trainer": trainer, "buffer": {}}, indent=2)
     (folder / CONFIG).write_text(content + "\n", encoding="utf-8")
+
+
+def _check_archive(file: Path) -> None:
+    """Raise an error, one of UNREADABLE, unless the file is as `torch.save` writes a dictionary's tensors.
+
+    The archive must be whole and hold its entries as they are: `torch.load` compares no checksums, and takes
+    all the memory that it is told to.
+    """
+    with zipfile.ZipFile(file) as archive:
+        entries = archive.infolist()
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+            raise ValueError("the archive is compressed")
+        if sum(entry.file_size for entry in entries) > file.stat().st_size:
+            raise ValueError("the archive unpacks to more than its own size")
+        if damaged := archive.testzip():
+            raise ValueError(f"the checksum of {damaged} in the archive is wrong")
+        for entry in entries:
+            if entry.filename.endswith(".pkl"):
+                _check_names(archive.read(entry))
+
+
+def _check_names(program: bytes) -> None:
+    """Raise an error if a pickle names anything that a dictionary of tensors does not need."""
+    for opcode, given, _ in pickletools.genops(program):
+        if opcode.name in ("GLOBAL", "INST", "STACK_GLOBAL", "EXT1", "EXT2", "EXT4"):
+            module, _, name = str(given).partition(" ")
+            if (module, name) not in NEEDED and not (module == "torch" and name in STORAGES):
+                raise pickle.UnpicklingError(f"it names {given}, which is no part of a tensor")
 
 
 def stated(config: Mapping[str, Any]) -> dict[str, str]:
@@ -159,20 +218,35 @@ WRITTEN_AS = {
 def _built(dict_class: str, tensors: dict[str, Tensor], trainer: Mapping[str, Any]) -> InferenceSAE:
     layout = CLASSES[dict_class]
     if "k" in layout.unused:
-        in_file = int(tensors["k"]) if "k" in tensors else None
+        in_file = _whole_number(tensors["k"]) if "k" in tensors else None
         k = trainer.get("k", in_file)
         if in_file not in (None, k):
             raise ValueError(f"{CONFIG} says k = {k}; {WEIGHTS} says {in_file}.")
     tensors = {name: tensor for name, tensor in tensors.items() if name not in layout.unused}
-    encoder, decoder, b_dec, *rest = take(tensors, *layout.names, file=WEIGHTS)
+    chosen = take(tensors, *layout.names, file=WEIGHTS)
+    numbers = as_numbers(dict(zip(layout.names, chosen, strict=True)), WEIGHTS)
+    encoder, decoder, b_dec, *rest = numbers.values()
     if layout.names[:2] == MATRICES:
+        for name in MATRICES:
+            if numbers[name].ndim != 2:
+                raise ValueError(
+                    f"{name} in {WEIGHTS} has shape {tuple(numbers[name].shape)}; expected a matrix."
+                )
         encoder, decoder = encoder.T, decoder.T
-    if dict_class == "AutoEncoder":
-        norms = decoder.norm(dim=1)
-        norms = torch.where(norms > 0, norms, 1.0)  # a row of zeros cannot get norm 1
-        if torch.allclose(norms, torch.ones_like(norms)):
-            norms = torch.ones_like(norms)
-        encoder, decoder, rest = encoder * norms, decoder / norms[:, None], [rest[0] * norms]
     if layout.activation is TopK:
         rest.append(k)
-    return InferenceSAE(encoder, decoder, b_dec, layout.activation(*rest), centred=layout.centred)
+    sae = InferenceSAE(encoder, decoder, b_dec, layout.activation(*rest), centred=layout.centred)
+    if dict_class == "AutoEncoder":
+        norms = sae.W_dec.norm(dim=1)
+        norms = torch.where(norms > 0, norms, 1.0)  # a row of zeros cannot get norm 1
+        if not torch.allclose(norms, torch.ones_like(norms)):
+            sae.divide_decoder(norms)
+    return sae
+
+
+def _whole_number(tensor: Tensor) -> int:
+    if tensor.numel() != 1 or tensor.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"k in {WEIGHTS} is {tensor.dtype} of shape {tuple(tensor.shape)}; expected an integer."
+        )
+    return int(tensor)

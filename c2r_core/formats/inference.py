@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -43,7 +45,7 @@ class InferenceSAE(nn.Module):
             )
         _check_shape("b_dec", b_dec, (d_in,))
         for name, tensor in activation.named_buffers():
-            if tensor.ndim > 0:
+            if name != "threshold" or tensor.ndim > 0:  # that may be one for all latents
                 _check_shape(name, tensor, (d_sae,))
         if isinstance(activation, TopK) and activation.k > d_sae:
             raise ValueError(f"k is {activation.k}; expected at most d_sae = {d_sae}.")
@@ -52,6 +54,13 @@ class InferenceSAE(nn.Module):
         self.register_buffer("b_dec", b_dec.float())
         self.activation = activation.float()
         self.centred = centred
+
+    def divide_decoder(self, norms: Tensor) -> None:
+        """Divide the decoder rows by positive norms (d_sae,), and let the activations have them instead."""
+        # Not in place: a file may hold an encoder and a decoder that share their memory.
+        self.W_enc = self.W_enc * norms
+        self.activation.b_enc = self.activation.b_enc * norms
+        self.W_dec = self.W_dec / norms[:, None]
 
     def encode(self, x: Tensor) -> Tensor:
         """Feature activations (..., d_sae) of raw activations x (..., d_in)."""
@@ -143,7 +152,34 @@ class Gated(Activation):
         return magnitude * (projection + self.b_gate > 0)
 
 
-def take(tensors: dict[str, Tensor], *names: str, file: str) -> list[Tensor]:
+def as_numbers(tensors: Mapping[str, object], file: str) -> dict[str, Tensor]:
+    """The tensors of a file in float32.
+
+    Raises ValueError if one is not floating-point numbers, states a shape for which the file holds too few,
+    or has a NaN, or an infinity that is no threshold's: then it is damaged, or no SAE's.
+    """
+    numbers = {}
+    for name, tensor in tensors.items():
+        is_dense = isinstance(tensor, Tensor) and tensor.layout is torch.strided
+        if not (is_dense and tensor.is_floating_point() and not tensor.is_meta):
+            kind = getattr(tensor, "dtype", type(tensor).__name__)
+            raise ValueError(f"{name} in {file} is {kind}; expected floating-point numbers.")
+        if tensor.nbytes > tensor.untyped_storage().nbytes():
+            raise ValueError(
+                f"{name} in {file} states the shape {tuple(tensor.shape)}, for which the file is too small."
+            )
+        numbers[name] = tensor.detach().float()
+        is_bad = torch.isnan if name.endswith("threshold") else _not_finite
+        if is_bad(numbers[name]).any():
+            raise ValueError(f"{name} in {file} holds a NaN or an infinity: the file is damaged.")
+    return numbers
+
+
+def _not_finite(tensor: Tensor) -> Tensor:
+    return ~tensor.isfinite()
+
+
+def take(tensors: Mapping[str, Tensor], *names: str, file: str) -> list[Tensor]:
     """The tensors of the given names, which must be all that a file holds.
 
     Raises ValueError if one is missing, or the file holds another: then it is not of the architecture that

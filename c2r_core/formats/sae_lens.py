@@ -22,9 +22,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
-from c2r_core.formats.inference import Gated, InferenceSAE, JumpReLU, ReLU, TopK, take
+from c2r_core.formats.inference import Gated, InferenceSAE, JumpReLU, ReLU, TopK, as_numbers, take
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 OUR_PREFIX = "c2r_"
@@ -44,15 +43,20 @@ def read(folder: Path, config: Mapping[str, Any]) -> tuple[InferenceSAE, str]:
     """The SAE of a SAELens folder and the name of its architecture, as in its config.
 
     Raises ValueError if the SAE cannot be represented exactly (the message says which setting forbids it),
-    or the tensors do not fit the config.
+    a setting is of another type, or the tensors do not fit the config or hold a NaN.
     """
+    for name in ("metadata", "activation_fn_kwargs"):
+        if not isinstance(config.get(name) or {}, Mapping):
+            raise ValueError(f"{name} is {config[name]!r}; expected settings by name.")
     architecture, k = _architecture(config)
     _refuse_what_decode_cannot_undo(config)
+    has_free_decoder = _switch(config, "rescale_acts_by_decoder_norm", False)
+    centred = _switch(config, "apply_b_dec_to_input", True)
     try:
         tensors = load_file(folder / WEIGHTS)
     except SafetensorError as error:
         raise ValueError(f"{folder / WEIGHTS} is damaged ({error}).") from error
-    tensors = {name: tensor.float() for name, tensor in tensors.items()}
+    tensors = as_numbers(tensors, WEIGHTS)
     # Written by older versions; ones mean nothing.
     scaling_factor = tensors.pop("scaling_factor", torch.ones(()))
     if not torch.allclose(scaling_factor, torch.ones_like(scaling_factor)):
@@ -73,15 +77,13 @@ def read(folder: Path, config: Mapping[str, Any]) -> tuple[InferenceSAE, str]:
         jumps = architecture not in ("standard", "topk")
         names = ("W_enc", "W_dec", "b_dec", "b_enc", *(["threshold"] if jumps else []))
         W_enc, W_dec, b_dec, b_enc, *threshold = take(tensors, *names, file=WEIGHTS)
-        if config.get("rescale_acts_by_decoder_norm"):
-            W_enc, W_dec, b_enc = _with_unit_decoder(W_enc, W_dec, b_enc)
         if jumps:
             activation = JumpReLU(b_enc, *threshold)
         else:
             activation = TopK(b_enc, k) if architecture == "topk" else ReLU(b_enc)
-    sae = InferenceSAE(
-        W_enc, W_dec, b_dec, activation, centred=config.get("apply_b_dec_to_input", True)
-    )
+    sae = InferenceSAE(W_enc, W_dec, b_dec, activation, centred=centred)
+    if has_free_decoder and architecture != "gated":
+        sae.divide_decoder(sae.W_dec.norm(dim=-1).clamp(min=1e-8))
     stated = (config.get("d_in"), config.get("d_sae"))
     if stated != tuple(sae.W_enc.shape):
         raise ValueError(
@@ -148,7 +150,9 @@ def _architecture(config: Mapping[str, Any]) -> tuple[str, int | None]:
 
 
 def _refuse_what_decode_cannot_undo(config: Mapping[str, Any]) -> None:
-    normalise = config.get("normalize_activations") or "none"
+    normalise = config.get("normalize_activations")
+    if normalise is None or normalise is False:
+        normalise = "none"
     if normalise is True:  # before there were several ways
         normalise = "expected_average_only_in"
     if normalise in ("expected_average_only_in", "covariance_whitening"):
@@ -172,9 +176,9 @@ def _refuse_what_decode_cannot_undo(config: Mapping[str, Any]) -> None:
         )
 
 
-def _with_unit_decoder(
-    W_enc: Tensor, W_dec: Tensor, b_enc: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The same SAE with the norms of its decoder rows moved into the encoder."""
-    norms = W_dec.norm(dim=-1).clamp(min=1e-8)
-    return W_enc * norms, W_dec / norms[:, None], b_enc * norms
+def _switch(config: Mapping[str, Any], name: str, default: bool) -> bool:
+    given = config.get(name)
+    given = default if given is None else given
+    if not isinstance(given, bool):
+        raise ValueError(f"{name} is {given!r}; expected true or false.")
+    return given

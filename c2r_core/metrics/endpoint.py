@@ -15,7 +15,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
+from c2r_core.artefacts.fields import from_json
 from c2r_core.artefacts.files import whole_file
 from c2r_core.artefacts.paths import cache_dir
 from c2r_core.errors import NotEvaluable
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
     from openai import OpenAI
 
 KEY_VARIABLE = "C2R_API_KEY"
+SHORTEST_KEY = 8
+"""What is shorter is no secret, such as the "none" that a local server is given; it may well be an answer."""
 
 
 class EndpointError(NotEvaluable):
@@ -62,7 +66,8 @@ class Endpoint:
     clock, sleep : callable
         Of the pace; tests put in their own.
 
-    The key is read from the environment variable C2R_API_KEY and written nowhere.
+    The key is read from the environment variable C2R_API_KEY and written nowhere. A url that holds a user or
+    a password is refused, since messages show it.
     """
 
     url: str
@@ -82,6 +87,10 @@ class Endpoint:
             raise ValueError(
                 f"The endpoint is {self.url!r}; expected an address that starts with http."
             )
+        if "@" in urlsplit(self.url).netloc:
+            raise ValueError(
+                f"The endpoint's address holds a user or a password; set {KEY_VARIABLE} instead."
+            )
         if not self.model:
             raise ValueError(f"No model is named for the endpoint {self.url}; give its name there.")
         if min(self.requests_per_minute, self.parallel, self.timeout) <= 0 or self.retries < 0:
@@ -98,6 +107,8 @@ class Endpoint:
         EndpointError
             If the endpoint needs another key, has no such model, cannot be reached, or still fails after
             all retries. What was answered before is kept.
+        OSError
+            If the answer cannot be kept.
         """
         request = {
             "model": self.model,
@@ -111,10 +122,11 @@ class Endpoint:
         text = json.dumps({"url": self.url, **request}, sort_keys=True)
         address = hashlib.sha256(text.encode()).hexdigest()
         file = (self.folder or cache_dir() / "answers") / address[:2] / f"{address[2:24]}.json"
-        if file.is_file():
-            return json.loads(file.read_text(encoding="utf-8"))["answer"]
+        if known := _kept_answer(file):
+            return known
         self._wait_for_turn()
-        answer = self._request(request)
+        # Without what UTF-8 cannot hold, and the key: a server may repeat it.
+        answer = _without_key(self._request(request).encode(errors="replace").decode())
         if not answer:
             return answer  # not kept: another time it may have something to say
         kept = json.dumps(request | {"answer": answer}, indent=1, ensure_ascii=False)
@@ -126,11 +138,12 @@ class Endpoint:
         import openai
 
         try:
-            return (
-                self._client().chat.completions.create(**request).choices[0].message.content or ""
-            )
+            answer = self._client().chat.completions.create(**request).choices[0].message.content
+            if not isinstance(answer or "", str):
+                raise TypeError(f"the answer is a {type(answer).__name__}, not text")
+            return answer or ""
         except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
-            known = "was refused" if os.environ.get(KEY_VARIABLE) else "is missing"
+            known = "was refused" if _key() else "is missing"
             raise EndpointError(
                 f"{self.url} wants a key, and the one in {KEY_VARIABLE} {known}. Set it and run again."
             ) from error
@@ -141,17 +154,25 @@ class Endpoint:
             ) from error
         except openai.APIConnectionError as error:
             raise EndpointError(
-                f"{self.url} cannot be reached ({error.__cause__ or error}). Is it running?"
+                f"{self.url} cannot be reached ({_shortly(error.__cause__ or error)}). Is it running?"
             ) from error
         except openai.APIStatusError as error:
             raise EndpointError(
                 f"{self.url} answered with status {error.status_code} for model {self.model!r}: "
-                f"{_without_key(error)}. What was answered before is kept."
+                f"{_shortly(error)}. What was answered before is kept."
             ) from error
-        except (openai.OpenAIError, ValueError, AttributeError, TypeError, IndexError) as error:
+        except (
+            openai.OpenAIError,
+            ArithmeticError,
+            AttributeError,
+            LookupError,
+            RecursionError,
+            TypeError,
+            ValueError,
+        ) as error:  # the client takes an answer as it comes
             raise EndpointError(
                 f"{self.url} does not speak the chat-completions protocol ({type(error).__name__}: "
-                f"{_without_key(error)}). Does the address end in /v1?"
+                f"{_shortly(error)}). Does the address end in /v1?"
             ) from error
 
     def _client(self) -> OpenAI:
@@ -161,7 +182,7 @@ class Endpoint:
             if self._shared.client is None:
                 self._shared.client = OpenAI(
                     base_url=self.url,
-                    api_key=os.environ.get(KEY_VARIABLE) or "none",
+                    api_key=_key() or "none",
                     timeout=self.timeout,
                     max_retries=self.retries,
                 )
@@ -176,8 +197,25 @@ class Endpoint:
             self.sleep(turn - now)
 
 
-def _without_key(error: Exception) -> str:
-    """The beginning of an error's text; a server may repeat the key that it was sent."""
-    key = os.environ.get(KEY_VARIABLE)
-    text = str(error)
-    return (text.replace(key, "***") if key else text)[:200]
+def _kept_answer(file: Path) -> str:
+    """What a file of an earlier answer holds; "" if there is none or it is damaged, to be asked again."""
+    try:
+        answer = from_json(file.read_bytes())["answer"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return ""
+    return answer if isinstance(answer, str) else ""
+
+
+def _key() -> str:
+    """The key, without the end of its line: an error about that would show it."""
+    return os.environ.get(KEY_VARIABLE, "").strip()
+
+
+def _without_key(text: str) -> str:
+    key = _key()
+    return text.replace(key, "***") if len(key) >= SHORTEST_KEY else text
+
+
+def _shortly(error: BaseException) -> str:
+    """The beginning of an error's text, without the key."""
+    return _without_key(str(error))[:200]

@@ -31,10 +31,14 @@ _LINK = re.compile(r"\]\(([^)#\s]+)[^)]*\)")
 
 
 def read(path: Path) -> NotebookNode:
-    """The notebook as nbformat reads it; ValueError if the file is none."""
+    """The notebook as nbformat reads it; ValueError if the file is none, OSError if it cannot be read."""
     try:
         return nbformat.read(path, as_version=4)
-    except (nbformat.reader.NotJSONError, nbformat.ValidationError) as error:
+    except OSError:
+        raise
+    except (
+        Exception
+    ) as error:  # of any kind: nbformat takes for granted what it has not checked yet
         raise ValueError(f"{path} is not a valid notebook: {error}") from error
 
 

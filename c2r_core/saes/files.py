@@ -10,15 +10,17 @@ import copy
 import filecmp
 import json
 import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from c2r_core.artefacts.checksums import compare, of_file, of_values
+from c2r_core.artefacts.fields import from_json
 from c2r_core.artefacts.files import whole_folder
 from c2r_core.saes.base import SAE
 
@@ -133,27 +135,59 @@ def load_sae(folder: str | Path, device: str | torch.device = "cpu") -> SAE:
                 f"{folder} holds no {name}; expected a folder written by save_sae."
             )
     config = _read_config(folder)
+    norm_factor, trained_on = config.pop("norm_factor", None), config.pop("trained_on", {})
+    _check_what_is_said(folder / CONFIG, norm_factor, trained_on)
     try:
-        norm_factor, trained_on = config.pop("norm_factor"), config.pop("trained_on", {})
-        sae = create_sae(**config)
-    except (KeyError, TypeError) as error:
-        raise ValueError(
-            f"{folder}/config.json lacks an entry, or has one too many: {error}"
-        ) from error
-    sae.norm_factor, sae.trained_on = norm_factor, trained_on
-    try:
+        _check_size(folder, config)
+        sae = _created(folder / CONFIG, config)
         sae.load_state_dict(load_file(folder / WEIGHTS))
     except (RuntimeError, SafetensorError) as error:
         raise ValueError(f"{folder}/sae.safetensors does not fit config.json: {error}") from error
+    sae.norm_factor, sae.trained_on = norm_factor, trained_on
     return sae.to(device)
+
+
+def _check_what_is_said(file: Path, norm_factor: object, trained_on: object) -> None:
+    is_number = isinstance(norm_factor, int | float) and not isinstance(norm_factor, bool)
+    if not (is_number and 0 < norm_factor <= sys.float_info.max):
+        raise ValueError(f"{file} has the norm_factor {norm_factor!r}; expected a positive number.")
+    said = trained_on.values() if isinstance(trained_on, dict) else [None]
+    if not all(isinstance(value, str | int | float) for value in said):
+        raise ValueError(f"{file} has another trained_on than text and numbers by name.")
+
+
+def _check_size(folder: Path, config: Mapping[str, Any]) -> None:
+    """Before an SAE of the config's size takes memory: its weights must be in the file."""
+    with safe_open(folder / WEIGHTS, framework="pt") as file:
+        shape = file.get_slice("W_dec").get_shape()
+    stated = [config.get("d_sae"), config.get("d_in")]
+    if stated != shape:
+        raise ValueError(
+            f"{folder}/{WEIGHTS} does not fit {CONFIG}: W_dec has shape {shape}, and (d_sae, d_in) are "
+            f"{stated}."
+        )
+
+
+def _created(file: Path, config: Mapping[str, Any]) -> SAE:
+    architecture = ARCHITECTURES.get(str(config.get("architecture")))
+    if architecture is not None:
+        known = {"architecture", "d_in", "d_sae", *architecture.hyper_parameters}
+        if unknown := sorted(config.keys() - known):
+            raise ValueError(f"{file} has an entry that is one too many: {', '.join(unknown)}.")
+    try:
+        return create_sae(**config)
+    except (KeyError, TypeError, ArithmeticError) as error:
+        raise ValueError(
+            f"{file} lacks an entry, has one too many, or one of another type: {error}"
+        ) from error
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
     """What `create_sae` takes, with norm_factor and trained_on; both files are those that were saved."""
     file = folder / CONFIG
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:  # no UTF-8, or no JSON
+        config = from_json(file.read_bytes())
+    except ValueError as error:
         raise ValueError(f"{file} is damaged ({error}). {RESTORE}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{file} is no JSON object; expected settings by name. {RESTORE}")
@@ -165,7 +199,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if version == FORMAT_VERSION:
         compare(file, config.pop(OF_CONFIG, None), of_values(config), RESTORE)
         weights = folder / WEIGHTS
-        compare(weights, config.pop(OF_WEIGHTS), of_file(weights), RESTORE)
+        compare(weights, config.pop(OF_WEIGHTS, None), of_file(weights), RESTORE)
     del config["format_version"]
     return config
 

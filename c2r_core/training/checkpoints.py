@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from c2r_core.artefacts.fields import from_json
 from c2r_core.artefacts.files import whole_file
 from c2r_core.saes.base import SAE
 from c2r_core.training.config import DECIDE_NOTHING, TrainConfig
@@ -52,8 +53,9 @@ def identity(
 def check_same_run(path: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
     """Raise a ValueError that names what differs, unless a checkpoint is of this training."""
     # Earlier versions also wrote down when checkpoints are written.
-    recipe = {k: v for k, v in theirs.get("config", {}).items() if k not in DECIDE_NOTHING}
-    theirs = theirs | {"config": recipe}
+    config = theirs.get("config")
+    if isinstance(config, dict):
+        theirs = theirs | {"config": {k: v for k, v in config.items() if k not in DECIDE_NOTHING}}
     for part in ours:
         if theirs.get(part) != ours[part]:
             hint = " (an SAE that has trained already is not new: create it again)"
@@ -108,6 +110,8 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     ------
     ValueError
         If the file is not a checkpoint or is damaged, and there is none before it, or that is damaged too.
+    OSError
+        If it cannot be read.
     """
     try:
         return _read(path)
@@ -134,7 +138,11 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         text = metadata["state"]
         if metadata.keys() != {"state"} and metadata["sha256"] != _checksum(tensors, text):
             raise ValueError("its content does not have the SHA-256 that it states")
-        return tensors, json.loads(text)
+        state = from_json(text)
+        is_state = isinstance(state, dict) and isinstance(state.get("run"), dict)
+        if not is_state or not isinstance(state.get("step"), int):
+            raise ValueError("its state names no step and no training")
+        return tensors, state
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} is not a checkpoint of c2r_core, or is damaged ({error!r}); delete it to start anew."
@@ -160,8 +168,8 @@ def _step(path: Path) -> int | None:
     """The step of a checkpoint, by its header alone; None if there is no file, or none that says it."""
     try:
         with safe_open(path, framework="pt") as file:
-            return int(json.loads(file.metadata()["state"])["step"])
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+            return int(from_json(file.metadata()["state"])["step"])
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, OverflowError):
         return None
 
 
