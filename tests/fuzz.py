@@ -4,7 +4,7 @@ A parser may accept what it is given, or refuse it with an error that its docstr
 fault: another error; a file that is accepted and cannot be used or, where checksums promise it, is not what
 was written; a file written elsewhere, a process started, a pickle run, a key shown; more memory or time than
 allowed. Each parser reads in a process of its own, whose address space may grow by MEMORY (RLIMIT_AS, where
-the system has it) and whose largest resident size is reported.
+the system has it) and whose own memory after each input is reported.
 
     python tests/fuzz.py [--inputs 10000] [--seed 0] [PARSER ...]
 """
@@ -71,7 +71,7 @@ class Outcome:
     outside: int = 0
     """Files that were written, and other things that were done, outside of what is read."""
     megabytes: float = 0.0
-    """By which the process grew at most."""
+    """By which the process's own memory had grown after an input, at most."""
     seconds: float = 0.0
 
 
@@ -231,9 +231,9 @@ def _fuzz(parser: Parser, inputs: int, seed_of_all: int, folder: Path) -> Outcom
         @given(files=damage.damaged(whole), is_sealed=st.booleans())
         def read(files: damage.Files, is_sealed: bool) -> None:
             try_one(parser, Given(files, is_sealed, values), work, watch, outcome)
+            outcome.megabytes = max(outcome.megabytes, round(_resident() - before, 1))
 
         read()
-    outcome.megabytes = round((_resident() - before) / 2**20, 1)
     outcome.seconds = round(time.monotonic() - started, 1)
     return outcome
 
@@ -242,10 +242,14 @@ def _too_slow(*_: Any) -> None:
     raise TooSlow(f"more than {SECONDS} s")
 
 
-def _resident() -> int:
-    """Bytes of the largest resident size so far."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+def _resident() -> float:
+    """Megabytes of this process's own memory; where the system does not tell, the most it ever had of all."""
+    try:
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        return int(status.partition("RssAnon:")[2].split()[0]) / 1024
+    except (OSError, IndexError):
+        unit = 2**20 if sys.platform == "darwin" else 2**10
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def _address_space() -> int | None:
