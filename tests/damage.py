@@ -356,7 +356,7 @@ _HOSTILE_YAML = (
 
 @st.composite
 def _yaml(draw: st.DrawFn, content: bytes) -> bytes:
-    if draw(st.integers(0, 3)) == 0:
+    if b"*" in content or draw(st.integers(0, 3)) == 0:  # aliases stand for too much to be changed
         return draw(st.sampled_from(_HOSTILE_YAML)).encode()
     values = draw(_changed(yaml.safe_load(content)))
     try:
