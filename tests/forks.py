@@ -37,14 +37,16 @@ CONTEXT: Any = multiprocessing.get_context("forkserver" if CAN_FORK else "spawn"
 CONTEXT.set_forkserver_preload(PRELOADED)
 
 
-def forked(target: Callable[..., None], *arguments: Any) -> BaseProcess:
-    """A process, not started yet, with the environment that this one has now."""
+def forked(
+    target: Callable[..., None], *arguments: Any, environment: Mapping[str, str] | None = None
+) -> BaseProcess:
+    """A process, not started yet, with an environment: None is that which this one has now."""
     with pytest.MonkeyPatch.context() as patch:  # tqdm, say, reads its own when it is imported
         for name, value in KERNEL_ENVIRONMENT.items():
             patch.setenv(name, value)
         if CAN_FORK:
             forkserver.ensure_running()
-    return CONTEXT.Process(target=_call, args=(dict(os.environ), target, arguments))
+    return CONTEXT.Process(target=_call, args=(dict(environment or os.environ), target, arguments))
 
 
 def fork_kernels() -> None:
@@ -64,7 +66,7 @@ class ForkedKernel(LocalProvisioner):
         """Fork a kernel. `cmd` starts a new one: python, its options, -m ipykernel_launcher, arguments."""
         arguments = cmd[cmd.index("ipykernel_launcher") + 1 :]
         self.cwd = kwargs.get("cwd") or os.getcwd()
-        process = forked(_run_kernel, arguments, kwargs["env"], self.cwd)
+        process = forked(_run_kernel, arguments, self.cwd, environment=kwargs["env"])
         process.start()
         self.process, self.pid = _AsPopen(process), process.pid
         return self.connection_info
@@ -98,13 +100,10 @@ def _call(
     target(*arguments)
 
 
-def _run_kernel(arguments: list[str], environment: Mapping[str, str], folder: str) -> None:
+def _run_kernel(arguments: list[str], folder: str) -> None:
     from ipykernel.kernelapp import IPKernelApp
 
-    os.environ.clear()
-    os.environ.update(
-        environment, JPY_PARENT_PID=str(os.getppid())
-    )  # it ends when what forked it does
+    os.environ["JPY_PARENT_PID"] = str(os.getppid())  # it ends when what forked it does
     os.chdir(folder)
-    sys.path[:0] = [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path]
+    sys.path[:0] = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     IPKernelApp.launch_instance(argv=arguments)

@@ -211,15 +211,12 @@ def _is_same(content: bytes | Path, there: RepoFile | None) -> bool:
     if there is None:
         return False
     if there.lfs is not None:
-        found = of_file(content) if isinstance(content, Path) else _sha256(content)
+        is_file = isinstance(content, Path)
+        found = of_file(content) if is_file else hashlib.sha256(content).hexdigest()
         return found == there.lfs.sha256
     content = content.read_bytes() if isinstance(content, Path) else content
     blob = b"blob %d\0%b" % (len(content), content)
     return hashlib.sha1(blob, usedforsecurity=False).hexdigest() == there.blob_id
-
-
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
 
 
 @contextlib.contextmanager
