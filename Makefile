@@ -108,6 +108,7 @@ ifneq ($(PROFILE),default)
 	$(EXPERIMENTS) plan --profile $(PROFILE) --device $(DEVICE)
 	$(EXPERIMENTS) run language_model --profile $(PROFILE) --device $(DEVICE)
 else
+	@$(EXPERIMENTS) harvest --device auto # with all threads; what follows has one each
 	@$(MAKE) --no-print-directory -j $(SIDE_BY_SIDE) OMP_NUM_THREADS=$(THREADS_EACH) $(TRAINED) $(EXECUTED)
 	@$(RUNNER) summary
 endif

@@ -42,6 +42,9 @@ COMMANDS = {
     "plan": Command(
         "c2r_core.experiments.__main__", "what a profile needs here, and what it costs", True
     ),
+    "harvest": Command(
+        "c2r_core.experiments.__main__", "store the activations that a profile trains on", True
+    ),
     "run": Command("c2r_core.experiments.__main__", "compute the cells of studies", True),
     "verify": Command(
         "c2r_core.experiments.__main__", "compute results again, compare with those kept", True

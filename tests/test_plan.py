@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from c2r_core.__main__ import main
@@ -51,3 +53,11 @@ def test_costs_follow_sizes(monkeypatch, tmp_path):
 def test_a_model_of_unknown_size_stops_the_plan(model):
     *_, last = plan_lines = list(by_what("smoke", model=model).values())
     assert len(plan_lines) == 3 and not last.ok and "Fetch the model first" in str(last)
+
+
+def test_activations_can_be_stored_before_what_trains_on_them(capsys):
+    for _ in range(2):  # the second time they are in the cache
+        assert main(["harvest", "--profile", "smoke"]) == 0
+        assert re.fullmatch(
+            r"activations of [\d,]+ tokens are in the cache\n", capsys.readouterr().out
+        )

@@ -296,6 +296,21 @@ def test_tuning_cells_run_and_give_a_table(monkeypatch):
     assert len(values["relu-sparsity"]["tried"]) == len(tuning.SPARSITIES["relu"])
 
 
+@pytest.mark.parametrize(("recovery", "stays"), [(0.81, True), (0.79, False), (None, False)])
+def test_a_setting_in_use_stays_unless_another_is_clearly_better(recovery, stays):
+    tried = [{"weight": 0.3, "recovery": recovery}, {"weight": 0.75, "recovery": 0.82}]
+    found = tuning._in_use_or_chosen({"tried": tried, "chosen": 0.75}, 0.3)
+    assert found == (0.3 if stays else 0.75)
+
+
+def test_a_setting_that_was_not_tried_does_not_stay():
+    tried = [{"arguments": {"l1_weight": weight}, "detector_f1": 0.9} for weight in (0.1, 0.2)]
+    of = {"tried": tried, "chosen": {"l1_weight": 0.1}}
+    for in_use, chosen in ((0.2, 0.2), (0.4, 0.1)):
+        found = tuning._in_use_or_chosen(of, {"l1_weight": in_use}, "detector_f1")
+        assert found == {"l1_weight": chosen}
+
+
 def test_settings_of_the_profile_are_the_ones_that_were_chosen(monkeypatch):
     """Where the committed cells of `tuning` are current; else `c2r status` says so."""
     monkeypatch.delenv("C2R_RESULTS")

@@ -62,6 +62,15 @@ def plan(profile: str, device: str) -> int:
     return int(not all(line.ok for line in lines))
 
 
+def harvest(profile: str, device: str) -> int:
+    """Store the activations that a profile's SAEs are trained on, unless the cache has them."""
+    from c2r_core.experiments.language_model import training_store
+
+    manifest = training_store(load_profile(profile).language_model, device).manifest
+    print(f"activations of {manifest.n_tokens:,} tokens are in the cache")
+    return 0
+
+
 def run(studies: Sequence[str], how: How, limit: int | None, minutes: float | None) -> int:
     """Compute the cells that are missing or stale, each written when it is done; 1 if one failed."""
     started, failed, stopped = time.monotonic(), 0, False
@@ -166,6 +175,12 @@ def _cells(name: str, profile: str, device: str = "cpu") -> list[Cell]:
     return [by_name[one]] if one else list(by_name.values())
 
 
+def _device(name: str) -> str:
+    if name != "auto":
+        return name
+    return "cuda" if torch.cuda.is_available() else "cpu"  # as the notebooks have it
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one of the commands; the exit code says whether all is well."""
     parser = argparse.ArgumentParser(prog="c2r", description=__doc__)
@@ -189,9 +204,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             where = command.add_mutually_exclusive_group()
             where.add_argument("--workers", type=int, help="so many processes of this machine")
             where.add_argument("--scheduler", metavar="ADDRESS", help="of a Dask cluster")
-    command = commands.add_parser("plan", help=plan.__doc__)
-    command.add_argument("--profile", default="default", choices=profile_names())
-    command.add_argument("--device", default="cpu", help="of torch")
+    for name, about in (("plan", plan), ("harvest", harvest)):
+        command = commands.add_parser(name, help=about.__doc__)
+        command.add_argument("--profile", default="default", choices=profile_names())
+        command.add_argument(
+            "--device", default="cpu", help="of torch; auto: cuda where there is one"
+        )
     command = commands.add_parser(
         "prune", help="remove from the cache what no code here would find"
     )
@@ -202,7 +220,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{removed} entries, {freed / 2**20:.0f} MiB{' would go' if given.dry_run else ''}")
         return 0
     if given.command == "plan":
-        return plan(given.profile, given.device)
+        return plan(given.profile, _device(given.device))
+    if given.command == "harvest":
+        return harvest(given.profile, _device(given.device))
     studies = given.studies or list(STUDIES)
     if given.command == "status":
         return status(studies, given.profile, given.json)
@@ -214,10 +234,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         studies.remove("parity")
     if given.workers is not None and given.workers < 1:
         parser.error(f"--workers is {given.workers}; expected at least 1")
-    device = given.device
-    if device == "auto":  # as the notebooks have it
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    how = How(given.profile, device, given.workers, given.scheduler)
+    how = How(given.profile, _device(given.device), given.workers, given.scheduler)
     try:
         if given.command == "run":
             return run(studies, how._replace(anew=given.anew), given.limit, given.minutes)

@@ -12,7 +12,8 @@ OrtSAE at the centres of their grids. The baseline alone would choose a sparsity
 penalties: on ReLU half of this one, where C²R recovers 0.68 of the features instead of 0.94. An architecture
 that keeps a fixed number of latents keeps the true one, 3 features a sample.
 
-profiles.yml repeats what was chosen, and a test holds them together.
+profiles.yml repeats what was chosen, and a test holds them together. A setting that is in use there stays
+unless another is better by more than WITHIN: of nearly equal ones, another processor's rounding would choose.
 """
 
 from __future__ import annotations
@@ -51,6 +52,8 @@ CENTRES = {
     "co_activation": 3.0,
 }
 """Middle of each grid: C²R's as a strength (see `weight_from_strength`), the others' as weights."""
+WITHIN = 0.02
+"""Recovery or F1 by which a setting must be better to replace the one in use: as for `cells.differing`."""
 ABLATED = ("relu", "batch_topk")
 L1_WEIGHTS = (0.0125, 0.025, 0.05, 0.1, 0.2)
 SPARSITIES: dict[str, list[dict[str, float]]] = {
@@ -214,22 +217,45 @@ def tuning_table(values: Mapping[str, Any], architectures: Sequence[str] = ABLAT
 
 
 def chosen(values: Mapping[str, Any], profile: Profile) -> dict[str, Any]:
-    """What the cells chose, as the fields of the profile that repeat it."""
+    """What the cells choose, as the fields of the profile that repeat it; see WITHIN."""
+    toy, benchmark = profile.toy, profile.benchmark
 
-    def by_architecture(penalty: str) -> dict[str, float]:
-        return {a: values[slug(f"{a}, {penalty}")]["chosen"] for a in profile.toy.architectures}
+    def weights(penalty: str, in_use: Mapping[str, float]) -> dict[str, float]:
+        return {
+            architecture: _in_use_or_chosen(values[slug(f"{architecture}, {penalty}")], weight)
+            for architecture, weight in in_use.items()
+        }
 
     return {
-        "architectures": profile.toy.architectures
-        | {a: values[slug(f"{a}, sparsity")]["chosen"] for a in SPARSITIES},
-        "c2r_strength": by_architecture("c2r"),
-        "orthogonality_weight": by_architecture("orthogonality"),
+        "architectures": toy.architectures
+        | {
+            a: _in_use_or_chosen(
+                values[slug(f"{a}, sparsity")], toy.architectures[a], "detector_f1"
+            )
+            for a in SPARSITIES
+        },
+        "c2r_strength": weights("c2r", toy.c2r_strength),
+        "orthogonality_weight": weights("orthogonality", toy.orthogonality_weight),
         "ablation_weight": {
-            name: {a: values[slug(f"{a}, {name}")]["chosen"] for a in ABLATED}
-            for name in list(CENTRES)[2:]
+            penalty: weights(penalty, in_use) for penalty, in_use in toy.ablation_weight.items()
         },
         "benchmark": {
-            "c2r_strength": values["benchmark-c2r"]["chosen"],
-            "orthogonality_weight": values["benchmark-orthogonality"]["chosen"],
+            name: _in_use_or_chosen(values[f"benchmark-{penalty}"], getattr(benchmark, name), "f1")
+            for name, penalty in (
+                ("c2r_strength", "c2r"),
+                ("orthogonality_weight", "orthogonality"),
+            )
         },
     }
+
+
+def _in_use_or_chosen(of: Mapping[str, Any], in_use: Any, by: str = "recovery") -> Any:
+    """The setting in use, if it was tried and is as good as the one chosen but for WITHIN; else that one."""
+
+    def score(setting: Any) -> float:
+        found = [
+            row[by] for row in of["tried"] if row.get("arguments", row.get("weight")) == setting
+        ]
+        return -math.inf if found in ([], [None]) else found[0]
+
+    return in_use if score(in_use) >= score(of["chosen"]) - WITHIN else of["chosen"]
