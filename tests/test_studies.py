@@ -33,6 +33,7 @@ from c2r_core.experiments import (
     benchmark,
     blocks,
     cells,
+    confirm,
     examples,
     forms,
     front,
@@ -132,11 +133,11 @@ def test_cells_of_toys_rest_on_no_language_model_and_the_others_on_no_toy():
     assert not model.keys() & {f"c2r_core.data.{name}" for name in of_toys}
 
 
-def test_a_seed_moves_every_study_but_those_that_choose():
+def test_a_seed_moves_every_study_but_those_whose_design_names_theirs():
     for study in STUDIES:
         seeds = [cell.settings["seeds"] for cell in cells(study, SMOKE, seed=5)[:1]]
-        explores = study in ("tuning", "forms", "front")
-        assert seeds[0][0] == (0 if explores else FIRST_SEED + 5)
+        fixed = {"tuning": 0, "forms": 0, "front": 0, "confirm": confirm.SEEDS[0]}
+        assert seeds[0][0] == fixed.get(study, FIRST_SEED + 5)
 
 
 # -- synthetic features -------------------------------------------------------------------------

@@ -33,6 +33,7 @@ STUDIES = {
     "parity": "c2r_core.experiments.parity",
     "tuning": "c2r_core.experiments.tuning",
     "forms": "c2r_core.experiments.forms",
+    "confirm": "c2r_core.experiments.confirm",
     "front": "c2r_core.experiments.front",
     "performance": "c2r_core.experiments.performance",
     "scale": "c2r_core.experiments.scale",

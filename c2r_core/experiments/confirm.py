@@ -1,0 +1,146 @@
+"""Study `confirm`: the form of C²R that study `forms` chose, on seeds that chose nothing.
+
+docs/design.md says how it was chosen, which outcomes count, and as what. A cell is a penalty in one world on
+one architecture, at its chosen strength, over SEEDS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from c2r_core.artefacts.cells import Cell
+from c2r_core.artefacts.names import slug
+from c2r_core.artefacts.profiles import Profile
+from c2r_core.experiments.forms import (
+    ALIKE,
+    ARCHITECTURES,
+    TREE,
+    form,
+    measure,
+    measure_form,
+    toy_worlds,
+)
+from c2r_core.experiments.study import Study
+from c2r_core.experiments.toy import toy_arm
+from c2r_core.statistics import Interval, paired_interval
+
+SEEDS = (10, 11, 12, 13, 14)
+RIVALS = ("C²R", "OrtSAE")
+CHOSEN = "directed, four neighbours"
+STRENGTHS: dict[str, dict[str, float]] = {
+    "relu": {"C²R": 0.3, "OrtSAE": 0.3, CHOSEN: 0.1},
+    "batch_topk": {"C²R": 0.3, "OrtSAE": 0.3, CHOSEN: 0.1},
+}
+"""By architecture and form: what `choice` gives for the committed cells of `forms`; a test holds them so."""
+NEARLY_EQUAL = 0.02
+"""Recovery within which forms count as equally good on the tree; of those, likeness decides."""
+
+
+def cells(profile: Profile, seed: int = 0, device: str = "cpu") -> list[Cell]:
+    """No penalty, C²R, OrtSAE and the chosen form, in each world on each architecture."""
+    del seed
+    study, made = Study("confirm", profile, SEEDS, device), []
+    for world, toy in toy_worlds(profile).items():
+        how = {"samples": toy.evaluation_samples}
+        for architecture, strengths in STRENGTHS.items():
+            plain = toy_arm(toy, architecture, None)
+            made.append(study.cell(f"{world}, {architecture}, none", measure, arm=plain, **how))
+            for title, strength in strengths.items():
+                arm = replace(plain, regulariser=form(title, 0.0, plain.config.steps))
+                name = f"{world}, {architecture}, {title}"
+                made.append(study.cell(name, measure_form, arm=arm, strengths=[strength], **how))
+    return made
+
+
+def confirm_table(values: Mapping[str, Any], profile: Profile) -> pd.DataFrame:
+    """World, architecture, form ("none" without), strength, seed and what `forms` shows."""
+    return pd.DataFrame(
+        {"world": world, "architecture": architecture, "form": title} | row
+        for world in toy_worlds(profile)
+        for architecture, strengths in STRENGTHS.items()
+        for title in ("none", *strengths)
+        for row in values[slug(f"{world}, {architecture}, {title}")]
+    )
+
+
+class Choice(NamedTuple):
+    """A form, and by architecture the strength of each penalty that is confirmed."""
+
+    form: str
+    strengths: dict[str, dict[str, float]]
+
+
+def choice(explored: pd.DataFrame) -> Choice:
+    """What the rule of docs/design.md chooses from `forms_table` of the exploring seeds.
+
+    A penalty's strength has the highest mean recovery on the tree, the lowest of equals. The form has the
+    highest mean of those over the architectures; of all within NEARLY_EQUAL of it, the one that recovers most
+    where features are alike, at the same strengths.
+    """
+    penalties = explored[explored["form"] != "none"]
+    means = penalties.groupby(["world", "architecture", "form", "strength"])["recovery"].mean()
+    on_tree = means[TREE].fillna(-1.0)
+    best = on_tree.groupby(level=["architecture", "form"]).idxmax()
+    strengths = {(architecture, title): point[2] for (architecture, title), point in best.items()}
+
+    def recovered(title: str, world: str) -> float:
+        points = [(world, a, title, strengths[a, title]) for a in ARCHITECTURES]
+        return sum(means[point] for point in points) / len(points)
+
+    titles = [title for title in penalties["form"].unique() if title not in RIVALS]
+    most = max(recovered(title, TREE) for title in titles)
+    equals = [title for title in titles if recovered(title, TREE) >= most - NEARLY_EQUAL]
+    chosen = max(equals, key=lambda title: recovered(title, ALIKE))
+    return Choice(
+        chosen, {a: {t: strengths[a, t] for t in (*RIVALS, chosen)} for a in ARCHITECTURES}
+    )
+
+
+def differences(table: pd.DataFrame, outcome: str) -> dict[tuple[str, str, str], Interval]:
+    """Chosen form minus each other arm, paired by seed: {(world, architecture, other): 95 % interval}."""
+    return {key: paired_interval(*pair) for key, pair in _pairs(table, outcome).items()}
+
+
+def holm_differences(table: pd.DataFrame, outcome: str) -> dict[tuple[str, str, str], Interval]:
+    """On the tree, against RIVALS: intervals as of `differences` whose levels are corrected by Holm.
+
+    The difference of smallest p value has the level that Bonferroni gives for all, the next that for one
+    fewer, and so on; from the first on whose interval holds 0 all have that one's level (Holm, 1979).
+    """
+    from scipy.stats import ttest_rel
+
+    pairs = {
+        key: pair
+        for key, pair in _pairs(table, outcome).items()
+        if key[0] == TREE and key[2] in RIVALS
+    }
+    p_values = {key: np.nan_to_num(ttest_rel(*pair).pvalue, nan=1.0) for key, pair in pairs.items()}
+    found, fails = {}, False
+    for rank, key in enumerate(sorted(pairs, key=p_values.__getitem__)):
+        if not fails:
+            level = 1 - 0.05 / (len(pairs) - rank)
+        found[key] = paired_interval(*pairs[key], level=level)
+        fails = fails or found[key].low <= 0 <= found[key].high
+    return {key: found[key] for key in pairs}
+
+
+def _pairs(
+    table: pd.DataFrame, outcome: str
+) -> dict[tuple[str, str, str], tuple[Sequence[float], Sequence[float]]]:
+    """(values of the chosen form, values of the other), by seed, for every world and architecture."""
+    by = table.set_index(["world", "architecture", "form", "seed"])[outcome].sort_index()
+    return {
+        (world, architecture, other): (
+            by[world, architecture, CHOSEN].tolist(),
+            by[world, architecture, other].tolist(),
+        )
+        for world, architecture in dict.fromkeys(
+            zip(table["world"], table["architecture"], strict=True)
+        )
+        for other in ("none", *RIVALS)
+    }
