@@ -31,6 +31,7 @@ from torch import Tensor
 
 from c2r_core.artefacts.cells import Cell
 from c2r_core.artefacts.profiles import PerformanceProfile, Profile, ToyProfile, training_seeds
+from c2r_core.data.precision import resolve_precision
 from c2r_core.experiments import growth
 from c2r_core.experiments.growth import CLIP_NORM, encoder_product
 from c2r_core.experiments.samples import sample_batches, term_inputs, unit_rows
@@ -64,6 +65,8 @@ def cells(profile: Profile, seed: int = 0, device: str = "cpu") -> list[Cell]:
         for name, every in PENALTIES.items():
             how = {"d_sae": d_sae, "every": every, "sizes": sizes}
             made.append(study.cell(f"step, {d_sae}, {name}", measure_step, **how))
+        how = {"d_sae": d_sae, "sizes": sizes}
+        made.append(study.cell(f"auto, {d_sae}", measure_step_in_auto, **how))
     for d_sae in sizes.term_widths:
         made.append(study.cell(f"term, {d_sae}", measure_term, d_sae=d_sae, sizes=sizes))
     for d_sae in sizes.search_widths:
@@ -156,33 +159,74 @@ def measure_step(
 
     And the product of a batch with the encoder's weights: the part that stays while the encoder is dense.
     """
-    batches = [batch.to(device) for batch in sample_batches(sizes, seeds[0])]
-    n_steps = max(2, every)
-    sae = BatchTopKSAE(sizes.d_in, d_sae, k=sizes.k, seed=seeds[0]).to(device)
+    timed = _Steps(d_sae, max(2, every), sizes, seeds[0], device)
+    sae = timed.new_sae()
     reference = PlainTraining(sae, every)
 
-    def ours(*penalties: C2R) -> float:
-        clock = Clock(batches, device)
-        own = BatchTopKSAE(sizes.d_in, d_sae, k=sizes.k, seed=seeds[0]).to(device)
-        config = TrainConfig(steps=n_steps + WARM_UP, clip_norm=CLIP_NORM, mean_square_norm=None)
-        train(own, clock, config, list(penalties), progress=False)
-        return statistics.mean(clock.last(n_steps))
-
-    def plain() -> float:
-        started = now(device)
-        for step in range(1, n_steps + 1):
-            reference.step(batches[step % len(batches)], step)
-        return (now(device) - started) / n_steps
-
     def product() -> float:
-        return statistics.mean(encoder_product(sae, x, device) for x in batches)
+        return statistics.mean(encoder_product(sae, x, device) for x in timed.batches)
 
-    runs = {"ours": ours, "reference": plain, "product": product}
+    runs = {
+        "ours": timed.ours,
+        "reference": lambda: timed.plain(reference),
+        "product": product,
+    }
     if every:
-        runs |= {"ours": lambda: ours(C2R(WEIGHT, every=every)), "without": ours}
+        runs |= {"ours": lambda: timed.ours(C2R(WEIGHT, every=every)), "without": timed.ours}
     elif find_spec("sae_lens"):
-        runs["SAELens"] = lambda: saelens_step(d_sae, sizes, batches, n_steps)
+        runs["SAELens"] = timed.saelens
     return in_turn(runs, sizes.pairs)
+
+
+def measure_step_in_auto(
+    d_sae: int, sizes: PerformanceProfile, seeds: Sequence[int], device: str
+) -> dict[str, Any]:
+    """A step of ours in the precision that `auto` means here; the reference, and SAELens at its defaults."""
+    timed = _Steps(d_sae, 2, sizes, seeds[0], device)
+    precision = resolve_precision("auto", device)
+    reference = PlainTraining(timed.new_sae(), every=0)
+    runs = {
+        "ours": lambda: timed.ours(precision=precision),
+        "reference": lambda: timed.plain(reference),
+    }
+    if find_spec("sae_lens"):
+        runs["SAELens"] = timed.saelens
+    return {"precision": precision} | in_turn(runs, sizes.pairs)
+
+
+class _Steps:
+    """Seconds of one of some training steps, mean: of ours, of the reference, and of SAELens."""
+
+    def __init__(
+        self, d_sae: int, n_steps: int, sizes: PerformanceProfile, seed: int, device: str
+    ) -> None:
+        self.d_sae, self.n_steps, self.sizes = d_sae, n_steps, sizes
+        self.seed, self.device = seed, device
+        self.batches = [batch.to(device) for batch in sample_batches(sizes, seed)]
+
+    def new_sae(self) -> BatchTopKSAE:
+        sizes = self.sizes
+        return BatchTopKSAE(sizes.d_in, self.d_sae, k=sizes.k, seed=self.seed).to(self.device)
+
+    def ours(self, *penalties: C2R, precision: str = "float32") -> float:
+        clock = Clock(self.batches, self.device)
+        config = TrainConfig(
+            steps=self.n_steps + WARM_UP,
+            clip_norm=CLIP_NORM,
+            mean_square_norm=None,
+            precision=precision,
+        )
+        train(self.new_sae(), clock, config, list(penalties), progress=False)
+        return statistics.mean(clock.last(self.n_steps))
+
+    def plain(self, reference: PlainTraining) -> float:
+        started = now(self.device)
+        for step in range(1, self.n_steps + 1):
+            reference.step(self.batches[step % len(self.batches)], step)
+        return (now(self.device) - started) / self.n_steps
+
+    def saelens(self) -> float:
+        return saelens_step(self.d_sae, self.sizes, self.batches, self.n_steps)
 
 
 def measure_term(
