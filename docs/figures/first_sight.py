@@ -82,8 +82,8 @@ def effects(values: Mapping[str, Any]) -> list[dict[str, Any]]:
     for name, (metric, items, item, value) in OUTCOMES.items():
         table = item_table(values, metric, items, ["baseline", *ON_TEXT])
         for arm in ON_TEXT:
-            interval, n = paired_items(table, item, value, arm=arm)
-            rows.append({"name": name, "arm": arm, **interval._asdict(), "n": n})
+            interval, _ = paired_items(table, item, value, arm=arm)
+            rows.append({"name": name, "arm": arm, **interval._asdict()})
     return rows
 
 
@@ -99,7 +99,9 @@ def draw(data: Mapping[str, Any], path: Path) -> None:
     split.set(title="Toys: one concept, split", xlabel="latents that carry one concept")
     bars(data["silent"], silent)
     silent.set(title="Toys: one concept, with exceptions")
-    silent.set(xlabel="share of samples with a special case\nin which the concept's latent is silent")
+    silent.set(
+        xlabel="share of samples with a special case\nin which the concept's latent is silent"
+    )
     plot_effects(pd.DataFrame(data["text"]), label="difference to no penalty", ax=text)
     handles, arms = text.get_legend_handles_labels()
     labels = [ON_TEXT[arm] for arm in arms]
