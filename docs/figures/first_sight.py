@@ -106,8 +106,10 @@ def draw(data: Mapping[str, Any], path: Path) -> None:
     handles, arms = text.get_legend_handles_labels()
     labels = [ON_TEXT[arm] for arm in arms]
     text.legend(handles, labels, loc="upper right", fontsize="small", borderpad=0)
-    text.set(title="A small language model, one training")
-    figure.savefig(path, dpi=160, facecolor="white", metadata={"shown": json.dumps(data)})
+    text.set(title="A small language model")
+    figure.savefig(
+        path, dpi=160, facecolor="white", pad_inches=0.2, metadata={"shown": json.dumps(data)}
+    )
     plt.close(figure)
 
 
