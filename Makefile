@@ -68,12 +68,17 @@ reproduce:  export C2R_CELLS := $(if $(ALL),anew,main)
 refresh bench validate blocks parity evidence: export C2R_CELLS := commit
 
 .PHONY: help setup data lab test smoke reproduce refresh nbval status verify bench parity validate blocks evidence
-.PHONY: docs faults fuzz threads lint lock lock-check newest audit clean
+.PHONY: figure docs faults fuzz threads lint lock lock-check newest audit clean
 .DELETE_ON_ERROR:
 
 help:
 	@sed -n -e 's,nb/%,nb/NN,' -e 's/^\([a-zA-Z/-]*\):.*## /  make \1|/p' Makefile | \
 	  while IFS='|' read -r target what; do printf '%-18s %s\n' "  $$target" "$$what"; done
+
+# An extra, by uv, which the environment's own rule puts there; by pip where only pip knows the index.
+install = $(or $(UV),$(PYTHON) -m uv) pip install --quiet --python $(PYTHON) \
+  $(if $(TORCH),--torch-backend $(TORCH)) -c requirements.lock -e '.[$1]' \
+  $(if $(TORCH),,|| $(PYTHON) -m pip install --quiet -c requirements.lock -e '.[$1]')
 
 setup: $(ENV) ## an environment with the locked versions (venv, filled by uv)
 
@@ -81,9 +86,7 @@ $(ENV): requirements.lock pyproject.toml
 	@echo "Installing requirements.lock: about 2.3 GB, a minute or two"
 	@$(if $(VENV),$(if $(UV),uv venv --quiet --seed --allow-existing --python $(or $(FOUND),3.11),$(BASE) -m venv) .venv)
 	@$(if $(UV),,$(PYTHON) -m pip install --quiet uv)
-	$(or $(UV),$(PYTHON) -m uv) pip install --quiet --python $(PYTHON) \
-	  $(if $(TORCH),--torch-backend $(TORCH)) -c requirements.lock -e '.[dev]' \
-	  $(if $(TORCH),,|| $(PYTHON) -m pip install --quiet -c requirements.lock -e '.[dev]') # where only pip knows the index
+	$(call install,dev)
 	@touch $@
 
 data: $(DATA) ## the embedded language model: fetched, checked, converted once
@@ -134,6 +137,9 @@ nb/%: $(DATA) ## execute notebook NN into runs/PROFILE; takes PROFILE and SEED
 refresh: $(DATA) ## execute the committed notebooks in place; bring results/ up to date
 	$(RUNNER) refresh $(NOTEBOOKS)
 
+figure: $(DATA) ## draw the figure that opens the README anew, from the committed results
+	$(PYTHON) docs/figures/first_sight.py
+
 nbval: $(DATA) ## run the committed notebooks again and compare their outputs
 	@$(if $(CI)$(FRESH),rm -rf runs/nbval)
 	C2R_RUNS="$(CURDIR)/runs/nbval" $(if $(CI)$(FRESH),C2R_CACHE="$(CURDIR)/runs/nbval/cache") \
@@ -163,8 +169,7 @@ parity: $(ENV)-saelens $(DATA) ## one study: held-out FVU against SAELens's own 
 	$(EXPERIMENTS) run parity
 
 $(ENV)-saelens: $(ENV)
-	$(if $(UV),$(UV) pip install --python $(PYTHON),$(PYTHON) -m pip install) --quiet \
-	  -c requirements.lock -e '.[saelens]'
+	$(call install,saelens)
 	@touch $@
 
 docs: $(ENV)-docs ## this project as a site: runs/site/index.html
@@ -172,8 +177,7 @@ docs: $(ENV)-docs ## this project as a site: runs/site/index.html
 	@echo "Open runs/site/index.html"
 
 $(ENV)-docs: $(ENV)
-	$(if $(UV),$(UV) pip install --python $(PYTHON),$(PYTHON) -m pip install) --quiet \
-	  -c requirements.lock -e '.[docs]'
+	$(call install,docs)
 	@touch $@
 
 fuzz: $(DATA) ## give every parser 10 000 damaged and hostile files; count undocumented errors, writes, memory

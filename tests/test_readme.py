@@ -75,15 +75,16 @@ def test_a_training_is_watched(tmp_path, monkeypatch):
 
 
 def test_the_loss_and_the_conversion():
-    (loss,) = [code for code in PYTHON if "import c2r_loss" in code]
-    names = {
-        "reconstruction": torch.tensor(1.0),
-        "sparsity": torch.tensor(0.5),
-        "feature_acts": torch.rand(8, 6),
-        "W_dec": torch.randn(6, 4),
-    }
-    exec(loss, names)
-    assert names["loss"] > 1.5
+    (loop,) = [code for code in PYTHON if "import c2r_loss" in code]
+    assert len(loop.splitlines()) <= 11 and loop.count("\n\n") == 1, "ten lines"
+    sae = c2r_core.ReLUSAE(4, 6, l1_weight=0.0)
+    before = sae.W_dec.detach().clone()
+    x = torch.nn.functional.normalize(torch.randn(16, 4), dim=-1)
+    names = {"batches": [x] * 3, "sae": sae, "optimiser": torch.optim.Adam(sae.parameters())}
+    exec(loop, names)
+    assert not sae.W_dec.equal(before) and torch.isfinite(names["loss"])
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(6))
+    assert (names["c2r_loss"](names["feature_acts"], sae.W_dec) > 0).all()
     (conversion,) = [code for code in PYTHON if "strength_from_weight(" in code]
     lines = [line.split("#") for line in conversion.splitlines() if "#" in line]
     assert len(lines) == 2

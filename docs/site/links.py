@@ -15,6 +15,7 @@ from sphinx.application import Sphinx
 
 STANDS_FOR = {
     "README.md": "docs/index",
+    "CONTRIBUTING.md": "docs/contributing",
     "CITATION.cff": "docs/how_to_cite",
     "c2r_core/playground/__init__.py": "playground",
 }
