@@ -11,12 +11,13 @@ import subprocess
 import pytest
 import torch
 
-from c2r_core.browser import browse, concepts, show, show_carriers, show_contexts
+from c2r_core.browser import browse, show, show_carriers, show_contexts
 from c2r_core.browser.__main__ import main
 from c2r_core.browser.latents import N_NEAR_MISSES, Reader
 from c2r_core.data.text import Corpus, Document, load_corpus
 from c2r_core.data.words import LETTERS
 from c2r_core.evaluate.evaluation import prepare
+from c2r_core.metrics import letter_carriers
 from c2r_core.metrics.carriers import NO_CARRIER
 from c2r_core.metrics.encoding import encode
 from c2r_core.metrics.inputs import Options
@@ -56,7 +57,7 @@ def inputs(saes, random_model):
 
 @pytest.fixture(scope="module")
 def planted(inputs):
-    """Letters A and B along two directions; one word of A is carried by another latent, one by none."""
+    """Letters A and B along two directions; one word of A is carried by another latent of the plain SAE."""
     row = torch.nn.functional.normalize(inputs.sae.W_dec.detach(), dim=1)
     task = type("Task", (), {})()
     task.words = (" apple", " ant", " axe", "bee", "box")
@@ -76,7 +77,7 @@ def planted(inputs):
 @pytest.fixture(scope="module")
 def folder(inputs, saes, planted, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(concepts, "letter_splits", lambda inputs: [planted])
+        patch.setattr(letter_carriers, "letter_splits", lambda inputs: [planted])
         page = browse(inputs, saes, tmp_path_factory.mktemp("pages") / "pages")
     return page.parent
 
@@ -193,12 +194,12 @@ def test_the_command_writes_two_saes_beside_each_other(saes, tmp_path, capsys):
 # -- in a browser -------------------------------------------------------------------------------
 
 
-def shown(folder, view: str, size: str = "1280,900") -> str:
+def shown(folder, view: str, size: str = "1280,900", page: str = "index.html") -> str:
     """The page's text as Chromium shows it; what goes wrong in the console is an error here."""
     command = [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--dump-dom"]
     command += ["--enable-logging=stderr", "--virtual-time-budget=4000", f"--window-size={size}"]
     run = subprocess.run(
-        [*command, f"file://{folder}/index.html{view}"], capture_output=True, text=True, timeout=120
+        [*command, f"file://{folder}/{page}{view}"], capture_output=True, text=True, timeout=120
     )
     console = [line for line in run.stderr.splitlines() if "CONSOLE" in line]
     assert run.returncode == 0 and not console, console or run.stderr
@@ -226,20 +227,77 @@ def test_every_view_is_shown_without_an_error(folder, view, expected):
     assert re.sub(r"&lt;.*", "", expected.split(" of ")[0])[:8] in page
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
-def test_an_exception_is_red_and_leads_to_its_latent(folder):
-    page = shown(folder, "#/concepts/A", size="390,900")
+@pytest.fixture(scope="module")
+def letter_a(folder):
+    """The concept A of the pages, and for each SAE its words that are exceptions."""
     (concept,) = (one for one in data(folder, "index")[0]["concepts"] if one["name"] == "A")
-    expected = [
-        (f"#/latent/{number}/{carrier}", word.strip())
-        for number, own in enumerate(concept["saes"].values())
-        for word, carrier in zip(concept["words"], own["carriers"], strict=True)
-        if carrier not in (-1, own["modal"])
-    ]
-    assert expected, "the words of two directions have two carriers"
-    found = re.findall(r'<li class="exception"><a href="([^"]*)"[^>]*>([^<]*)</a>', page)
-    assert found == expected
-    assert sum(page.count(f">{word}<") for word in ("apple", "ant", "axe")) == 6
+    exceptions = {
+        name: [
+            (word.strip(), carrier)
+            for word, carrier in zip(concept["words"], own["carriers"], strict=True)
+            if carrier != own["modal"] or carrier == NO_CARRIER
+        ]
+        for name, own in concept["saes"].items()
+    }
+    assert any(exceptions.values()), "the words of two directions have two carriers"
+    return concept, exceptions
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+def test_a_letter_s_words_stand_under_their_carriers_in_every_sae(folder, letter_a):
+    concept, exceptions = letter_a
+    page = shown(folder, "#/concepts/A", size="390,900")
+    columns, last = page.split("Where each word is an exception")
+    for number, (name, own) in enumerate(concept["saes"].items()):
+        (column,) = re.findall(rf"<section><h2>{name}</h2>(.*?)</section>", columns)
+        assert (
+            f"Exceptions: {len(exceptions[name])} of 3 words; AC {own['consistency']:g}" in column
+        )
+        found = re.findall(r"<h3>(.*?): (\d+)</h3><ul class=\"words\">(.*?)</ul>", column)
+        counts = [int(n) for _, n, _ in found]
+        assert sum(counts) == 3 and [item.count("<li") for *_, item in found] == counts
+        of_latents = [n for title, n, _ in found if title != "no latent"]
+        assert of_latents == sorted(of_latents, reverse=True)
+        for title, _, items in found:
+            for word in re.findall(r">([a-z]+)<", items):
+                carrier = own["carriers"][concept["words"].index(f" {word}")]
+                address = f"#/latent/{number}/{carrier}"
+                if carrier == NO_CARRIER:
+                    assert (
+                        title == "no latent" and f'<li class="exception none"><span>{word}' in items
+                    )
+                else:
+                    css = "exception" if (word, carrier) in exceptions[name] else ""
+                    assert f'<a href="{address}">latent {carrier}</a>' == title
+                    assert f'<li class="{css}"><a href="{address}">{word}</a>' in items
+    assert len(re.findall(r'<li class="exception"><span>', last)) == len(
+        {word for words in exceptions.values() for word, _ in words}
+    )
+
+
+PRESS_KEYS = """<script>addEventListener("load", async () => {
+  const found = [];
+  for (const key of ["", "j", "j", "k"]) {
+    document.body.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));
+    await new Promise((resolve) => setTimeout(resolve, 100));
+    const { scrollWidth, clientWidth } = document.documentElement;
+    found.push(location.hash, innerWidth, scrollWidth > clientWidth ? "cut off" : "whole");
+  }
+  parent.postMessage(found.join(" "), "*");
+});</script></body>"""
+IN_A_PHONE = """<!doctype html>
+<iframe src="index.html#/concepts/A" width="390" height="800" frameborder="0"></iframe>
+<script>addEventListener("message", ({ data }) => document.body.replaceChildren(data));</script>"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+def test_keys_turn_the_letters_and_a_phone_shows_them_whole(folder, tmp_path):
+    pages = shutil.copytree(folder, tmp_path / "pages")
+    text = (pages / "index.html").read_text("utf-8")
+    (pages / "index.html").write_text(text.replace("</body>", PRESS_KEYS), "utf-8")
+    (pages / "phone.html").write_text(IN_A_PHONE, "utf-8")
+    expected = " ".join(f"#/concepts/{letter} 390 whole" for letter in "ABBA")
+    assert f"<body>{expected}</body>" in shown(pages, "", page="phone.html")
 
 
 # -- inside a notebook --------------------------------------------------------------------------
@@ -257,20 +315,55 @@ def test_a_latent_in_a_notebook_is_that_of_the_pages(folder):
     assert show(folder, latent=17).title != shown_.title
 
 
-def test_words_in_a_notebook_stand_by_their_carrier_and_exceptions_are_red(folder):
+def test_words_in_a_notebook_stand_by_their_carrier_and_exceptions_are_red(folder, letter_a):
+    concept, exceptions = letter_a
     shown_ = show(folder, letter="A")
     lines = repr(shown_).splitlines()
-    assert (
-        lines[0] == "Words that start with A" and lines[2].split() == "latent 0 apple ant".split()
-    )
-    (concept,) = (one for one in data(folder, "index")[0]["concepts"] if one["name"] == "A")
-    carriers = [set(own["carriers"]) - {NO_CARRIER} for own in concept["saes"].values()]
-    assert "axe" in repr(shown_)
-    assert (
-        shown_.page().count('style="color:var(--bad)"')
-        == sum(len(c) - 1 for c in carriers if c)
-        > 0
-    )
+    assert lines[:2] == [
+        "Words that start with A",
+        f"plain, exceptions: {len(exceptions['plain'])} of 3 words",
+    ]
+    assert lines[2].split() == "latent 0 apple ant".split()
+    assert '<div class="columns"><section><h2>plain, ' in shown_.page()
+    red = re.findall(r'<div class="context" style="color:var\(--bad\)">(.*?)</div>', shown_.page())
+    of_saes = {
+        (name, carrier) for name, words in exceptions.items() for _, carrier in words
+    }  # a line each, and one for every set of SAEs
+    sets = {
+        tuple(name for name, words in exceptions.items() if word in dict(words))
+        for word in map(str.strip, concept["words"])
+    }
+    assert len(red) == len(of_saes) + len(sets - {()}) > 0
+
+
+def test_the_same_words_in_two_saes_are_compared_and_others_are_not():
+    plain = {" apple": 3, " ant": 3, " axe": 9, " ash": 8, " aim": NO_CARRIER}
+    other = {" apple": 7, " ant": 7, " axe": 7, " ash": 5, " aim": 7}
+    lines = [
+        line.split() for line in repr(show_carriers("Words", {"x": plain, "y": other})).splitlines()
+    ]
+    at = lines.index("Where each word is an exception".split())
+    assert lines[at + 1 :] == [
+        ["nowhere", "apple", "ant"],
+        ["x", "axe", "aim"],
+        ["x", "and", "y", "ash"],
+    ]
+    assert lines[1] == "x, exceptions: 3 of 5 words".split()
+    for words in ({"x": plain}, {"x": plain, "y": {"bee": 1}}, {}):
+        assert "Where" not in repr(show_carriers("Words", words))
+
+
+def test_nothing_carries_the_letter_and_all_words_are_exceptions():
+    shown_ = show_carriers("Words", {"x": {" ant": NO_CARRIER, " axe": NO_CARRIER}})
+    assert [line.split() for line in repr(shown_).splitlines()[1:]] == [
+        "x, exceptions: 2 of 2 words".split(),
+        "no latent ant axe".split(),
+    ]
+
+
+def test_names_and_words_of_carriers_are_text():
+    page = show_carriers(EVIL, {EVIL: {EVIL: 1, "a": 2}, "y": {EVIL: 1, "a": NO_CARRIER}}).page()
+    assert "<script" not in page and "<b>" not in page and page.count("&lt;b&gt;bold") > 4
 
 
 def test_a_notebook_s_frame_runs_no_script_and_holds_text_as_text(folder):

@@ -21,7 +21,7 @@ from c2r_core.artefacts.names import slug
 from c2r_core.artefacts.profiles import FIRST_SEED, load_profile, profile_names
 from c2r_core.artefacts.results import results_dir, runs_dir
 from c2r_core.data.store import ActivationStore
-from c2r_core.data.words import FirstLetterTask
+from c2r_core.data.words import LETTERS, FirstLetterTask
 from c2r_core.errors import NotEvaluable
 from c2r_core.experiments import (
     STUDIES,
@@ -465,6 +465,32 @@ def test_examples_are_small_and_run(kind):
     assert len(json.dumps(value)) < 20_000
     if kind == "contexts":
         assert len(value) == examples.N_LATENTS and value[0]["top"]
+
+
+def test_the_same_words_are_carried_in_both_arms():
+    values = {
+        name: read_or_compute(cell)
+        for cell in cells("examples", SMOKE)
+        if (name := cell.name).endswith("carried")
+    }
+    assert set(values) == {"baseline-carried", "c2r-carried"}
+    assert all(len(json.dumps(rows)) < 20_000 for rows in values.values())
+    for letter in LETTERS:
+        plain, penalised = (list(w) for w in examples.carried_words(values, letter).values())
+        assert plain == penalised
+
+
+def test_carried_words_are_those_of_the_letter_alone():
+    rows = [
+        {"letter": "A", "words": [" ant", "axe"], "latents": [3, -1]},
+        {"letter": "B", "words": [" bee"], "latents": [3]},
+    ]
+    values = {"baseline-carried": rows, "c2r-carried": rows[1:]}
+    found = examples.carried_words(values, "A")
+    assert found == {"baseline": {" ant": 3, "axe": -1}, "C²R": {}}
+    for letter in ("a", "AB", ""):
+        with pytest.raises(ValueError, match="unknown letter"):
+            examples.carried_words(values, letter)
 
 
 def test_pairs_of_runs_agree_as_far_as_they_do():

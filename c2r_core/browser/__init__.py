@@ -1,8 +1,9 @@
 """A trained SAE as pages to look at: `c2r browse SAE --out FOLDER`, or `browse(...)`; open its index.html.
 
 The pages need no server and no network. Each latent has its strongest, middle and nearly missed contexts, its
-histogram, what it promotes and suppresses, and its neighbours. Each first letter has its carriers, word by
-word, in every SAE side by side. `show(FOLDER, latent=7)` shows a latent of theirs inside a notebook.
+histogram, what it promotes and suppresses, and its neighbours. Each first letter has its words under their
+carriers, in every SAE side by side, with the exceptions in red. In a notebook, `show(FOLDER, latent=7)` shows
+one of these latents, and `show(FOLDER, letter="A")` a letter.
 """
 
 from __future__ import annotations

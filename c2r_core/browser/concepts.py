@@ -2,51 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from c2r_core.data.words import LETTERS
-from c2r_core.errors import NotEvaluable
-from c2r_core.metrics.carriers import NO_CARRIER, assignment_consistency, carriers, modal_latent
-from c2r_core.metrics.encoding import encode_sparse
+import torch
+
+from c2r_core.metrics.carriers import NO_CARRIER, assignment_consistency, modal_latent
 from c2r_core.metrics.inputs import Inputs
-from c2r_core.metrics.letter_probes import letter_splits
+from c2r_core.metrics.letter_carriers import letter_carriers
 from c2r_core.saes.interface import AnySAE
 
 N_WORDS = 60
 
 
-def letter_concepts(inputs: Inputs, saes: dict[str, AnySAE]) -> list[dict[str, Any]]:
-    """A concept for each letter that has a good probe and at least two test words that hold it.
+def letter_concepts(inputs: Inputs, saes: Mapping[str, AnySAE]) -> list[dict[str, Any]]:
+    """A concept for each letter of `letter_carriers`, which says which words are taken.
 
     Each has its words, and for each SAE, by name, the carrier of every word (`NO_CARRIER` where none is),
     the modal latent and the assignment consistency over the words shown. The empty list where the model
     allows no letters.
     """
-    try:
-        task, probes = letter_splits(inputs)[0]
-    except NotEvaluable:
-        return []
-    x, letters = task.activations[task.is_test], task.letters[task.is_test]
-    words = [
-        word for word, is_test in zip(task.words, task.is_test.tolist(), strict=True) if is_test
+    by_sae = {name: letter_carriers(inputs, sae, n_words=N_WORDS) for name, sae in saes.items()}
+    of_first = next(iter(by_sae.values()))
+    return [
+        {
+            "name": letter,
+            "words": list(words),
+            "saes": {name: _assigned(found[letter].values()) for name, found in by_sae.items()},
+        }
+        for letter, words in of_first.items()
     ]
-    holds = probes.holds(x, letters)
-    carried = {
-        name: carriers(x, encode_sparse(sae, x), sae.W_dec, probes.weights)
-        for name, sae in saes.items()
+
+
+def _assigned(carriers: Iterable[int]) -> dict[str, Any]:
+    carried_by = torch.tensor(list(carriers))
+    modal = modal_latent(carried_by)
+    return {
+        "carriers": carried_by.tolist(),
+        "modal": NO_CARRIER if modal is None else modal,
+        "consistency": round(assignment_consistency(carried_by), 3),
     }
-    found = []
-    for i, letter in enumerate(LETTERS):
-        shown = holds[:, i].nonzero()[:N_WORDS, 0]
-        if probes.not_evaluable[i] is None and len(shown) >= 2:
-            concept = {"name": letter, "words": [words[n] for n in shown.tolist()], "saes": {}}
-            for name, of_letter in carried.items():
-                own = of_letter[i, shown]
-                modal = modal_latent(own)
-                concept["saes"][name] = {
-                    "carriers": own.tolist(),
-                    "modal": NO_CARRIER if modal is None else modal,
-                    "consistency": round(assignment_consistency(own), 3),
-                }
-            found.append(concept)
-    return found

@@ -5,8 +5,8 @@ from __future__ import annotations
 import html
 import json
 import re
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence, Set
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,8 +52,9 @@ class Section(NamedTuple):
 class Inline:
     """What a notebook shows: a frame where it can show HTML, else text. Made by the functions below."""
 
-    def __init__(self, title: str, sections: Sequence[Section]) -> None:
-        self.title, self.sections = title, tuple(sections)
+    def __init__(self, title: str, sections: Sequence[Section], *, columns: bool = False) -> None:
+        """`columns` puts the sections beside each other where there is room."""
+        self.title, self.sections, self.columns = title, tuple(sections), columns
 
     def __repr__(self) -> str:
         lines = [self.title]
@@ -74,10 +75,13 @@ class Inline:
         """The page in the frame; it loads nothing, and text goes into it as text."""
         css = (files("c2r_core.browser") / "static" / "browser.css").read_text(encoding="utf-8")
         body = "".join(
-            f"<h2>{html.escape(section.title)}</h2>"
+            f"<section><h2>{html.escape(section.title)}</h2>"
             + ("".join(map(_as_html, section.lines)) or "<p>None.</p>")
+            + "</section>"
             for section in self.sections
         )
+        if self.columns:
+            body = f'<div class="columns">{body}</div>'
         return (
             f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(self.title)}</title>'
             f"<style>{css}</style><main><h1>{html.escape(self.title)}</h1>{body}</main></html>"
@@ -145,28 +149,62 @@ def show_contexts(title: str, latents: Sequence[Mapping[str, Any]]) -> Inline:
 
 
 def show_carriers(title: str, words: Mapping[str, Mapping[str, int]]) -> Inline:
-    """For each SAE, by name, the words by the latent that carries them: {SAE: {word: latent}}.
+    """For each SAE, by name, the words by the latent that carries them: {SAE: {word: latent}}, side by side.
 
-    Latents come by how many words they carry, the most first; all but the first are exceptions. −1 stands
-    for a word that no latent carries.
+    Latents come by how many words they carry, the most first. The words of all others are exceptions, and
+    so are those that no latent carries, for which −1 stands. Where all SAEs have the same words, a last list
+    says which of the SAEs make an exception of each.
     """
-    sections = []
+    sections, exceptions = [], {}
     for name, carried in words.items():
-        counts = Counter(latent for latent in carried.values() if latent != NO_CARRIER)
-        order = sorted(counts, key=lambda latent: (-counts[latent], latent))
-        order += [NO_CARRIER] * (NO_CARRIER in carried.values())
-        lines = [
-            Line(
-                "no latent" if latent == NO_CARRIER else f"latent {latent}",
-                [Part(f"{word.strip()} ") for word, own in carried.items() if own == latent],
-                latent not in (NO_CARRIER, order[0]),
-            )
-            for latent in order
-        ]
+        groups = _by_carrier(carried)
+        exceptions[name] = {word for one in groups if one.is_exception for word in one.words}
+        how_many = f"{len(exceptions[name])} of {len(carried)} words"
+        sections.append(Section(f"{name}, exceptions: {how_many}", [_line(one) for one in groups]))
+    in_each = list(words.values())
+    if len(in_each) > 1 and all(one.keys() == in_each[0].keys() for one in in_each):
         sections.append(
-            Section(f"{name}: {len(carried)} words, {len(counts)} latents carry them", lines)
+            Section("Where each word is an exception", _compared(in_each[0], exceptions))
         )
-    return Inline(title, sections)
+    return Inline(title, sections, columns=True)
+
+
+class _Group(NamedTuple):
+    """Words that one latent carries, or that none does."""
+
+    latent: int
+    words: list[str]
+    is_exception: bool
+
+
+def _by_carrier(carried: Mapping[str, int]) -> list[_Group]:
+    """The latent of the most words first (ties: the lowest number), no latent last."""
+    by_latent = defaultdict(list)
+    for word, latent in carried.items():
+        by_latent[latent].append(word)
+    order = sorted(by_latent, key=lambda i: (i == NO_CARRIER, -len(by_latent[i]), i))
+    return [_Group(i, by_latent[i], i in (NO_CARRIER, *order[1:])) for i in order]
+
+
+def _line(group: _Group) -> Line:
+    lead = "no latent" if group.latent == NO_CARRIER else f"latent {group.latent}"
+    return Line(lead, _words(group.words), group.is_exception)
+
+
+def _compared(words: Iterable[str], exceptions: Mapping[str, Set[str]]) -> list[Line]:
+    """The words by the SAEs in which they are exceptions: those of none first, those of all last."""
+    names = list(exceptions)
+    by_saes = defaultdict(list)
+    for word in words:
+        by_saes[tuple(i for i, name in enumerate(names) if word in exceptions[name])].append(word)
+    return [
+        Line(" and ".join(names[i] for i in saes) or "nowhere", _words(by_saes[saes]), bool(saes))
+        for saes in sorted(by_saes, key=lambda saes: (len(saes), saes))
+    ]
+
+
+def _words(words: Iterable[str]) -> list[Part]:
+    return [Part(f"{word.strip()} ") for word in words]
 
 
 # -- from a folder of the browser ----------------------------------------------------------------

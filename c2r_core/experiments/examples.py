@@ -1,6 +1,7 @@
 """Study `examples`, of notebooks 05, 12, 14 and 15: what latents of the first seed's SAEs look like, as text.
 
-One cell for each arm and kind of example; short texts and curves, nothing that a claim rests on.
+One cell for each arm and kind of example; short texts and curves, nothing that a claim rests on. Two arms
+have the kind `carried` too, with the same letters and words, so that they can stand side by side.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from c2r_core.artefacts.cells import Cell
-from c2r_core.artefacts.names import slug
+from c2r_core.artefacts.names import slug, unknown_name
 from c2r_core.artefacts.profiles import Profile, training_seeds
+from c2r_core.data.words import LETTERS
 from c2r_core.errors import NotEvaluable
 from c2r_core.experiments.language_model import Sources, of_trained, standard_arms
 from c2r_core.experiments.study import Study
@@ -21,6 +23,7 @@ from c2r_core.metrics.absorption import evaluate_first_letter
 from c2r_core.metrics.detection import measure_detection
 from c2r_core.metrics.firings import Firings, firings_of
 from c2r_core.metrics.inputs import Inputs
+from c2r_core.metrics.letter_carriers import letter_carriers
 from c2r_core.metrics.letter_latents import absorption_by_word
 from c2r_core.metrics.letter_probes import letter_splits
 from c2r_core.metrics.reconstruction import streamed
@@ -30,22 +33,44 @@ from c2r_core.metrics.use_task import letters_to_use
 TYPICAL_DENSITY = 0.003
 N_LATENTS, N_DETECTED, N_CONTEXTS, N_WORDS = 3, 5, 3, 30
 QUANTILES = 101
+BESIDE = ("baseline", "C²R")
+"""The arms that stand side by side."""
 
 
 def cells(profile: Profile, seed: int = 0, device: str = "cpu") -> list[Cell]:
     """One cell for each arm and kind."""
     sources = Sources(profile)
     study = Study("examples", profile, training_seeds(1, seed), device)
+    arms = standard_arms(sources.lm, device)
     return [
         study.cell(f"{title}, {kind}", measure, arm=arm, sources=sources)
-        for title, arm in standard_arms(sources.lm, device).items()
-        for kind, measure in KINDS.items()
+        for title, arm in arms.items()
+        for kind, measure in (KINDS | {"carried": carried} if title in BESIDE else KINDS).items()
     ]
 
 
 def examples(values: Mapping[str, Any], kind: str, titles: Sequence[str]) -> dict[str, Any]:
     """{arm: its example} of one kind."""
     return {title: values[slug(f"{title}, {kind}")] for title in titles}
+
+
+def carried_words(values: Mapping[str, Any], letter: str) -> dict[str, dict[str, int]]:
+    """{arm: {word: the latent that carries its letter}}, the same words in both arms, most frequent first.
+
+    −1 where no latent carries it. No words where the letter could not be measured. ValueError if `letter` is
+    none of A to Z.
+    """
+    if letter not in tuple(LETTERS):
+        raise ValueError(unknown_name("letter", letter, LETTERS))
+    return {
+        title: {
+            word: latent
+            for row in rows
+            if row["letter"] == letter
+            for word, latent in zip(row["words"], row["latents"], strict=True)
+        }
+        for title, rows in examples(values, "carried", BESIDE).items()
+    }
 
 
 @of_trained
@@ -112,6 +137,16 @@ def absorbed_words(inputs: Inputs) -> dict[str, Any]:
         "own_latents": list(row.split_features),
         "words": every[:: max(1, len(every) // N_WORDS)][:N_WORDS],
     }
+
+
+@of_trained
+def carried(inputs: Inputs) -> list[dict[str, Any]]:
+    """Each letter's most frequent test words, and the latent that carries the letter in each of them."""
+    found = letter_carriers(inputs, inputs.sae, n_words=N_WORDS)
+    return [
+        {"letter": letter, "words": list(words), "latents": list(words.values())}
+        for letter, words in found.items()
+    ]
 
 
 @of_trained

@@ -144,32 +144,58 @@ const C2R = (() => {
     });
   }
 
+  const isException = (own, n) => own.carriers[n] < 0 || own.carriers[n] !== own.modal;
+
+  // [key, its words] for every key that a word's number has.
+  function grouped(words, key) {
+    const found = new Map();
+    words.forEach((word, n) => found.set(key(n), [...(found.get(key(n)) || []), word.trim()]));
+    return [...found];
+  }
+
+  // The latent of the most words first, the words of no latent last.
+  const byCarrier = (words, own) => grouped(words, (n) => own.carriers[n])
+    .sort(([a, ofA], [b, ofB]) => (a < 0) - (b < 0) || ofB.length - ofA.length || a - b);
+
+  // By the SAEs in which a word is an exception: those of none first, those of all last.
+  function byExceptions(words, saes) {
+    const where = (n) => saes.flatMap((own, i) => (isException(own, n) ? [i] : [])).join();
+    return grouped(words, where)
+      .sort(([a], [b]) => a.length - b.length || (a < b ? -1 : 1))
+      .map(([numbers, found]) => [numbers && numbers.split(",").map((i) => saes[i].name).join(" and "), found]);
+  }
+
+  const chips = (words, css, to) => element("ul", { class: "words" }, ...words.map((word) => element("li",
+    { class: css }, to ? element("a", { href: to }, word) : element("span", {}, word))));
+
   function conceptsPage(chosen) {
-    const links = data.concepts.map((concept) => element("a", { href: `#/concepts/${concept.name}` }, `${concept.name} `));
     const concept = data.concepts.find((one) => one.name === chosen) || data.concepts[0];
     if (!concept) {
       show(element("h1", {}, "First letters"), element("p", {}, "No letter can be measured with this model and text."));
       return;
     }
+    const links = data.concepts.map((one) => element("a", { href: `#/concepts/${one.name}`,
+      ...(one === concept ? { "aria-current": "page" } : {}) }, `${one.name} `));
+    const saes = data.saes.map((sae) => ({ name: sae.name, ...concept.saes[sae.name] }));
+    const columns = saes.map((own, i) => element("section", {}, element("h2", {}, own.name),
+      element("p", {}, `Exceptions: ${own.carriers.filter((_, n) => isException(own, n)).length} of ${concept.words.length} words; `
+        + `AC ${own.consistency}`),
+      ...byCarrier(concept.words, own).flatMap(([carrier, words]) => {
+        const to = carrier < 0 ? null : address(i, carrier);
+        const css = carrier < 0 ? "exception none" : carrier === own.modal ? "" : "exception";
+        const title = to ? element("a", { href: to }, `latent ${carrier}`) : "no latent";
+        return [element("h3", {}, title, `: ${words.length}`), chips(words, css, to)];
+      })));
     show(
       element("h1", {}, `Words that start with ${concept.name}`),
-      element("p", {}, ...links),
-      element("p", { class: "note" }, "A word's carrier is the latent that writes most of the letter's direction. Red: another latent "
-        + "than the most frequent carrier, an exception. Dashed: no latent carries the letter. AC is the chance that two words have one carrier."),
-      element("div", { class: "columns" }, ...data.saes.map((sae, i) => {
-        const own = concept.saes[sae.name];
-        const words = concept.words.map((word, n) => {
-          const carrier = own.carriers[n];
-          if (carrier < 0) return element("li", { class: "none" }, element("span", { title: "no carrier" }, word.trim()));
-          return element("li", { class: carrier === own.modal ? "" : "exception" },
-            element("a", { href: address(i, carrier), title: `latent ${carrier}` }, word.trim()));
-        });
-        const wrong = own.carriers.filter((carrier) => carrier >= 0 && carrier !== own.modal).length;
-        return element("section", {}, element("h2", {}, sae.name),
-          element("p", {}, own.modal < 0 ? "No latent carries it. " : element("a", { href: address(i, own.modal) }, `latent ${own.modal}`),
-            `: AC ${own.consistency}, ${wrong} exceptions, ${own.carriers.filter((c) => c < 0).length} without a carrier, of ${words.length} words`),
-          element("ul", { class: "words" }, ...words));
-      })));
+      element("p", {}, "Letters (j and k turn the page): ", ...links),
+      element("p", { class: "note" }, "A word's carrier is the latent that writes most of the letter's direction. Red words are "
+        + "exceptions: another latent than the most frequent carrier writes most, or, dashed, no latent carries the letter. "
+        + "AC is the chance that two words have one carrier."),
+      element("div", { class: "columns" }, ...columns),
+      saes.length < 2 ? null : element("section", {}, element("h2", {}, "Where each word is an exception"),
+        ...byExceptions(concept.words, saes).flatMap(([where, words]) => [
+          element("h3", {}, `${where || "nowhere"}: ${words.length}`), chips(words, where ? "exception" : "", null)])));
   }
 
   // -- where we are -------------------------------------------------------------------------
@@ -207,11 +233,17 @@ const C2R = (() => {
     addEventListener("keydown", (event) => {
       const typing = ["INPUT", "SELECT"].includes(event.target.tagName);
       if (event.key === "/" && !typing) { event.preventDefault(); query.focus(); }
-      const [, view, sae, number] = location.hash.split("/");
+      const [, view, first, number] = location.hash.split("/");
       const move = { j: 1, k: -1 }[event.key];
-      if (typing || view !== "latent" || !move || event.ctrlKey || event.metaKey) return;
-      const to = Number(number) + move;
-      if (to >= 0 && to < data.saes[sae].latents.density.length) location.hash = address(sae, to);
+      if (typing || !move || event.ctrlKey || event.metaKey) return;
+      if (view === "latent") {
+        const to = Number(number) + move;
+        if (to >= 0 && to < data.saes[first].latents.density.length) location.hash = address(first, to);
+      } else if (view === "concepts") {
+        const at = Math.max(0, data.concepts.findIndex((one) => one.name === first));
+        const to = data.concepts[at + move];
+        if (to) location.hash = `#/concepts/${to.name}`;
+      }
     });
     render();
   }
