@@ -192,10 +192,11 @@ def test_without_git_or_with_another_package_it_says_so(repository, monkeypatch)
         same.same("HEAD", ["toy/one"], "because")
     side = same._Side("f" * 40, repository.folder, ["toy/one"], "default", "cpu")
     with pytest.raises(SameCodeError, match="Python takes c2r_core from .*, not from fffffff"):
-        same._all_there(side, {"package": "/elsewhere/c2r_core/__init__.py", "cells": {}})
+        same._all_there(side, {"package": "/elsewhere/c2r_core", "cells": {}})
 
 
-def test_one_side_speaks_of_the_cells_of_this_package():
+def test_one_side_speaks_of_the_cells_of_this_package(monkeypatch):
+    monkeypatch.setattr(one_side, "STUDIES", {"toy": ""})
     said = one_side.about("smoke", "cpu", ["toy/relu-baseline", "toy/none"])
     (about,) = said["cells"].values()
     assert about["modules"].items() <= said["modules"].items()
@@ -315,13 +316,22 @@ def test_an_edited_record_is_refused(change, capsys):
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[1]", "[" * 10_000, "\xff"])
-def test_a_damaged_file_of_records_is_refused_by_every_command(text, capsys):
+def test_a_damaged_file_of_records_is_refused(text):
     file = same_code.same_code_file()
     file.parent.mkdir(parents=True)
     file.write_text(text, encoding="latin-1")
-    assert __main__.main(["status", "toy", "--profile", "smoke"]) == 2
-    assert "is not what c2r same wrote" in capsys.readouterr().err
-    assert __main__.main(["same", "HEAD", "toy/relu-c2r", "--profile", "smoke", "--why", "b"]) == 2
+    with pytest.raises(SameCodeError, match="is not what c2r same wrote .*restore it from git"):
+        same_code.same_code()
+
+
+@pytest.mark.parametrize(
+    "command", [["status", "toy"], ["same", "HEAD", "toy/relu-c2r", "--why", "because"]]
+)
+def test_a_command_that_meets_a_damaged_file_of_records_says_so(command, capsys):
+    same_code.same_code_file().parent.mkdir(parents=True)
+    same_code.same_code_file().write_text("{")
+    assert __main__.main([*command, "--profile", "smoke"]) == 2
+    assert f"c2r {command[0]}: " in (said := capsys.readouterr().err) and "restore it" in said
 
 
 def test_status_says_how_many_rest_on_records(capsys):

@@ -12,9 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import c2r_core
 from c2r_core.artefacts.cells import Cell, compute
-from c2r_core.artefacts.fingerprints import fingerprints
+from c2r_core.artefacts.fingerprints import PACKAGE, fingerprints
 from c2r_core.artefacts.profiles import load_profile
 from c2r_core.experiments import STUDIES, cells
 
@@ -24,7 +23,7 @@ def about(profile: str, device: str, names: list[str]) -> dict[str, Any]:
     made = _all_cells(profile, device, STUDIES)
     entries = {entry for cell in made.values() for entry in cell.modules}
     return {
-        "package": c2r_core.__file__,
+        "package": str(PACKAGE),
         "cells": {name: made[name].about() for name in names if name in made},
         "modules": fingerprints(entries),
     }

@@ -176,7 +176,7 @@ def _all_there(side: _Side, about: Mapping[str, Any]) -> Mapping[str, Any]:
     """What a side says of its cells, if it has all of them, and speaks of its own code."""
     if not Path(about["package"]).resolve().is_relative_to(side.folder.resolve()):
         raise SameCodeError(
-            f"Python takes c2r_core from {Path(about['package']).parent}, not from {side.commit[:7]}"
+            f"Python takes c2r_core from {about['package']}, not from {side.commit[:7]}"
         )
     if missing := [name for name in side.names if name not in about["cells"]]:
         raise SameCodeError(f"{side.commit[:7]} has no cell {', '.join(missing)}; name others")
@@ -231,7 +231,7 @@ def _name_others(
     was: Mapping[str, str], now: Mapping[str, str], shown: Mapping[Change, list[str]]
 ) -> None:
     """Print the changed modules that only cells which were not compared depend on."""
-    recorded = {change.module for change in shown}
-    others = [name for name in now if was.get(name) != now[name] and name not in recorded]
+    every = {Change(module, was.get(module), digest) for module, digest in now.items()}
+    others = [change.module for change in every - shown.keys() if change.was != change.now]
     if others:
-        print(f"Not shown, since none of these cells depends on it: {', '.join(others)}")
+        print(f"Not shown, since none of these cells depends on it: {', '.join(sorted(others))}")
