@@ -171,17 +171,24 @@ def _examine(cell: Cell, file: Path) -> tuple[State, Any]:
         why = f"{file} is not what was computed (edited?); delete it, or restore it from git"
         return State("edited", why), None
     now = cell.about()
-    modules = now["modules"]  # one that is no longer reached decides nothing
-    counted = {name: content["modules"].get(name) for name in modules}
-    changed = [] if counted == modules or _is_timed(content["values"]) else modules
-    same = [
-        n for n in changed if counted[n] != modules[n] and is_same_code(n, counted[n], modules[n])
-    ]
-    counted |= {name: modules[name] for name in same}
+    # One that is no longer reached decides nothing.
+    counted = {name: content["modules"].get(name) for name in now["modules"]}
+    same = _shown_the_same(counted, now["modules"], content["values"])
+    counted |= {name: now["modules"][name] for name in same}
     differs = differences(content | {"modules": counted}, now)
     if differs:
         return State("stale", ", ".join(differs)), content["values"]
     return State("current", ", ".join(f"same code {name}" for name in same)), content["values"]
+
+
+def _shown_the_same(
+    stored: Mapping[str, str | None], now: Mapping[str, str], values: Any
+) -> list[str]:
+    """The modules with another hash than stored of which a record says that they compute the same."""
+    changed = [name for name in now if stored[name] != now[name]]
+    if not changed or _is_timed(values):
+        return []
+    return [name for name in changed if is_same_code(name, stored[name], now[name])]
 
 
 def _is_timed(values: Any) -> bool:
