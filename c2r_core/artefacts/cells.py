@@ -193,9 +193,16 @@ def _shown_the_same(
 
 def _is_timed(values: Any) -> bool:
     """Whether anything in the values is OF_THE_MACHINE."""
-    if isinstance(values, Mapping):
-        return any(k.startswith(OF_THE_MACHINE) or _is_timed(v) for k, v in values.items())
-    return isinstance(values, list) and any(map(_is_timed, values))
+    waiting = [values]
+    while waiting:  # a loop, since a file may be nested deeper than calls may
+        one = waiting.pop()
+        if isinstance(one, Mapping):
+            if any(name.startswith(OF_THE_MACHINE) for name in one):
+                return True
+            waiting += one.values()
+        elif isinstance(one, list):
+            waiting += one
+    return False
 
 
 def _is_whole(content: Mapping[str, Any]) -> bool:
