@@ -37,7 +37,7 @@ from c2r_core.artefacts.same_code import (
 )
 
 SIDES = ("was", "now")
-_SHOWN = 20
+_LINES = 20
 _PROGRAM = Path(__file__).with_name("one_side.py")
 
 
@@ -91,8 +91,8 @@ def same(
         values = [side.ask("values") for side in sides]
     unlike = [line for name in names for line in _unlike(name, *(found[name] for found in values))]
     if unlike:
-        print("\n".join(unlike[:_SHOWN]))
-        print(f"{len(unlike)} values differ; nothing is recorded")
+        print("\n".join(unlike[:_LINES]))
+        print(f"{len(unlike)} values differ, the first of them above; nothing is recorded")
         return 1
     origin = provenance(profile=profile, seed=0, device=device, seconds=time.monotonic() - started)
     del origin["seed"]  # each cell has its own
