@@ -49,6 +49,9 @@ COMMANDS = {
     "verify": Command(
         "c2r_core.experiments.__main__", "compute results again, compare with those kept", True
     ),
+    "same": Command(
+        "c2r_core.experiments.__main__", "show that a change of code altered no number", True
+    ),
     "prune": Command(
         "c2r_core.experiments.__main__", "remove from the cache what no code here would find", True
     ),

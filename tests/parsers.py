@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import traceback
@@ -20,9 +21,9 @@ import yaml
 
 import damage
 from architectures import make
-from c2r_core.artefacts import cells, checksums
+from c2r_core.artefacts import cells, checksums, same_code
 from c2r_core.artefacts.profiles import PROFILES_FILE, load_profile, profile_names
-from c2r_core.artefacts.results import write_json
+from c2r_core.artefacts.results import digest_of, write_json
 from c2r_core.data import store as stores_of
 from c2r_core.data.entities import load_ravel
 from c2r_core.data.harvest import harvest
@@ -394,6 +395,41 @@ def read_cell(folder: Path) -> object:
     state, values = cells.look(CELL)
     expect(state.kind in ("current", "stale", "missing"), "the state is unknown")
     return "missing or stale" if state.kind != "current" else json.dumps(values)
+
+
+def records(folder: Path) -> Iterator[damage.Files]:
+    os.environ["C2R_RESULTS"] = str(folder)
+    hashes = (None, "0" * 12, "1" * 12)
+    same_code.add_same_code(
+        same_code.SameCode(
+            module="c2r_core.seeds",
+            was=was,
+            now=now,
+            why="one more check",
+            shown_by=["toy/one"],
+            commits=same_code.Commits(was="a" * 40, now="b" * 40),
+            provenance={"threads": 1},
+        )
+        for was, now in itertools.pairwise(hashes)
+    )
+    yield damage.read(folder)
+    yield {"another.json": b"{}"}
+
+
+def seal_records(folder: Path) -> None:
+    file = folder / "same_code.json"
+    for record in (content := json.loads(file.read_bytes())):
+        rest = {name: value for name, value in record.items() if name != "digest"}
+        record["digest"] = digest_of(rest)
+    file.write_text(json.dumps(content))
+
+
+@parser("same code", records, same_code.SameCodeError, seal=seal_records)
+def read_records(folder: Path) -> object:
+    os.environ["C2R_RESULTS"] = str(folder)
+    same_code._read.cache_clear()  # damage may come faster than a file's time changes
+    expect(not same_code.is_same_code("c2r_core.seeds", "1" * 12, "0" * 12), "the wrong way round")
+    return repr(same_code.same_code())
 
 
 def reports(folder: Path) -> Iterator[damage.Files]:

@@ -2,14 +2,13 @@
 
 A cell is *current* when its file was computed with the settings, the inputs and the code that are there
 now, *stale* when one of these differs (and it is said which), *missing* without a file, and *edited* when
-the file is not what was computed. Committed cells are in `results/PROFILE/STUDY/`; what a notebook or a
-command computes for itself goes to `runs/PROFILE/STUDY/`.
+the file is not what was computed. Code that was shown to compute the same counts as the same (`same_code`),
+but not where a cell holds times or memory: these were not compared. Committed cells are in
+`results/PROFILE/STUDY/`; what a notebook or a command computes for itself goes to `runs/PROFILE/STUDY/`.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -23,6 +22,7 @@ from c2r_core.artefacts.fingerprints import fingerprints
 from c2r_core.artefacts.names import unknown_name
 from c2r_core.artefacts.results import (
     COMMITTED_PROFILES,
+    digest_of,
     plain,
     provenance,
     read_json,
@@ -30,6 +30,7 @@ from c2r_core.artefacts.results import (
     runs_dir,
     write_json,
 )
+from c2r_core.artefacts.same_code import is_same_code
 
 SCHEMA = 1
 MODES = ("kept", "anew", "commit")
@@ -70,7 +71,10 @@ class Cell:
 
 
 class State(NamedTuple):
-    """Whether a file holds a cell's values; `why` names the settings, inputs and modules that differ."""
+    """Whether a file holds a cell's values; `why` names the settings, inputs and modules that differ.
+
+    Of a current cell it names the modules that differ and were shown to compute the same.
+    """
 
     kind: Literal["current", "stale", "missing", "edited"]
     why: str = ""
@@ -152,8 +156,7 @@ def content_of(cell: Cell) -> dict[str, Any]:
 
 
 def _digest(content: Mapping[str, Any]) -> str:
-    counted = {k: v for k, v in content.items() if k not in ("digest", "provenance")}
-    return hashlib.sha256(json.dumps(counted, sort_keys=True).encode()).hexdigest()[:20]
+    return digest_of({k: v for k, v in content.items() if k not in ("digest", "provenance")})
 
 
 def _examine(cell: Cell, file: Path) -> tuple[State, Any]:
@@ -168,12 +171,38 @@ def _examine(cell: Cell, file: Path) -> tuple[State, Any]:
         why = f"{file} is not what was computed (edited?); delete it, or restore it from git"
         return State("edited", why), None
     now = cell.about()
+    # One that is no longer reached decides nothing.
     counted = {name: content["modules"].get(name) for name in now["modules"]}
-    content = content | {"modules": counted}  # one that is no longer reached decides nothing
-    differs = differences(content, now)
+    same = _shown_the_same(counted, now["modules"], content["values"])
+    counted |= {name: now["modules"][name] for name in same}
+    differs = differences(content | {"modules": counted}, now)
     if differs:
         return State("stale", ", ".join(differs)), content["values"]
-    return State("current"), content["values"]
+    return State("current", ", ".join(f"same code {name}" for name in same)), content["values"]
+
+
+def _shown_the_same(
+    stored: Mapping[str, str | None], now: Mapping[str, str], values: Any
+) -> list[str]:
+    """The modules with another hash than stored of which a record says that they compute the same."""
+    changed = [name for name in now if stored[name] != now[name]]
+    if not changed or _is_timed(values):
+        return []
+    return [name for name in changed if is_same_code(name, stored[name], now[name])]
+
+
+def _is_timed(values: Any) -> bool:
+    """Whether anything in the values is OF_THE_MACHINE."""
+    waiting = [values]
+    while waiting:  # a loop, since a file may be nested deeper than calls may
+        one = waiting.pop()
+        if isinstance(one, Mapping):
+            if any(name.startswith(OF_THE_MACHINE) for name in one):
+                return True
+            waiting += one.values()
+        elif isinstance(one, list):
+            waiting += one
+    return False
 
 
 def _is_whole(content: Mapping[str, Any]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import platform
@@ -71,6 +72,11 @@ def read_json(path: Path) -> Any:
         raise ValueError(
             f"{path} is not valid JSON ({error}); delete it to make it anew"
         ) from error
+
+
+def digest_of(content: Any) -> str:
+    """A hash of JSON's values, by which a file shows whether it still is what was written."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:20]
 
 
 def provenance(*, profile: str, seed: int, device: str, seconds: float) -> dict[str, Any]:

@@ -19,12 +19,14 @@ from c2r_core.artefacts.cells import Cell, compute, differing, read_or_compute, 
 from c2r_core.artefacts.names import unknown_name
 from c2r_core.artefacts.profiles import load_profile, profile_names
 from c2r_core.artefacts.results import read_json, results_dir, runs_dir, write_json
+from c2r_core.artefacts.same_code import SameCodeError, same_code, same_code_file
 from c2r_core.errors import MissingExtra
 from c2r_core.experiments import STUDIES, cells
 
 
 def status(studies: Sequence[str], profile: str, as_json: bool = False) -> int:
     """Print how many cells of each study are current, stale or missing, and what made them stale."""
+    same_code()  # a damaged file is an error, also where no cell needs it
     found = {}
     for study in studies:
         made = _cells(study, profile)
@@ -50,6 +52,13 @@ def status(studies: Sequence[str], profile: str, as_json: bool = False) -> int:
         for one in by_name.values():
             if one.kind == "edited":
                 print(f"{'':16}  {one.why}")
+    by_record = sum(
+        one.kind == "current" and bool(one.why) for by in found.values() for one in by.values()
+    )
+    if by_record:
+        print(
+            f"{by_record} of the current ones by {same_code_file().name}: other code, same numbers"
+        )
     return 0
 
 
@@ -183,6 +192,16 @@ def _device(name: str) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one of the commands; the exit code says whether all is well."""
+    parser = _parser()
+    given = parser.parse_args(arguments)
+    try:
+        return _run(given, parser)
+    except (MissingExtra, ConnectionError, SameCodeError) as error:
+        print(f"c2r {given.command}: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="c2r", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, about in (("status", status), ("run", run), ("verify", verify)):
@@ -214,7 +233,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "prune", help="remove from the cache what no code here would find"
     )
     command.add_argument("--dry-run", action="store_true")
-    given = parser.parse_args(arguments)
+    command = commands.add_parser(
+        "same", help="show that a change of code altered no number, so that cells stay current"
+    )
+    command.add_argument("revision", metavar="REVISION", help="of git, before the change")
+    command.add_argument("cells", nargs="+", metavar="CELL", help="STUDY/CELL, or STUDY: all of it")
+    command.add_argument("--why", required=True, metavar="TEXT", help="what was changed")
+    command.add_argument("--profile", default="default", choices=profile_names())
+    command.add_argument("--device", default="cpu", help="of torch")
+    return parser
+
+
+def _run(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     if given.command == "prune":
         removed, freed = cache.prune(given.dry_run)
         print(f"{removed} entries, {freed / 2**20:.0f} MiB{' would go' if given.dry_run else ''}")
@@ -223,6 +253,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return plan(given.profile, _device(given.device))
     if given.command == "harvest":
         return harvest(given.profile, _device(given.device))
+    if given.command == "same":
+        from c2r_core.experiments.same import same
+
+        wanted = (cell for name in given.cells for cell in _cells(name, given.profile))
+        names = list(dict.fromkeys(f"{cell.study}/{cell.name}" for cell in wanted))
+        return same(given.revision, names, given.why, given.profile, _device(given.device))
     studies = given.studies or list(STUDIES)
     if given.command == "status":
         return status(studies, given.profile, given.json)
@@ -235,13 +271,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.workers is not None and given.workers < 1:
         parser.error(f"--workers is {given.workers}; expected at least 1")
     how = How(given.profile, _device(given.device), given.workers, given.scheduler)
-    try:
-        if given.command == "run":
-            return run(studies, how._replace(anew=given.anew), given.limit, given.minutes)
-        return verify(studies, how)
-    except (MissingExtra, ConnectionError) as error:
-        print(f"c2r {given.command}: {error}", file=sys.stderr)
-        return 2
+    if given.command == "run":
+        return run(studies, how._replace(anew=given.anew), given.limit, given.minutes)
+    return verify(studies, how)
 
 
 if __name__ == "__main__":
