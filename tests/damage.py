@@ -157,6 +157,15 @@ def _json(draw: st.DrawFn, content: bytes) -> bytes:
     return _dumped(draw(_changed(json.loads(content))), indent=draw(st.sampled_from((None, 1, 2))))
 
 
+@st.composite
+def _json_lines(draw: st.DrawFn, content: bytes) -> bytes:
+    """One line with other values, or damaged."""
+    lines = content.split(b"\n")
+    at = draw(st.integers(0, len(lines) - 1))
+    lines[at] = draw(_json(lines[at]) | _bytes(lines[at], tuple(lines)))
+    return b"\n".join(lines)
+
+
 _LENGTHS = (0, 1, 7, 2**20, 100_000_001, 10**12, 2**63, 2**64 - 1)
 
 
@@ -369,6 +378,7 @@ def _yaml(draw: st.DrawFn, content: bytes) -> bytes:
 
 _BY_ENDING: dict[str, Callable[[bytes], st.SearchStrategy[bytes]]] = {
     ".json": _json,
+    ".jsonl": _json_lines,
     ".ipynb": _json,
     ".safetensors": _safetensors,
     ".npy": _npy,

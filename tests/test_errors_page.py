@@ -26,6 +26,7 @@ NO_ROW = {
     "… has no weights named …": "the weights come from the model whose class is built",
     "At step … of … the learning rate is": "the study takes a number of steps that fits",
     "it is nested too deep": "the end of a refusal that names the file",
+    "its header claims … bytes": 'the end of "… is no array of numbers"',
     "the archive is compressed": 'the end of "… is damaged, or holds more than tensors"',
     "the archive unpacks to more than its own size": 'the end of "… is damaged, or holds more than tensors"',
     "the checksum of … in the archive is wrong": 'the end of "… is damaged, or holds more than tensors"',

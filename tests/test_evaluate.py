@@ -27,6 +27,7 @@ from c2r_core.evaluate import (
     strongest_contexts,
     write_report,
 )
+from c2r_core.evaluate.evaluation import _Kept
 from c2r_core.evaluate.report import NotEvaluated
 from c2r_core.formats.inference import InferenceSAE, ReLU
 from c2r_core.metrics import chosen_metrics, metric, standard_metrics
@@ -514,6 +515,61 @@ def test_an_error_loses_no_finished_metric(sae, measured, monkeypatch, tmp_path)
 
 
 whole_measure = METRICS["decoder"].measure
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        b"{",
+        b"3",
+        b'["decoder"]',
+        b'[["decoder"], 1]',
+        b'["decoder", 3]',
+        b'["decoder", {"status": "evaluated", "values": {}}]',
+        b"[" * 100_000,
+        b"\xff",
+    ],
+)
+def test_of_damaged_records_the_metric_is_measured_again(sae, measured, tmp_path, caplog, damage):
+    kept = tmp_path / "kept"
+    whole = measured(sae, "decoder", "meta_sae", keep=kept)
+    identity, decoder, meta_sae, end = kept.read_bytes().split(b"\n")
+    kept.write_bytes(b"\n".join([identity, damage, meta_sae, end]))
+    assert measured(sae, "decoder", "meta_sae", keep=kept).metrics == whole.metrics
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{kept}: 1 of 2 records are damaged; what they held is measured again"
+    ]
+    assert sorted(kept.read_bytes().split(b"\n")) == sorted([identity, decoder, meta_sae, end])
+
+
+def test_an_evaluation_that_begins_anew_says_so(sae, measured, tmp_path, caplog):
+    (tmp_path / "kept").write_bytes(b"\xff\xfe")
+    measured(sae, "decoder", keep=tmp_path / "kept")
+    assert "kept is of another evaluation, or damaged; it is begun anew" in caplog.text
+
+
+@pytest.mark.parametrize("to", [None, "elsewhere", "kept", "nothing"])
+def test_finished_metrics_are_kept_in_no_folder_and_through_no_link(sae, measured, tmp_path, to):
+    elsewhere, kept = tmp_path / "elsewhere", tmp_path / "kept"
+    elsewhere.write_text("as it was")
+    if to is None:
+        kept.mkdir()
+    else:
+        kept.symlink_to(to)
+    with pytest.raises(ValueError, match="kept is no file, but a link or a folder"):
+        measured(sae, "decoder", keep=kept)
+    assert elsewhere.read_text() == "as it was" and not (tmp_path / "nothing").exists()
+
+
+def test_a_link_that_is_put_there_meanwhile_is_not_written_through(tmp_path):
+    elsewhere, file = tmp_path / "elsewhere", tmp_path / "kept"
+    elsewhere.write_text("as it was")
+    kept = _Kept(file, "identity")
+    file.unlink()
+    file.symlink_to(elsewhere)
+    kept.add("decoder", NotEvaluated("not this SAE"))
+    assert elsewhere.read_text() == "as it was"
+    assert _Kept(file, "identity").records == {"decoder": NotEvaluated("not this SAE")}
 
 
 OWN_METRIC = """

@@ -167,6 +167,31 @@ def test_the_fingerprint_of_a_folder_is_its_content(tmp_path, model, monkeypatch
         model_fingerprint(tmp_path / "a")
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "error", "message"),
+    [
+        ("config.json", "{", ValueError, r"config\.json is damaged"),
+        ("config.json", "[" * 100_000, ValueError, r"config\.json is damaged .*nested too deep"),
+        ("config.json", "[]", ValueError, r"config\.json is no JSON object"),
+        ("config.json", None, FileNotFoundError, r"config\.json is no file"),
+        ("model.safetensors", None, FileNotFoundError, r"model\.safetensors is no file"),
+        ("tokenizer.json", None, FileNotFoundError, r"tokenizer\.json is no file"),
+        ("config.json", "", FileNotFoundError, r"holds no config\.json"),
+    ],
+)
+def test_a_model_folder_that_is_damaged_is_refused(tmp_path, name, content, error, message) -> None:
+    for file in ("config.json", "model.safetensors", "tokenizer.json"):
+        (tmp_path / file).write_text("{}")
+    assert model_fingerprint(tmp_path)
+    (tmp_path / name).unlink()
+    if content is None:
+        (tmp_path / name).mkdir()
+    elif content:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(error, match=message):
+        model_fingerprint(tmp_path)
+
+
 @needs_data
 def test_the_fingerprint_of_a_name(tmp_path, monkeypatch) -> None:
     assert model_fingerprint(RANDOM) != model_fingerprint(SMOLLM2)

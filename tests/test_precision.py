@@ -88,3 +88,13 @@ def test_the_products_are_timed_and_no_random_number_is_drawn():
     assert bfloat16_speed_up() > 0
     assert torch.equal(torch.get_rng_state(), before)
     assert module._processor()
+
+
+@pytest.mark.parametrize("content", [b"\xff", b"[" * 100_000, b"3", b'{"HERE": [1]}', b"{"])
+def test_a_damaged_file_of_answers_is_made_anew(tmp_path, monkeypatch, content):
+    kept = tmp_path / "here.json"
+    faster_on_processor(kept, timer(2.0))
+    (machine,) = json.loads(kept.read_text())
+    kept.write_bytes(content.replace(b"HERE", machine.encode()))
+    assert faster_on_processor(kept, timer(1.0)) == "float32"
+    assert json.loads(kept.read_text()) == {machine: "float32"}

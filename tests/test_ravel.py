@@ -144,3 +144,30 @@ def test_ravels_own_files(tmp_path):
         load_ravel(tmp_path, "town")
     assert entities.templates == {"Country": "People in{subject} live in"}
     assert entities.values == {"Country": {" Paris": "France"}}
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("entity_attributes", "{"),
+        ("entity_attributes", "\udcff"),
+        ("entity_attributes", "[" * 100_000),
+        ("entity_attributes", "[]"),
+        ("entity_attributes", '{"Paris": ["Country"]}'),
+        ("attribute_to_prompts", '{"Country": "People in %s live in"}'),
+        ("attribute_to_prompts", "3"),
+    ],
+)
+def test_files_that_are_not_ravels_are_refused(tmp_path, name, content):
+    files = {"entity_attributes": "{}", "attribute_to_prompts": '{"Country": ["In %s live"]}'}
+    for one, text in (files | {name: content}).items():
+        (tmp_path / f"ravel_city_{one}.json").write_text(text, errors="surrogateescape")
+    with pytest.raises(NotEvaluable, match=f"city_{name}.json (is damaged|does not hold)"):
+        load_ravel(tmp_path)
+
+
+def test_a_prompt_of_ravels_that_no_template_can_hold_is_passed_over(tmp_path):
+    prompts = [3, "{In} %s live", "In%s live", "In %s live"]
+    (tmp_path / "ravel_city_entity_attributes.json").write_text("{}")
+    (tmp_path / "ravel_city_attribute_to_prompts.json").write_text(json.dumps({"Country": prompts}))
+    assert load_ravel(tmp_path).templates == {"Country": "In{subject} live"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from c2r_core.artefacts.checksums import of_file
 from c2r_core.artefacts.paths import data_dir
+from c2r_core.data.arrays import mapped
 from c2r_core.data.language_models import RANDOM, SMOLLM2, load_language_model
 from c2r_core.data.store import ActivationStore, HarvestConfig, Manifest
 from faults import accepted, flip, some_bits
@@ -224,6 +226,8 @@ STRANGE = {
     "nothing to map": npy(b"{'descr': '|b1', 'fortran_order': False, 'shape': (0,)}\n", b""),
     "an odd type": npy(b"{'descr': ('<f2', 3, 4), 'fortran_order': False, 'shape': (640,)}\n"),
     "deep": npy(b"(" * 5000),
+    "signs": npy(b"-" * 9000 + b"1"),
+    "braces": npy(b"{" + b"1:" * 4000),
     "nul": npy(b"{'descr': '\x00', 'fortran_order': False, 'shape': (640,)}\n"),
     "no latin": npy("{'descr': 'ü'".encode()),
 }
@@ -253,6 +257,19 @@ def test_a_file_of_another_kind_is_refused_though_its_checksum_is_right(
     change_manifest(copy_of, adopt)
     with pytest.raises(ValueError, match=f"{name} (is no array of numbers|holds).*harvest again"):
         read_all(copy_of)
+
+
+def test_a_header_that_claims_gigabytes_takes_no_memory(tmp_path) -> None:
+    file = tmp_path / "kept.npy"
+    file.write_bytes(b"\x93NUMPY\x02\x00" + b"\xff" * 4 + b"{}")
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=r"kept\.npy is no array .*claims 4,294,967,295 bytes"):
+            mapped(file, of_file(file), (2,), "bool", "Harvest again.")
+        most = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert most < 2**20
 
 
 def test_as_many_are_kept_as_the_manifest_says(copy_of) -> None:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import bz2
+import codecs
 import gzip
+import io
 import itertools
 import json
+import lzma
+import tracemalloc
+import zipfile
 from itertools import islice
 
 import numpy as np
@@ -249,6 +255,93 @@ def test_texts_of_every_kind_are_read_alike(kind, tmp_path):
     if kind != "folder":
         with pytest.raises(ValueError, match=r"and no text in 'text'; say which"):
             list(open_texts(source))
+
+
+ROWS = (
+    codecs.BOM_UTF8
+    + b"\n \n"
+    + '{"text": "größer ∞ \u2028 \x85 \U0001f600"}\r\n'.encode()
+    + b'{"text": "a\\n\\t\\"\\u00e9\\ud83d\\ude00\\u0000", "n": 1}\n\n'
+    + b'{"n": 2, "text": "2001-01-01", "more": {"text": [1, 0.5]}}\n'
+    + b' {"text": " "}\n{"text": ""}\n'
+    + b'{"text": "no end of the line"}'
+)
+
+
+def zipped(content: bytes) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("texts.json", content)
+    return file.getvalue()
+
+
+PACKED = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
+
+
+@pytest.mark.parametrize(("suffix", "pack"), [*PACKED.items(), (".zip", zipped)])
+def test_lines_give_the_texts_that_datasets_reads(tmp_path, suffix, pack):
+    file = tmp_path / f"texts.jsonl{suffix}"
+    file.write_bytes(pack(ROWS))
+    as_json = tmp_path / f"texts.json{suffix}"
+    as_json.write_bytes(pack(ROWS))
+    texts = list(open_texts(file).texts())
+    assert texts == list(open_texts(as_json).texts()) and len(texts) == 6
+    assert texts[1] == 'a\n\t"é😀\0' and texts[-1] == "no end of the line"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b"null", "is no JSON object"),
+        (b'["a"]', "is no JSON object"),
+        (b'{"text": "b", "more": ' + b"[" * 100_000, "is no JSON .*nested too deep"),
+        (b'{"text": "b"} {"text": "c"}', "is no JSON"),
+        (b'{"text": "\xff"}', "is no JSON"),
+        (b'{"text": "\\ud800"}', "holds half of a surrogate pair"),
+        (b'{"text": 3}', r"has columns \['text'\], and no text in 'text'"),
+    ],
+)
+def test_a_line_that_is_no_row_is_named(tmp_path, line, message):
+    (tmp_path / "texts.jsonl").write_bytes(b'{"text": "a"}\n\n' + line + b"\n")
+    texts = iter(open_texts(tmp_path / "texts.jsonl"))
+    assert next(texts) == "a"
+    with pytest.raises(ValueError, match=rf"texts\.jsonl, line 3, {message}"):
+        next(texts)
+
+
+def test_a_line_is_not_read_to_its_end_if_it_is_too_long(tmp_path, monkeypatch):
+    file = tmp_path / "texts.jsonl.gz"
+    file.write_bytes(gzip.compress(b'{"text": "a"}\n{"text": "' + b"b" * 10**7 + b'"}\n'))
+    assert len(list(open_texts(file))) == 2
+    monkeypatch.setattr(streaming, "_LONGEST_LINE", 1000)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match="line 2, has 1,000 bytes or more"):
+            list(open_texts(file))
+        most = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert most < 10**6
+
+
+@pytest.mark.parametrize("suffix", [suffix for suffix in PACKED if suffix])
+def test_a_packed_file_that_is_damaged_is_named(tmp_path, suffix):
+    pack = PACKED[suffix]
+    file = tmp_path / f"texts.jsonl{suffix}"
+    for damaged in (pack(ROWS)[:-9], b"no " + pack(ROWS)):
+        file.write_bytes(damaged)
+        with pytest.raises(ValueError, match=rf"texts\.jsonl{suffix} cannot be read \("):
+            list(open_texts(file))
+
+
+def test_a_way_of_packing_that_is_not_installed_is_named(tmp_path, monkeypatch):
+    from fsspec.compression import compr
+
+    monkeypatch.delitem(compr, "zstd", raising=False)
+    file = tmp_path / "texts.jsonl.zst"
+    file.write_bytes(b"packed")
+    with pytest.raises(ValueError, match="cannot be read .*zstd not supported.*unpack it first"):
+        list(open_texts(file))
 
 
 def test_a_source_that_is_not_there_is_named(tmp_path):

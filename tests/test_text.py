@@ -70,6 +70,24 @@ def test_an_undecodable_file_is_named(tmp_path) -> None:
         load_corpus(tmp_path)
 
 
+def test_a_folder_that_is_named_like_a_text_is_left_out(tmp_path) -> None:
+    (tmp_path / "a.txt").mkdir()
+    with pytest.raises(ValueError, match=r"holds no \.txt file"):
+        load_corpus(tmp_path)
+    (tmp_path / "b.txt").write_text("one", encoding="utf-8")
+    (tmp_path / "c.txt").symlink_to("b.txt")
+    assert [document.name for document in load_corpus(tmp_path).documents] == ["b.txt", "c.txt"]
+
+
+@pytest.mark.parametrize("to", ["link.txt", "nothing", "folder"])
+def test_a_link_to_no_file_is_named(tmp_path, to) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "good.txt").write_text("good", encoding="utf-8")
+    (tmp_path / "link.txt").symlink_to(to)
+    with pytest.raises(FileNotFoundError, match=r"link\.txt is a link that leads to no file"):
+        load_corpus(tmp_path)
+
+
 def test_an_unknown_corpus_suggests_the_near_one() -> None:
     with pytest.raises(FileNotFoundError, match="Did you mean 'sotu'"):
         load_corpus("soto")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from c2r_core.artefacts.fields import from_json
 from c2r_core.errors import NotEvaluable
 
 
@@ -56,7 +57,8 @@ def load_ravel(folder: str | Path, entity_type: str = "city") -> Entities:
 
     Read are `ravel_{entity_type}_entity_attributes.json` and `ravel_{entity_type}_attribute_to_prompts.json`,
     of each attribute the first prompt with one %s behind a space, and no examples in front.
-    FileNotFoundError if one of them is missing, NotEvaluable if no attribute has such a prompt.
+    FileNotFoundError if one of them is missing. NotEvaluable if one of them is no JSON of RAVEL's form, or
+    if no attribute has such a prompt.
     """
     start = Path(folder).expanduser() / f"ravel_{entity_type}_"
     files = [Path(f"{start}{name}.json") for name in ("entity_attributes", "attribute_to_prompts")]
@@ -66,10 +68,10 @@ def load_ravel(folder: str | Path, entity_type: str = "city") -> Entities:
                 f"{file} is missing; expected the unpacked folder of RAVEL's data with {files[0].name} "
                 f"and {files[1].name}."
             )
-    attributes, prompts = (json.loads(file.read_text(encoding="utf-8")) for file in files)
+    attributes, prompts = _read(files[0], dict), _read(files[1], list)
     templates = {}
     for attribute, texts in prompts.items():
-        once = [t for t in texts if t.count("%s") == 1 and " %s" in t and "{" not in t]
+        once = [text for text in texts if _is_usable(text)]
         if once:
             # The space in front goes with the entity: it is part of its token.
             templates[attribute] = once[0].replace(" %s", "{subject}")
@@ -80,3 +82,21 @@ def load_ravel(folder: str | Path, entity_type: str = "city") -> Entities:
         for a in templates
     }
     return Entities(templates, dict.fromkeys(templates, ""), values)
+
+
+def _is_usable(prompt: object) -> bool:
+    """Whether it is a text with one %s behind a space, and no brace, which marks a template's place."""
+    is_text = isinstance(prompt, str)
+    return is_text and prompt.count("%s") == 1 and " %s" in prompt and "{" not in prompt
+
+
+def _read(file: Path, kind: type) -> dict[str, Any]:
+    """A file's values by name, each of the kind given."""
+    try:
+        values = from_json(file.read_bytes())
+    except ValueError as error:
+        raise NotEvaluable(f"{file} is damaged ({error}). Unpack RAVEL's data again.") from error
+    if not isinstance(values, dict) or not all(isinstance(one, kind) for one in values.values()):
+        expected = {dict: "attributes by entity", list: "a list of prompts by attribute"}[kind]
+        raise NotEvaluable(f"{file} does not hold {expected}. Unpack RAVEL's data again.")
+    return values

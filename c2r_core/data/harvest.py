@@ -24,6 +24,7 @@ from c2r_core.artefacts.checksums import of_file
 from c2r_core.artefacts.files import check_room, whole_folder
 from c2r_core.data.forward import activations, check_hook_name
 from c2r_core.data.language_models import model_fingerprint
+from c2r_core.data.precision import resolve_precision
 from c2r_core.data.store import (
     KEPT,
     MANIFEST,
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
     from transformers import PreTrainedTokenizerBase
 
+    from c2r_core.artefacts.profiles import LanguageModelProfile
+
 # A token id (int32) and a mark in kept.npy.
 _OTHER_BYTES_A_TOKEN = 5
 _TEXTS_TOKENISED_AT_ONCE = 64
@@ -49,6 +52,17 @@ _ROWS_AT_ONCE = 256
 _LIBRARIES = ("torch", "transformers", "transformer_lens", "numpy")
 
 Norms = TypeVar("Norms", np.ndarray, Tensor)
+
+
+def harvest_config(lm: LanguageModelProfile, max_tokens: int | None, device: str) -> HarvestConfig:
+    """How a profile's activations are made: so many tokens of a store, None for a stream."""
+    return HarvestConfig(
+        hook_name=lm.hook_name,
+        context_size=lm.context_size,
+        max_tokens=max_tokens,
+        drop_norm_ratio=lm.drop_norm_ratio,
+        precision=resolve_precision(lm.precision, device),
+    )
 
 
 def harvest(

@@ -20,10 +20,11 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from c2r_core.artefacts.fields import from_json
 from c2r_core.artefacts.paths import data_dir
 from c2r_core.errors import needs_extra
 
@@ -73,7 +74,11 @@ def load_language_model(name: str | Path = SMOLLM2, *, device: str = "cpu") -> T
         else:
             hf_model, tokenizer = _load_from_hub(name)
         return TransformerBridge.boot_transformers(
-            name, hf_model=hf_model.to(device).eval(), tokenizer=tokenizer, device=device
+            name,
+            hf_model=hf_model.to(device).eval(),
+            tokenizer=tokenizer,
+            device=device,
+            trust_remote_code=False,
         )
 
 
@@ -91,7 +96,10 @@ def model_fingerprint(name: str | Path) -> str:
     Raises
     ------
     FileNotFoundError
-        If an embedded model is asked for before `make data`, or a folder holds no weights.
+        If an embedded model is asked for before `make data`, or a folder holds no weights, no `config.json`,
+        or something that is named like one of the files but is none.
+    ValueError
+        If `config.json` is no JSON object.
     """
     folder = Path(name).expanduser()
     if name in EMBEDDED_MODELS:
@@ -99,18 +107,40 @@ def model_fingerprint(name: str | Path) -> str:
     elif not folder.is_dir():
         return _hub_fingerprint(str(name))
     digest = hashlib.sha256(RANDOM.encode() if name == RANDOM else _config_and_weights(folder))
-    for file in sorted(folder.glob("tokenizer.*")):
+    for file in _files(folder, "tokenizer.*"):
         digest.update(_file_hash(file))
     return digest.hexdigest()
 
 
 def _config_and_weights(folder: Path) -> bytes:
-    files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
+    files = _files(folder, "*.safetensors", "*.bin")
     if not files:
         raise FileNotFoundError(f"{folder} holds no weights (*.safetensors, *.bin).")
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = _config(folder)
     config.pop("transformers_version", None)  # says who wrote it, not what it is
     return json.dumps(config, sort_keys=True).encode() + b"".join(map(_file_hash, files))
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    if not _files(folder, "config.json"):
+        raise FileNotFoundError(f"{folder} holds no config.json. Complete the folder.")
+    file = folder / "config.json"
+    try:
+        config = from_json(file.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged ({error}). Restore the model.") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{file} is no JSON object; expected settings by name. Restore the model.")
+    return config
+
+
+def _files(folder: Path, *patterns: str) -> list[Path]:
+    """Those of the folder whose names fit, in order."""
+    files = sorted(file for pattern in patterns for file in folder.glob(pattern))
+    for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} is no file. Restore the model.")
+    return files
 
 
 def _file_hash(file: Path) -> bytes:
@@ -149,7 +179,9 @@ def _embedded_folder() -> Path:
 def _load_tokenizer(source: str | Path, *, local_files_only: bool = True):
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(source, local_files_only=local_files_only)
+    return AutoTokenizer.from_pretrained(
+        source, local_files_only=local_files_only, trust_remote_code=False
+    )
 
 
 def _load_pretrained(source: str | Path, *, local_files_only: bool):
@@ -160,6 +192,7 @@ def _load_pretrained(source: str | Path, *, local_files_only: bool):
     model = AutoModelForCausalLM.from_pretrained(
         source,
         local_files_only=local_files_only,
+        trust_remote_code=False,
         dtype=torch.float32,
         attn_implementation="eager",
     )

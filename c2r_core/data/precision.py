@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 
+from c2r_core.artefacts.fields import from_json
 from c2r_core.artefacts.files import whole_file
 from c2r_core.artefacts.paths import cache_dir
 from c2r_core.speed import MIN_SPEED_UP, bfloat16_speed_up
@@ -63,7 +64,7 @@ def faster_on_processor(kept: Path, speed_up: Callable[[], float] | None = None)
     kept.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(kept.with_suffix(".lock")):
         known = _read(kept)
-        if known.get(machine) not in ("float32", "bfloat16"):
+        if machine not in known:
             known[machine] = "bfloat16" if measure() >= MIN_SPEED_UP else "float32"
             with whole_file(kept) as part:
                 part.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
@@ -71,12 +72,14 @@ def faster_on_processor(kept: Path, speed_up: Callable[[], float] | None = None)
 
 
 def _read(kept: Path) -> dict[str, str]:
-    """What is kept; nothing where the file is not there or was damaged."""
+    """The answers that are kept; none where the file is not there or was damaged."""
     try:
-        known = json.loads(kept.read_text(encoding="utf-8"))
+        known = from_json(kept.read_bytes())
     except (FileNotFoundError, ValueError):
         return {}
-    return known if isinstance(known, dict) else {}
+    if not isinstance(known, dict):
+        return {}
+    return {machine: one for machine, one in known.items() if one in ("float32", "bfloat16")}
 
 
 def _processor() -> str:

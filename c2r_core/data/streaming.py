@@ -11,17 +11,21 @@ batch, and dropped. Memory is one block, whatever the length of the text.
 
 from __future__ import annotations
 
+import codecs
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+import io
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from c2r_core.artefacts.fields import from_json
 from c2r_core.data.forward import check_hook_name
 from c2r_core.data.harvest import (
     cut_contexts,
@@ -44,7 +48,13 @@ _HASH_RANGE = 2**32
 _USUALLY_KEPT = 0.99
 """Of the tokens behind the first of a context, the share that the bound on norms usually leaves."""
 FILE_READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-"""By suffix (".gz" and ".zst" behind it are unpacked), the reader of `datasets`."""
+"""By suffix (".gz" and ".zst" behind it are unpacked), the reader of `datasets`; `.jsonl` is read here."""
+_PACKED = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".lz4": "lz4", ".zst": "zstd"}
+"""fsspec's name of what unpacks a file, by suffix; the last two need a package of their own."""
+_LONGEST_LINE = 2**28
+"""Bytes: more than any text, and less than a small file may unpack to."""
+_REMEDY = "Write one object a line, or end the file's name in .json if it is one list."
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 # -- text ---------------------------------------------------------------------------------------
@@ -116,7 +126,10 @@ def open_texts(source: str | Path, *, column: str = "text", split: str = "train"
     Raises
     ------
     FileNotFoundError
-        If `source` is none of these.
+        If `source` is none of these, or a link in a folder leads to no file.
+    ValueError
+        If a folder holds no text; and, while texts are read, if a row is none, or holds no text in the
+        column. Of a `.jsonl` file the message names the line.
     """
     path, name = Path(source).expanduser(), str(source)
     reader = next((FILE_READERS[s] for s in path.suffixes[-2:] if s in FILE_READERS), None)
@@ -127,6 +140,8 @@ def open_texts(source: str | Path, *, column: str = "text", split: str = "train"
         folder = path.resolve()
         documents = folder_documents(folder)
         return TextStream(folder.name, lambda: (document.text for document in documents))
+    if path.is_file() and ".jsonl" in path.suffixes[-2:] and path.suffix != ".zip":
+        return TextStream(path.name, lambda: _of_lines(path, column))
     if path.is_file() and reader:
         return TextStream(path.name, lambda: _rows(reader, "train", column, data_files=str(path)))
     if path.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
@@ -141,12 +156,54 @@ def _rows(name: str, split: str, column: str, **where: str) -> Iterator[str]:
     from datasets import load_dataset
 
     for row in load_dataset(name, split=split, streaming=True, **where):
-        if not isinstance(row.get(column), str):
-            raise ValueError(
-                f"{where.get('data_files', name)} has columns {sorted(row)}, and no text in {column!r}; say "
-                "which holds the text: open_texts(..., column=...)."
-            )
-        yield row[column]
+        yield _text(row, column, where.get("data_files", name))
+
+
+def _text(row: Mapping[str, Any], column: str, where: str) -> str:
+    if not isinstance(row.get(column), str):
+        raise ValueError(
+            f"{where} has columns {sorted(row)}, and no text in {column!r}; say which holds the text: "
+            "open_texts(..., column=...)."
+        )
+    return row[column]
+
+
+def _of_lines(file: Path, column: str) -> Iterator[str]:
+    """The text of each line, a JSON object; blank lines are left out."""
+    for number, line in enumerate(_lines(file), start=1):
+        if number == 1:
+            line = line.removeprefix(codecs.BOM_UTF8)
+        if not line.strip():
+            continue
+        where = f"{file}, line {number},"
+        if len(line) == _LONGEST_LINE:
+            raise ValueError(f"{where} has {_LONGEST_LINE:,} bytes or more. Cut it into several.")
+        try:
+            row = from_json(line)
+        except ValueError as error:
+            raise ValueError(f"{where} is no JSON ({error}). {_REMEDY}") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{where} is no JSON object. {_REMEDY}")
+        text = _text(row, column, where)
+        if _SURROGATE.search(text):
+            raise ValueError(f"{where} holds half of a surrogate pair, which is no character.")
+        yield text
+
+
+def _lines(file: Path) -> Iterator[bytes]:
+    """The lines of a file, unpacked where its suffix says so; none is longer than _LONGEST_LINE."""
+    from fsspec.compression import compr
+    from fsspec.core import get_compression
+
+    try:
+        unpack = compr[get_compression(str(file), _PACKED.get(file.suffix))]
+        with file.open("rb") as packed, io.BufferedReader(unpack(packed, mode="rb")) as opened:
+            while line := opened.readline(_LONGEST_LINE):
+                yield line
+    except Exception as error:  # each kind of packing has errors of its own
+        raise ValueError(
+            f"{file} cannot be read ({error}). If it is packed, unpack it first."
+        ) from error
 
 
 def _as_share(text: str) -> float:

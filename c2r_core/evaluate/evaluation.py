@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from c2r_core.artefacts.fields import from_json
+from c2r_core.artefacts.files import whole_file
 from c2r_core.artefacts.fingerprints import fingerprint, has_source
 from c2r_core.artefacts.profiles import load_profile
 from c2r_core.artefacts.results import provenance
@@ -36,6 +39,8 @@ from c2r_core.saes.interface import AnySAE
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
+
+_log = logging.getLogger(__name__)
 
 
 def evaluate(
@@ -74,8 +79,8 @@ def evaluate(
         The profile of sizes, seed, device, and what some metrics need.
 
     Raises FileNotFoundError or ValueError if there is nothing to measure or to measure on: no such SAE,
-    model, hook, corpus, profile or metric; or if the SAE was trained on the very documents that are held
-    out here.
+    model, hook, corpus, profile or metric; if the SAE was trained on the very documents that are held out
+    here; or if a folder or a link is in the place of `Options.keep`.
     """
     return prepare(sae, model, hook_name, corpus, metrics, options).measure()
 
@@ -179,6 +184,8 @@ def prepare(
     options: Options,
 ) -> Evaluation:
     """The evaluation that `evaluate` makes, not yet measured; parameters and errors are the same."""
+    if options.keep:
+        _check_place(Path(options.keep))  # now, and not when it is written
     given = [name for name, value in vars(options).items() if value is not None]
     names = chosen_metrics(standard_metrics(given) if metrics is None else metrics)
     profile = load_profile(options.profile) if isinstance(options.profile, str) else options.profile
@@ -223,31 +230,55 @@ def _record(name: str, inputs: Inputs) -> Evaluated | NotEvaluated:
 
 
 class _Kept:
-    """Finished metrics in a file: a line that says of what, then a line for each."""
+    """Finished metrics in a file: a line that says of what, then a line for each.
+
+    A line that is damaged is left out, and its metric is measured again; a warning says so.
+    """
 
     def __init__(self, file: str | Path, identity: str) -> None:
-        self.file, self.records = Path(file), {}
-        lines = self.file.read_text(encoding="utf-8").splitlines() if self.file.is_file() else []
-        if lines and lines[0] == identity:
-            for line in lines[1:]:
-                try:
-                    name, record = json.loads(line)
-                except ValueError:
-                    break  # the process was killed while it wrote
-                if name in METRICS:
-                    self.records[name] = checked_record(name, record)
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        self.file.write_text(identity + "\n", encoding="utf-8")
-        for name, record in self.records.items():
-            self._write(name, record)
+        self.file, self.identity, self.records = Path(file), identity, {}
+        _check_place(self.file)
+        content = self.file.read_bytes() if self.file.exists() else b""
+        first, *lines = content.rstrip(b"\n").split(b"\n")
+        if first == identity.encode():
+            n_damaged = sum(not self._take(line) for line in lines)
+            if n_damaged:
+                _log.warning(
+                    "%s: %d of %d records are damaged; what they held is measured again",
+                    *(self.file, n_damaged, len(lines)),
+                )
+        elif first:
+            _log.warning("%s is of another evaluation, or damaged; it is begun anew", self.file)
+        self._write()
 
     def add(self, name: str, record: Evaluated | NotEvaluated) -> None:
         self.records[name] = record
-        self._write(name, record)
+        self._write()
 
-    def _write(self, name: str, record: Evaluated | NotEvaluated) -> None:
-        with self.file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps([name, asdict(record)], ensure_ascii=False) + "\n")
+    def _take(self, line: bytes) -> bool:
+        """Whether a line is whole; the record of a metric that is not known here is left out."""
+        try:
+            name, record = from_json(line)
+            if name in METRICS:
+                self.records[name] = checked_record(name, record)
+        except (ValueError, TypeError, RecursionError):
+            return False
+        return True
+
+    def _write(self) -> None:
+        """All of it, beside what is there and then in its place: a link is not written through."""
+        lines = [json.dumps([n, asdict(r)], ensure_ascii=False) for n, r in self.records.items()]
+        with whole_file(self.file) as part:
+            part.write_bytes("\n".join([self.identity, *lines, ""]).encode())
+
+
+def _check_place(file: Path) -> None:
+    """Raise a ValueError if what finished metrics are kept in is a folder or a link, or the like."""
+    if file.is_symlink() or (file.exists() and not file.is_file()):
+        raise ValueError(
+            f"{file} is no file, but a link or a folder; finished metrics would be kept there. Remove it, or "
+            "give another name."
+        )
 
 
 def _open(sae: AnySAE | str | Path, device: str) -> OpenedSAE:

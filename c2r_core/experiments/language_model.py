@@ -16,10 +16,10 @@ from c2r_core.artefacts.cells import Cell
 from c2r_core.artefacts.names import slug
 from c2r_core.artefacts.profiles import LanguageModelProfile, Profile, training_seeds
 from c2r_core.data.batches import StoreBatches
-from c2r_core.data.harvest import harvest
+from c2r_core.data.harvest import harvest, harvest_config
 from c2r_core.data.language_models import load_language_model, model_fingerprint
 from c2r_core.data.precision import resolve_precision
-from c2r_core.data.store import ActivationStore, HarvestConfig
+from c2r_core.data.store import ActivationStore
 from c2r_core.data.streaming import StreamedBatches, TextStream
 from c2r_core.data.text import SPLIT_SEED, Corpus, load_corpus, split_documents
 from c2r_core.evaluate.evaluation import evaluate
@@ -89,17 +89,6 @@ def _training_side(corpus: str, held_out_share: float) -> Corpus:
 def language_model(name: str, device: str = "cpu") -> TransformerBridge:
     """The model, loaded once a process."""
     return load_language_model(name, device=device)
-
-
-def harvest_config(lm: LanguageModelProfile, max_tokens: int | None, device: str) -> HarvestConfig:
-    """How a profile's activations are made: so many tokens of a store, None for a stream."""
-    return HarvestConfig(
-        hook_name=lm.hook_name,
-        context_size=lm.context_size,
-        max_tokens=max_tokens,
-        drop_norm_ratio=lm.drop_norm_ratio,
-        precision=resolve_precision(lm.precision, device),
-    )
 
 
 def stored(

@@ -83,7 +83,7 @@ def _size_of_model_here(lm: LanguageModelProfile) -> ModelSize | None:
         return PUBLISHED[RANDOM]
     source = data_dir() / lm.model if lm.model in EMBEDDED_MODELS else lm.model
     try:
-        config = AutoConfig.from_pretrained(source, local_files_only=True)
+        config = AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError):
         return None
     config = getattr(config, "text_config", config)

@@ -11,13 +11,13 @@ also written has `write`, and a line in WRITTEN of `export.py`.
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 
 import torch
 
+from c2r_core.artefacts.fields import from_json
 from c2r_core.formats import c2r, dictionary_learning, sae_lens
 from c2r_core.formats.export import export_sae
 from c2r_core.formats.inference import InferenceSAE
@@ -78,7 +78,7 @@ def open_sae(folder: str | Path, device: str | torch.device = "cpu") -> OpenedSA
         raise FileNotFoundError(f"{folder} holds no SAE of a known format: {looked_for}.")
     form = FORMATS[fitting[0]]
     try:
-        config = json.loads((folder / form.CONFIG).read_text(encoding="utf-8"))
+        config = from_json((folder / form.CONFIG).read_bytes())
     except ValueError as error:
         raise ValueError(f"{folder / form.CONFIG} is damaged ({error}).") from error
     if not isinstance(config, dict):

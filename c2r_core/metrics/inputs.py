@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from c2r_core.artefacts.cache import cached
 from c2r_core.artefacts.profiles import EvaluationProfile, LanguageModelProfile, Profile
-from c2r_core.data.harvest import harvest
+from c2r_core.data.harvest import harvest, harvest_config
 from c2r_core.data.language_models import load_language_model, model_fingerprint
 from c2r_core.data.precision import resolve_precision
-from c2r_core.data.store import ActivationStore, HarvestConfig
+from c2r_core.data.store import ActivationStore
 from c2r_core.data.text import Corpus, HeldOut, held_out_documents, load_corpus
 from c2r_core.errors import NotEvaluable
 from c2r_core.metrics.encoding import chunk_size
@@ -152,14 +152,7 @@ class Inputs:
         return self.once("activations", self._activations)
 
     def _activations(self) -> ActivationStore:
-        hook = self.lm.hook_name
-        config = HarvestConfig(
-            hook_name=hook,
-            context_size=self.lm.context_size,
-            max_tokens=self.lm.held_out_tokens,
-            drop_norm_ratio=self.lm.drop_norm_ratio,
-            precision=self.precision,
-        )
+        config = harvest_config(self.lm, self.lm.held_out_tokens, self.device)
 
         def build(folder: Path) -> None:
             harvest(self.language_model, self.documents.corpus, config, folder)
@@ -169,7 +162,7 @@ class Inputs:
         if d_in != store.d_in:
             turned = " W_dec seems transposed." if d_sae == store.d_in else ""
             raise NotEvaluable(
-                f"The SAE takes activations of width {d_in}; those at {hook!r} of "
+                f"The SAE takes activations of width {d_in}; those at {self.lm.hook_name!r} of "
                 f"{store.manifest.model_name!r} have {store.d_in}. Was it trained for this hook? "
                 f"W_dec has shape ({d_sae}, {d_in}), expected (d_sae, d_in).{turned}"
             )
