@@ -247,16 +247,19 @@ def _candidates(a: _Rows, b: _Rows, best: Tensor, unit: Tensor, order: Tensor) -
     for rows, along in ((a, 1), (b, 0)):
         here = best[rows.where]
         here.copy_(torch.maximum(here, products.amax(along) * scale - margin))
-    least = torch.minimum(best[a.where][:, None], best[b.where]).sub_(margin).div_(scale)
-    if products.dtype == torch.int32:
-        least = least.floor_()
-    found = true_indices(at_least(products, least.to(products.dtype)))
+    of_a, of_b = (_least((best[rows.where] - margin) / scale, products.dtype) for rows in (a, b))
+    found = true_indices(at_least(products, torch.minimum(of_a[:, None], of_b)))
     if len(found) > _CANDIDATES * len(products):
         # Nearly all rows are alike here: the best of each is enough.
         found = _best_of_tile(unit[order[a.where]], unit[order[b.where]], is_diagonal=a is b)
     most = products.flatten().index_select(0, found) * scale + margin
     n_columns = products.shape[1]
     return _Pairs(found // n_columns + a.where.start, found % n_columns + b.where.start, most)
+
+
+def _least(products: Tensor, dtype: torch.dtype) -> Tensor:
+    """Bounds on products from below, in the products' own type."""
+    return products.to(dtype) if dtype.is_floating_point else products.floor().to(dtype)
 
 
 def _best_of_tile(a: Tensor, b: Tensor, *, is_diagonal: bool) -> Tensor:
