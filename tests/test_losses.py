@@ -156,17 +156,41 @@ def rows_of_a_kind(kind, dtype):
         rows = torch.ones_like(rows)
     elif kind == "some zero":
         rows[::7] = 0
+    elif kind == "all zero":
+        rows[:] = 0
+    elif kind == "duplicates":
+        rows[400:] = rows[:100]
+    elif kind == "one large coordinate":  # so that rounding to int8 leaves nothing of the others
+        rows[:, 3] = 1e3
+    elif kind == "a few such rows":
+        rows[::50, 3] = 1e3
+    elif kind == "odd width":
+        rows = rows[:, :29]
+    elif kind == "one column":
+        rows = rows[:, :1]
     return rows
 
 
-@pytest.mark.parametrize("kind", ["random", "twins", "alike", "equal", "some zero"])
-@pytest.mark.parametrize("half", [False, True], ids=["as it is", "bfloat16"])
+KINDS = (
+    "random, twins, alike, equal, some zero, all zero, duplicates, one large coordinate, a few such rows, "
+    "odd width, one column"
+)
+
+
+@pytest.mark.parametrize("kind", KINDS.split(", "))
+@pytest.mark.parametrize(
+    "in_int8, tile",
+    [(False, 64), (True, 64), (True, 499)],
+    ids=["as it is", "int8", "int8 with a last tile of one row"],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_search_in_tiles_is_exact(kind, half, dtype, monkeypatch):
-    monkeypatch.setattr(neighbours, "_tile", lambda device: 64)
+def test_the_search_in_tiles_is_exact(kind, in_int8, tile, dtype, monkeypatch):
+    monkeypatch.setattr(neighbours, "_tile", lambda device: tile)
     monkeypatch.setattr(neighbours, "_PAIRS", 100)
-    monkeypatch.setattr(neighbours, "bfloat16_speed_up", lambda: 2.0 if half else 0.5)
-    W_dec = torch.stack([rows_of_a_kind(kind, dtype), rows_of_a_kind("random", dtype)])
+    monkeypatch.setattr(neighbours, "_CANDIDATES", 16)  # so that those alike are more
+    monkeypatch.setattr(neighbours, "int8_speed_up", lambda: 2.0 if in_int8 else 0.5)
+    of_kind = rows_of_a_kind(kind, dtype)
+    W_dec = torch.stack([of_kind, rows_of_a_kind("random", dtype)[:, : of_kind.shape[1]]])
     found = nearest_neighbours(W_dec)
     unit = torch.nn.functional.normalize(W_dec.double(), dim=-1)
     cosines = unit @ unit.mT
@@ -175,8 +199,20 @@ def test_the_search_in_tiles_is_exact(kind, half, dtype, monkeypatch):
     torch.testing.assert_close(found.cosine.double(), cosines.amax(-1).clamp(max=1), **exact)
     of_index = cosines.gather(-1, found.index.unsqueeze(-1))[..., 0]
     torch.testing.assert_close(of_index, cosines.amax(-1), **exact)
-    if kind == "equal":
+    if kind in ("equal", "all zero"):
         assert found.index[0].tolist() == [1] + [0] * 499
+    if kind == "duplicates":
+        assert found.index[0, :100].tolist() == list(range(400, 500))
+
+
+def test_rounding_to_int8_changes_no_neighbour(monkeypatch):
+    rows = torch.randn(1500, 24, generator=torch.Generator().manual_seed(5))
+    found = []
+    for speed_up in (2.0, 0.5):
+        monkeypatch.setattr(neighbours, "int8_speed_up", lambda speed_up=speed_up: speed_up)
+        found.append(nearest_neighbours(rows))
+    assert found[0].index.equal(found[1].index)
+    assert found[0].cosine.equal(found[1].cosine)
 
 
 @pytest.mark.parametrize("d_sae, chunk_size", [(40, 8), (41, 8), (41, 20)])

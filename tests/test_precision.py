@@ -10,7 +10,7 @@ import torch
 
 from c2r_core.data import precision as module
 from c2r_core.data.precision import faster_on_processor, resolve_precision
-from c2r_core.speed import bfloat16_speed_up
+from c2r_core.speed import bfloat16_speed_up, int8_product, int8_speed_up
 
 
 @pytest.fixture(autouse=True)
@@ -83,9 +83,10 @@ def test_auto_times_the_processor_and_says_so_once(monkeypatch, tmp_path, caplog
 
 
 def test_the_products_are_timed_and_no_random_number_is_drawn():
-    bfloat16_speed_up.cache_clear()
     before = torch.get_rng_state()
-    assert bfloat16_speed_up() > 0
+    for measure in (bfloat16_speed_up, int8_speed_up):
+        measure.cache_clear()
+        assert measure() > 0
     assert torch.equal(torch.get_rng_state(), before)
     assert module._processor()
 
@@ -98,3 +99,22 @@ def test_a_damaged_file_of_answers_is_made_anew(tmp_path, monkeypatch, content):
     kept.write_bytes(content.replace(b"HERE", machine.encode()))
     assert faster_on_processor(kept, timer(1.0)) == "float32"
     assert json.loads(kept.read_text()) == {machine: "float32"}
+
+
+@pytest.mark.parametrize("n, m, d", [(1, 1, 16), (512, 1, 32), (1, 512, 576), (300, 17, 48)])
+def test_the_product_in_int8_is_exact(n, m, d):
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randint(-127, 128, (rows, d), generator=generator) for rows in (n, m))
+    a[0], b[0] = 127, -127
+    assert int8_product(a.to(torch.int8), b.to(torch.int8)).equal((a @ b.mT).int())
+
+
+@pytest.mark.parametrize("product", [None, lambda a, b: a.int() @ b.int() + 1])
+def test_where_int8_has_no_product_or_a_wrong_one_it_is_not_used(product, monkeypatch):
+    if product is None:
+        monkeypatch.delattr(torch, "_int_mm")
+    else:
+        monkeypatch.setattr(torch, "_int_mm", product)
+    int8_speed_up.cache_clear()
+    assert int8_speed_up() == 0
+    int8_speed_up.cache_clear()

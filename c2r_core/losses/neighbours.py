@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Generator, Tensor
 from torch.autograd.function import once_differentiable
 
-from c2r_core.speed import MIN_SPEED_UP, bfloat16_speed_up, true_indices
+from c2r_core.speed import MIN_SPEED_UP, at_least, int8_product, int8_speed_up, true_indices
 
-# Candidates for each row of a tile, at most, and pairs whose rows are read at once.
-_CANDIDATES, _PAIRS = 16, 2**12
+# Candidates for each row of a tile, at most; with more, a full comparison of the tile is as fast.
+_CANDIDATES = 64
+# Pairs whose rows are read at once: few, so that they stay in the cache.
+_PAIRS = 2**9
 
 
 class Neighbours(NamedTuple):
@@ -116,14 +119,15 @@ class _PairCosines(torch.autograd.Function):
         every = torch.arange(len(rows), device=rows.device)
         of_rows, order = torch.cat([every, partners]).sort(stable=True)
         across = torch.nn.functional.embedding_bag(
-            torch.cat([partners, every])[order],
+            torch.cat([partners, every]).index_select(0, order),
             unit,
             torch.searchsorted(of_rows, every),
             mode="sum",
-            per_sample_weights=grad_cosines.repeat(2)[order],
+            per_sample_weights=grad_cosines.repeat(2).index_select(0, order),
         )
         along = torch.zeros_like(cosines)
-        along.index_add_(0, of_rows, (grad_cosines * cosines).repeat(2)[order])
+        of_pairs = (grad_cosines * cosines).repeat(2).index_select(0, order)
+        along.index_add_(0, of_rows, of_pairs)
         norms = torch.linalg.vector_norm(rows, dtype=unit.dtype, dim=1, keepdim=True)
         gradient = torch.addcmul(across, along.unsqueeze(1), unit, value=-1)
         return gradient.div_(norms.clamp(min=1e-12)).to(rows.dtype), None
@@ -170,65 +174,92 @@ def _tile(device: str) -> int:
     return 512 if device == "cpu" else 8192
 
 
+class _Rows(NamedTuple):
+    """Rows of a tile, rounded: they are `rough` times `scale`, but for at most `error` (a norm)."""
+
+    where: slice
+    rough: Tensor
+    scale: float
+    error: float
+
+
+class _Pairs(NamedTuple):
+    """Pairs of rows that may be neighbours, and the most that the cosine of each can be; all (n_pairs,)."""
+
+    i: Tensor
+    j: Tensor
+    most: Tensor
+
+
 def _search_in_tiles(unit: Tensor, tile: int) -> Neighbours:
     """The same for one dictionary, (d_sae, d_in); each pair is compared once and serves both rows.
 
-    The cosines come tile by tile, in a precision that may be rough. A pair stays a candidate while its cosine
-    is within `margin` of the best that one of its rows has met, so that no neighbour can be lost. The few
-    that are left in the end are compared in full. Rows go in the order of what a sample gave them: so those
-    of a tile have about the same best, and one pass over the tile, with one number, finds its candidates.
+    The cosines come tile by tile, of rows that may be rounded. With x = x̂ + e, what rounding does is bounded,
+
+        |x · y − x̂ · ŷ| <= ‖e_x‖ ‖y‖ + ‖e_y‖ ‖x̂‖ <= ‖e_x‖ + ‖e_y‖ + ‖e_x‖ ‖e_y‖,
+
+    so each rough cosine says how much the true one is at least and at most. A pair stays a candidate while
+    its most is no less than what one of its rows has found already, so that no neighbour can be lost. The few
+    that are left in the end are compared in full. Rows go in the order of their largest coordinate: so those
+    of a tile lose about the same in rounding.
     """
-    rough, margin = _rough(unit)
-    best = _best_of_sample(rough).to(unit.dtype)
+    by_size = unit.abs().amax(1).argsort(stable=True)
     # In a tile by index, so that of equal partners the first is the lowest.
-    order = torch.cat([rows.sort().values for rows in best.argsort().split(tile)])
-    best, rough, left = best[order], rough.index_select(0, order), []
-    tiles = [slice(first, first + tile) for first in range(0, len(unit), tile)]
+    order = torch.cat([rows.sort().values for rows in by_size.split(tile)])
+    tiles = _rounded(unit.index_select(0, order), tile)
+    best, left = torch.full_like(unit[:, 0], -torch.inf), []
     for n_before, a in enumerate(tiles):
-        pairs = []
         for b in tiles[n_before:]:
-            cosines = rough[a] @ rough[b].mT
-            if a == b:
-                cosines.fill_diagonal_(-torch.inf)
-            least = torch.minimum(best[a].min(), best[b].min()) - margin
-            found = true_indices(cosines >= least.to(cosines.dtype))
-            if len(found) > _CANDIDATES * len(cosines):
-                # Nearly all rows are alike here: the best of each is enough.
-                found = _best_of_tile(unit[order[a]], unit[order[b]], is_diagonal=a == b)
-            n_columns, cosine = (
-                cosines.shape[1],
-                cosines.flatten().index_select(0, found).to(best.dtype),
-            )
-            i, j = found // n_columns + a.start, found % n_columns + b.start
-            for rows in (i, j):
-                best.scatter_reduce_(0, rows, cosine, "amax")
-            pairs.append((i, j, cosine))
-        left = [_still_likely(left + pairs, best - margin)]
-    i, j, _ = left[0]
-    return _compared(unit, order[i], order[j])
+            left.append(_candidates(a, b, best, unit, order))
+        left = [_still_likely(_Pairs(*map(torch.cat, zip(*left, strict=True))), best)]
+    i, j, most = left[0]
+    return _compared_best_first(unit, _Pairs(order[i], order[j], most))
 
 
-def _best_of_sample(rough: Tensor) -> Tensor:
-    """Each row's largest cosine with the rows of a sample, shape (d_sae,)."""
-    sample = torch.arange(0, len(rough), max(1, round(len(rough) ** 0.5 / 4)), device=rough.device)
-    best = []
-    for rows in torch.arange(len(rough), device=rough.device).split(_PAIRS):
-        cosines = rough[rows] @ rough[sample].mT
-        best.append(cosines.masked_fill_(rows[:, None] == sample, -torch.inf).amax(1))
-    return torch.cat(best)
-
-
-def _rough(unit: Tensor) -> tuple[Tensor, float]:
-    """The rows in the fastest precision for products, and twice the largest error of a cosine of them."""
-    is_float32, on_cpu = unit.dtype == torch.float32, unit.device.type == "cpu"
-    if is_float32 and on_cpu and bfloat16_speed_up() >= MIN_SPEED_UP:
-        rough = unit.bfloat16()
-        # The most that a row loses in rounding.
-        lost = torch.linalg.vector_norm(unit - rough, dim=-1).max().item()
-        return rough, 2 * (2 * lost + lost**2) + 4 * torch.finfo(torch.bfloat16).eps / 2
+def _rounded(unit: Tensor, tile: int) -> list[_Rows]:
+    """The rows tile by tile: in int8 where products of it are fast, each tile at a scale of its own."""
+    on_cpu, d_in = unit.device.type == "cpu", unit.shape[1]
+    fits = d_in < 2**17  # so that no sum of products leaves int32
+    in_int8 = on_cpu and fits and int8_speed_up() >= MIN_SPEED_UP
     # Another setting than "highest" lets PyTorch multiply in TF32 or bfloat16.
-    is_exact = torch.get_float32_matmul_precision() == "highest" or not is_float32
-    return unit, 1e-5 if is_exact else 0.02
+    is_exact = torch.get_float32_matmul_precision() == "highest" or unit.dtype == torch.float64
+    slack = 2.5e-6 if in_int8 or is_exact else 5e-3  # of the products and of the comparison in full
+    tiles = []
+    for first, rows in zip(range(0, len(unit), tile), unit.split(tile), strict=True):
+        where, scale, error = slice(first, first + len(rows)), 1.0, slack
+        if in_int8:
+            scale = rows.abs().max().item() / 127 or 1.0
+            whole = (rows / scale).round()
+            error += torch.linalg.vector_norm(rows - whole * scale, dim=1).max().item()
+            rows = torch.nn.functional.pad(whole.to(torch.int8), (0, -d_in % 16))
+        tiles.append(_Rows(where, rows, scale, error))
+    return tiles
+
+
+def _candidates(a: _Rows, b: _Rows, best: Tensor, unit: Tensor, order: Tensor) -> _Pairs:
+    """Pairs of the two tiles that may be neighbours; raises `best`, what each row has found at least."""
+    products = (
+        int8_product(a.rough, b.rough) if a.rough.dtype == torch.int8 else a.rough @ b.rough.mT
+    )
+    scale, margin = a.scale * b.scale, a.error + b.error + a.error * b.error
+    if a is b:
+        products.fill_diagonal_(-(2**31))  # far below any product
+    for rows, along in ((a, 1), (b, 0)):
+        here = best[rows.where]
+        here.copy_(torch.maximum(here, products.amax(along) * scale - margin))
+    of_a, of_b = (_least((best[rows.where] - margin) / scale, products.dtype) for rows in (a, b))
+    found = true_indices(at_least(products, torch.minimum(of_a[:, None], of_b)))
+    if len(found) > _CANDIDATES * len(products):
+        # Nearly all rows are alike here: the best of each is enough.
+        found = _best_of_tile(unit[order[a.where]], unit[order[b.where]], is_diagonal=a is b)
+    most = products.flatten().index_select(0, found) * scale + margin
+    n_columns = products.shape[1]
+    return _Pairs(found // n_columns + a.where.start, found % n_columns + b.where.start, most)
+
+
+def _least(products: Tensor, dtype: torch.dtype) -> Tensor:
+    """Bounds on products from below, in the products' own type."""
+    return products.to(dtype) if dtype.is_floating_point else products.floor().to(dtype)
 
 
 def _best_of_tile(a: Tensor, b: Tensor, *, is_diagonal: bool) -> Tensor:
@@ -242,28 +273,31 @@ def _best_of_tile(a: Tensor, b: Tensor, *, is_diagonal: bool) -> Tensor:
     return torch.cat([by_row, by_column]).to(a.device)
 
 
-def _still_likely(
-    pairs: list[tuple[Tensor, Tensor, Tensor]], least: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Of pairs (i, j, cosine), those whose cosine is at least that of one of their rows; least (d_sae,)."""
-    i, j, cosine = (torch.cat(parts) for parts in zip(*pairs, strict=True))
-    likely = (cosine >= least[i]) | (cosine >= least[j])
-    return i[likely], j[likely], cosine[likely]
+def _still_likely(pairs: _Pairs, best: Tensor) -> _Pairs:
+    """Those of which one row may have no better partner, when each has one of cosine `best`, (d_sae,)."""
+    i, j, most = pairs
+    least = torch.minimum(best.index_select(0, i), best.index_select(0, j))
+    likely = true_indices(at_least(most, least))
+    return _Pairs(*(part.index_select(0, likely) for part in pairs))
 
 
-def _compared(unit: Tensor, i: Tensor, j: Tensor) -> Neighbours:
-    """Each row's best partner among the pairs (i, j), which hold it for every row; ties: the lowest."""
-    parts = zip(i.split(_PAIRS), j.split(_PAIRS), strict=True)
-    cosines = (
-        torch.cat(
-            [
-                torch.linalg.vecdot(unit.index_select(0, a), unit.index_select(0, b))
-                for a, b in parts
-            ]
-        )
-        .repeat(2)
-        .cpu()
-    )
+def _compared_best_first(unit: Tensor, pairs: _Pairs) -> Neighbours:
+    """As `_compared`; each row's likeliest pair goes first, since most others then need no comparison."""
+    i, j, most = pairs
+    top = torch.full_like(unit[:, 0], -torch.inf)
+    for rows in (i, j):
+        top.scatter_reduce_(0, rows, most.to(top.dtype), "amax")
+    first = _still_likely(pairs, top)
+    return _compared(unit, _still_likely(pairs, _compared(unit, first).cosine))
+
+
+def _compared(unit: Tensor, pairs: _Pairs) -> Neighbours:
+    """Each row's best partner among pairs that hold every row; ties: the lowest."""
+    i, j, _ = pairs
+    in_parts = zip(i.split(_PAIRS), j.split(_PAIRS), strict=True)
+    rows_of = partial(unit.index_select, 0)
+    cosines = torch.cat([torch.linalg.vecdot(rows_of(a), rows_of(b)) for a, b in in_parts])
+    cosines = cosines.cpu().repeat(2)
     rows, partners = torch.cat([i, j]).cpu(), torch.cat([j, i]).cpu()
     best = torch.full((len(unit),), -torch.inf, dtype=unit.dtype)
     best = best.scatter_reduce(0, rows, cosines, "amax")

@@ -131,8 +131,8 @@ class _Decode(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, values, W_dec, feature_acts: SparseActs):
-        ctx.save_for_backward(W_dec)
-        ctx.feature_acts = feature_acts.with_values(values.detach())
+        ctx.save_for_backward(values, W_dec)
+        ctx.entries = feature_acts
         return F.embedding_bag(
             feature_acts.latents,
             W_dec,
@@ -144,9 +144,10 @@ class _Decode(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_written):
-        (W_dec,), grad_written = ctx.saved_tensors, grad_written.contiguous()
-        grad_values = products_at(ctx.feature_acts, grad_written, W_dec)
-        return grad_values, sum_by_latent(ctx.feature_acts, grad_written), None
+        values, W_dec = ctx.saved_tensors
+        feature_acts, grad_written = ctx.entries.with_values(values), grad_written.contiguous()
+        grad_values = products_at(feature_acts, grad_written, W_dec)
+        return grad_values, sum_by_latent(feature_acts, grad_written), None
 
 
 class EncodeKept(torch.autograd.Function):

@@ -94,10 +94,10 @@ class PairPenalty(Regulariser):
     def _likeness(self, W_dec: Tensor, norms: Tensor, partner: Tensor) -> Tensor:
         """Squared cosine above the margin of each latent and its partner; all (..., d_sae)."""
         unit = unit_rows(W_dec)
-        own = torch.arange(unit.shape[-2], device=unit.device).expand(partner.shape)
         if self.moves == "both":
-            cosines = (_rows(unit, own) * _rows(unit, partner)).sum(-1)
+            cosines = (unit * _rows(unit, partner)).sum(-1)
         else:
+            own = torch.arange(unit.shape[-2], device=unit.device).expand(partner.shape)
             own_is_rarer = norms <= norms.gather(-1, partner)
             rarer = torch.where(own_is_rarer, own, partner)
             other = torch.where(own_is_rarer, partner, own)
