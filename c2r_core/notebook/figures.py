@@ -45,7 +45,7 @@ _NAMES = (
     ("C²R", "ReLU with C²R", "BatchTopK with C²R"),
     ("OrtSAE",),
     ("small baseline",),
-    ("minimum",),
+    ("minimum", "directed"),
     ("no SAE", "unweighted sum"),
     ("product",),
     ("co-activation",),
