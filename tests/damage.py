@@ -32,6 +32,7 @@ OUTSIDE = "outside"
 
 _DEPTHS = {"@deep@": 100_000, "@half as deep as can be read@": 400}
 _BOMB = 300 * 2**20
+_MOST_UNPACKED = 2**24
 
 
 class Odd(NamedTuple):
@@ -324,6 +325,8 @@ def _archive(draw: st.DrawFn, content: bytes) -> bytes:
     if how == "hostile":
         return draw(st.sampled_from([content for content, _ in hostile_archives().values()]))
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        if sum(one.file_size for one in archive.infolist()) > _MOST_UNPACKED:
+            raise ValueError("a bomb is not unpacked")
         entries = {one.filename: archive.read(one) for one in archive.infolist()}
     name = draw(st.sampled_from(sorted(entries)))
     if how == "name":
@@ -336,7 +339,9 @@ def _archive(draw: st.DrawFn, content: bytes) -> bytes:
     kind = zipfile.ZIP_DEFLATED if how == "compress" else zipfile.ZIP_STORED
     with zipfile.ZipFile(file, "w", kind) as archive:
         for one, data in entries.items():
-            archive.writestr(one, data)
+            archive.writestr(
+                zipfile.ZipInfo(one), data, kind
+            )  # without the time, so always the same
     return file.getvalue()
 
 
