@@ -116,12 +116,11 @@ else
 	@$(RUNNER) summary
 endif
 
-# The language model's SAEs take longest: they begin first, and side by side once activations are there. What
-# does not need them fills the time, the rest comes after them.
+# The language model's SAEs take longest: they begin first, side by side. What does not need them fills the
+# time, the rest comes after them.
 $(TRAINED): $(SOURCES) | $(DATA)
 	@$(EXPERIMENTS) run language_model/$(basename $(notdir $@)) --device auto --anew
 	@touch $@
-$(filter-out $(firstword $(TRAINED)),$(TRAINED)): | $(firstword $(TRAINED))
 
 $(filter-out $(foreach nn,00 01 02 03 04 06,runs/default/$(nn)_%),$(EXECUTED)): | $(TRAINED)
 runs/default/16_report.ipynb: | $(filter-out %/16_report.ipynb,$(EXECUTED)) # it reads what they compute
