@@ -7,26 +7,22 @@ one architecture, at its chosen strength, over SEEDS.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from c2r_core.artefacts.cells import Cell
-from c2r_core.artefacts.names import slug
 from c2r_core.artefacts.profiles import Profile
 from c2r_core.experiments.forms import (
     ALIKE,
     ARCHITECTURES,
     TREE,
-    form,
-    measure,
-    measure_form,
-    toy_worlds,
+    form_cells,
+    form_names,
+    form_rows,
 )
 from c2r_core.experiments.study import Study
-from c2r_core.experiments.toy import toy_arm
 from c2r_core.statistics import Interval, paired_interval
 
 SEEDS = (10, 11, 12, 13, 14)
@@ -44,28 +40,16 @@ NEARLY_EQUAL = 0.02
 def cells(profile: Profile, seed: int = 0, device: str = "cpu") -> list[Cell]:
     """No penalty, C²R, OrtSAE and the chosen form, in each world on each architecture."""
     del seed
-    study, made = Study("confirm", profile, SEEDS, device), []
-    for world, toy in toy_worlds(profile).items():
-        how = {"samples": toy.evaluation_samples}
-        for architecture, strengths in STRENGTHS.items():
-            plain = toy_arm(toy, architecture, None)
-            made.append(study.cell(f"{world}, {architecture}, none", measure, arm=plain, **how))
-            for title, strength in strengths.items():
-                arm = replace(plain, regulariser=form(title, 0.0, plain.config.steps))
-                name = f"{world}, {architecture}, {title}"
-                made.append(study.cell(name, measure_form, arm=arm, strengths=[strength], **how))
-    return made
+    strengths = {
+        architecture: {title: [strength] for title, strength in of_forms.items()}
+        for architecture, of_forms in STRENGTHS.items()
+    }
+    return form_cells(Study("confirm", profile, SEEDS, device), strengths)
 
 
 def confirm_table(values: Mapping[str, Any], profile: Profile) -> pd.DataFrame:
     """World, architecture, form ("none" without), strength, seed and what `forms` shows."""
-    return pd.DataFrame(
-        {"world": world, "architecture": architecture, "form": title} | row
-        for world in toy_worlds(profile)
-        for architecture, strengths in STRENGTHS.items()
-        for title in ("none", *strengths)
-        for row in values[slug(f"{world}, {architecture}, {title}")]
-    )
+    return form_rows(form_names(profile, STRENGTHS), values)
 
 
 class Choice(NamedTuple):

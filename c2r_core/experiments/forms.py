@@ -8,7 +8,7 @@ strengths and seeds. What is found here chooses; what is chosen is confirmed on 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -78,17 +78,35 @@ def toy_worlds(profile: Profile) -> dict[str, ToyProfile]:
 def cells(profile: Profile, seed: int = 0, device: str = "cpu") -> list[Cell]:
     """No penalty, and each form, in each world on each architecture; the seeds are always SEEDS."""
     del seed
-    study, made = Study("forms", profile, SEEDS, device), []
-    for world, toy in toy_worlds(profile).items():
-        for architecture in ARCHITECTURES:
-            plain = toy_arm(toy, architecture, None)
-            how = {"samples": toy.evaluation_samples}
-            made.append(study.cell(f"{world}, {architecture}, none", measure, arm=plain, **how))
-            for title in FORMS:
-                arm = replace(plain, regulariser=form(title, 0.0, plain.config.steps))
-                name = f"{world}, {architecture}, {title}"
-                made.append(study.cell(name, measure_form, arm=arm, strengths=STRENGTHS, **how))
+    strengths = {architecture: dict.fromkeys(FORMS, STRENGTHS) for architecture in ARCHITECTURES}
+    return form_cells(Study("forms", profile, SEEDS, device), strengths)
+
+
+def form_cells(study: Study, strengths: Mapping[str, Mapping[str, Sequence[float]]]) -> list[Cell]:
+    """In each world, without a penalty and for each form, its strengths by architecture and title."""
+    made = []
+    for name, (world, architecture, title) in form_names(study.profile, strengths).items():
+        toy = toy_worlds(study.profile)[world]
+        plain, how = toy_arm(toy, architecture, None), {"samples": toy.evaluation_samples}
+        if title == "none":
+            made.append(study.cell(name, measure, arm=plain, **how))
+        else:
+            arm = replace(plain, regulariser=form(title, 0.0, plain.config.steps))
+            own = strengths[architecture][title]
+            made.append(study.cell(name, measure_form, arm=arm, strengths=own, **how))
     return made
+
+
+def form_names(
+    profile: Profile, titles: Mapping[str, Iterable[str]]
+) -> dict[str, tuple[str, str, str]]:
+    """World, architecture and title ("none" first) of each cell, by its name; titles by architecture."""
+    return {
+        slug(f"{world}, {architecture}, {title}"): (world, architecture, title)
+        for world in toy_worlds(profile)
+        for architecture, own in titles.items()
+        for title in ("none", *own)
+    }
 
 
 def measure(arm: Arm, samples: int, seeds: Sequence[int], device: str) -> list[dict[str, Any]]:
@@ -125,11 +143,15 @@ def _rows(saes: Mapping[int, Any], arm: Arm, samples: int, strength: float) -> l
 
 def forms_table(values: Mapping[str, Any], profile: Profile) -> pd.DataFrame:
     """World, architecture, form ("none" without), strength, seed and what is SHOWN."""
-    rows = []
-    for world in toy_worlds(profile):
-        for architecture in ARCHITECTURES:
-            for title in ("none", *FORMS):
-                about = {"world": world, "architecture": architecture, "form": title}
-                name = slug(f"{world}, {architecture}, {title}")
-                rows += [about | row for row in values.get(name, [])]
-    return pd.DataFrame(rows)
+    names = form_names(profile, dict.fromkeys(ARCHITECTURES, FORMS))
+    return form_rows({name: own for name, own in names.items() if name in values}, values)
+
+
+def form_rows(names: Mapping[str, tuple[str, str, str]], values: Mapping[str, Any]) -> pd.DataFrame:
+    """The rows of cells by `form_names`, each with its world, architecture and form."""
+    about = ("world", "architecture", "form")
+    return pd.DataFrame(
+        dict(zip(about, which, strict=True)) | row
+        for name, which in names.items()
+        for row in values[name]
+    )

@@ -16,9 +16,8 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
 
-from c2r_core.artefacts.cells import look
 from c2r_core.artefacts.profiles import Profile, load_profile
-from c2r_core.experiments import cells
+from c2r_core.experiments.evidence import gather
 from c2r_core.experiments.language_model import item_table
 from c2r_core.experiments.toy import toy_table, values_by_seed
 from c2r_core.notebook.figures import ARMS, plot_effects, use_style
@@ -67,10 +66,11 @@ def shown(profile: Profile) -> dict[str, Any]:
     return json.loads(json.dumps(found), parse_float=lambda digits: round(float(digits), 4))
 
 
-def committed(study: str, profile: Profile) -> dict[str, Any]:
+def committed(study: str, profile: Profile) -> Mapping[str, Any]:
     """The values of a study's cells by name, as they were committed."""
-    values = {cell.name: look(cell)[1] for cell in cells(study, profile)}
-    if missing := [name for name, value in values.items() if value is None]:
+    evidence = gather(profile, [study])
+    values = evidence.values[study]
+    if missing := [name for name in evidence.states[study] if name not in values]:
         command = f"c2r run {study} --profile {profile.name}"
         raise FileNotFoundError(f"{missing[0]} of {study} is missing; compute it with `{command}`.")
     return values
@@ -116,9 +116,9 @@ def draw(data: Mapping[str, Any], path: Path) -> None:
 def bars(by_arm: Mapping[str, Sequence[float]], ax: Axes) -> None:
     """A bar for each arm's mean, the first on top, and below it a mark for each seed."""
     for place, (arm, values) in enumerate(by_arm.items()):
-        look = ARMS[arm]
-        ax.barh(place, fmean(values), height=0.5, color=look.colour, zorder=1.5)
-        ax.scatter(values, [place + 0.36] * len(values), s=14, zorder=3, alpha=0.8, **look.mark)
+        style = ARMS[arm]
+        ax.barh(place, fmean(values), height=0.5, color=style.colour, zorder=1.5)
+        ax.scatter(values, [place + 0.36] * len(values), s=14, zorder=3, alpha=0.8, **style.mark)
     ax.set_yticks(range(len(by_arm)), [ON_TOYS[arm] for arm in by_arm])
     ax.set(xlim=(0, None), ylim=(len(by_arm) - 0.45, -0.5))
     ax.grid(axis="y", visible=False)
