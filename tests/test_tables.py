@@ -1,4 +1,4 @@
-"""Paired differences of arms: what is paired, and what n is."""
+"""Paired differences of arms: what is paired, and what n is. Means, and how many rows they rest on."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import pandas as pd
 import pytest
 
-from c2r_core.notebook.tables import paired_items, paired_seeds
+from c2r_core.notebook.tables import counted_means, paired_items, paired_seeds
 from c2r_core.statistics import mean_interval
 
 
@@ -47,3 +47,20 @@ def test_what_is_missing_or_none_is_not_paired():
     assert paired_items(table, "letter", "value").n == "1 letter, 1 seed"
     assert paired_items(table.iloc[:0], "letter", "value") == (None, "0 letters, 0 seeds")
     assert paired_seeds(pd.DataFrame(), "value").interval is None
+
+
+def test_a_mean_says_how_many_rows_it_rests_on():
+    table = pd.DataFrame({"width": [1, 1, 1, 2], "k": 5, "fvu": [0.1, 0.3, 0.5, 0.7], "l0": 4.0})
+    found = counted_means(table, ["width", "k"], ["fvu", "l0"], of="pairs")
+    assert list(found.columns) == ["pairs", "fvu", "l0"] and found.index.names == ["width", "k"]
+    assert found["pairs"].tolist() == [3, 1]
+    assert found["fvu"].tolist() == pytest.approx([0.3, 0.7])
+
+
+def test_a_row_that_lacks_a_number_is_in_no_mean_and_not_counted():
+    table = pd.DataFrame(
+        {"width": [1, 1, 2], "fvu": [0.1, 0.3, 0.5], "l0": [4.0, math.nan, math.nan]}
+    )
+    found = counted_means(table, ["width"], ["fvu", "l0"], of="pairs")
+    assert found["pairs"].tolist() == [1, 0]
+    assert found.loc[1].tolist() == [1, 0.1, 4.0] and found.loc[2, ["fvu", "l0"]].isna().all()

@@ -1,8 +1,9 @@
-"""Differences of arms in a table of cells, with what their interval is over."""
+"""Differences of arms in a table of cells, and what their interval is over; means, and what they rest on."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import pandas as pd
@@ -57,6 +58,32 @@ def paired_items(
     if n_seeds < MIN_SEEDS:
         n = f"{_count(len(means), item)}, {n}"
     return Paired(_interval(means, arm, baseline, scale), n)
+
+
+def counted_means(
+    table: pd.DataFrame, by: Sequence[str], columns: Sequence[str], *, of: str
+) -> pd.DataFrame:
+    """Means over the rows of each group, and how many rows they rest on.
+
+    Parameters
+    ----------
+    table : DataFrame
+        With the columns `by`, whose values name a group, and `columns`, which are numbers.
+    of : str
+        What a row is, such as "pairs": the title of the count.
+
+    Returns
+    -------
+    DataFrame
+        One row a group, indexed by `by`: the count, then the means. A row of the table that lacks one of the
+        numbers (NaN) is in no mean and not counted; a group without any has the count 0 and NaN.
+    """
+    complete = table[list(columns)].notna().all(axis=1)
+    numbers = table[list(columns)].where(complete)
+    groups = [table[name] for name in by]
+    means = numbers.groupby(groups).mean()
+    means.insert(0, of, complete.groupby(groups).sum())
+    return means
 
 
 def _pairs(
