@@ -199,7 +199,8 @@ def plot_front(
         reach = [np.ptp(mean_interval(of[y])[1:]) / 2 if len(of) > 1 else 0.0 for of in marks]
         line_of = {"linestyle": look.line if name == line else "", "label": look.label}
         means = ([of[column].mean() for of in marks] for column in (x, y))
-        ax.errorbar(*means, yerr=reach, elinewidth=0.8, markersize=5, **line_of, **look.mark)
+        bars = {"yerr": reach, "elinewidth": 0.8, "ecolor": (look.colour, 0.5)}
+        ax.errorbar(*means, markersize=5, **bars, **line_of, **look.mark)
     ax.set(xlabel=labels[0], ylabel=labels[1])
     return _legend_beside(ax)
 
