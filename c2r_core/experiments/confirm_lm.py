@@ -22,13 +22,18 @@ from c2r_core.experiments.confirm import RIVALS, SEEDS, holm
 from c2r_core.experiments.front import (
     EXPLORING,
     FORMS,
-    FormArm,
     Spec,
     plain_specs,
     spec_cells,
     spec_table,
 )
-from c2r_core.experiments.language_model import Sources, evaluated, trained, training_data
+from c2r_core.experiments.language_model import (
+    LanguageModelArm,
+    Sources,
+    evaluated,
+    trained,
+    training_data,
+)
 from c2r_core.experiments.study import Study
 from c2r_core.experiments.validation import EFFECTS
 from c2r_core.statistics import Interval, mean_interval, paired_interval
@@ -86,7 +91,9 @@ def _compared(lm: LanguageModelProfile) -> list[tuple[str, tuple[int, int], Spec
     ]
 
 
-def measure_pair(arm: FormArm, sources: Sources, seeds: Sequence[int], device: str) -> Any:
+def measure_pair(
+    arm: LanguageModelArm, sources: Sources, seeds: Sequence[int], device: str
+) -> dict[str, Any]:
     """The record of the metric `agreement`, of the arm's SAEs of two seeds."""
     data = training_data(sources.lm, device)
     sae, other = (trained(arm, data, seed, device) for seed in seeds)
@@ -205,10 +212,8 @@ def excess_table(table: pd.DataFrame) -> pd.DataFrame:
 
 def difference(table: pd.DataFrame, outcome: str, rival: str) -> Interval:
     """Chosen form minus a rival, paired by seed: 95 % interval, Student's t."""
-    wide = table[table["form"].isin([CHOSEN, rival])].pivot(
-        index="seed", columns="form", values=outcome
-    )
-    wide = wide.dropna()
+    both = table[table["form"].isin([CHOSEN, rival])]
+    wide = both.pivot(index="seed", columns="form", values=outcome).dropna()
     return paired_interval(wide[CHOSEN], wide[rival])
 
 
