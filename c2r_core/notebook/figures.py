@@ -20,6 +20,8 @@ import torch
 from matplotlib.axes import Axes
 from torch import Tensor
 
+from c2r_core.statistics import mean_interval
+
 
 class Style(NamedTuple):
     """How one arm, or one line, is drawn."""
@@ -44,18 +46,18 @@ _NAMES = (
     ("baseline", "none"),
     ("C²R", "ReLU with C²R", "BatchTopK with C²R"),
     ("OrtSAE",),
-    ("small baseline",),
+    ("small baseline", "directed OrtSAE"),
     ("minimum", "directed"),
-    ("no SAE", "unweighted sum"),
-    ("product",),
-    ("co-activation",),
+    ("no SAE", "unweighted sum", "directed OrtSAE, margin"),
+    ("product", "silent partner, directed"),
+    ("co-activation", "directed, margin"),
 )
 _LOOKS = tuple(zip(COLOURS, MARKERS, LINES * 2, strict=True))
 ARMS: dict[str, Style] = {
     name: Style(colour, marker, name, line)
     for names, (colour, marker, line) in zip(_NAMES, _LOOKS, strict=True)
     for name in names
-} | {"group lasso": Style("#4d4d4d", "*", "group lasso", ":")}
+} | {name: Style("#4d4d4d", "*", name, ":") for name in ("group lasso", "held norms")}
 """What an arm looks like, by its name; one dictionary for all figures."""
 
 
@@ -172,6 +174,34 @@ def plot_lines(
     ax.set(xlabel=labels[0], ylabel=labels[1], xscale="linear" if order else "log")
     if order:
         ax.locator_params(axis="x", nbins=4)
+    return _legend_beside(ax)
+
+
+def plot_front(
+    table: pd.DataFrame,
+    x: str,
+    y: str,
+    *,
+    labels: tuple[str, str],
+    points: Sequence[str],
+    line: str = "none",
+    ax: Axes | None = None,
+) -> Axes:
+    """An outcome against its cost: a mark for every arm and point, with the 95 % interval of y over its rows.
+
+    The table has the columns `arm`, `x`, `y`, and `points`, whose values tell an arm's points apart, such as
+    a strength; one row per run. A single run has no interval. The points of the arm `line` are joined.
+    """
+    ax = ax or panels(1)[0]
+    for name, look in styles(table["arm"]).items():
+        rows = table[table["arm"] == name].dropna(subset=[x, y])
+        marks = [of_point for _, of_point in rows.groupby(list(points))]
+        reach = [np.ptp(mean_interval(of[y])[1:]) / 2 if len(of) > 1 else 0.0 for of in marks]
+        line_of = {"linestyle": look.line if name == line else "", "label": look.label}
+        means = ([of[column].mean() for of in marks] for column in (x, y))
+        bars = {"yerr": reach, "elinewidth": 0.8, "ecolor": (look.colour, 0.5)}
+        ax.errorbar(*means, markersize=5, **bars, **line_of, **look.mark)
+    ax.set(xlabel=labels[0], ylabel=labels[1])
     return _legend_beside(ax)
 
 
