@@ -1,4 +1,4 @@
-"""The confirming study on the language model: the rule, matched FVU, agreement of pairs, verdicts."""
+"""The confirming study on the language model: matched FVU, agreement of pairs, verdicts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from c2r_core.artefacts.names import slug
 from c2r_core.artefacts.profiles import load_profile
 from c2r_core.experiments import cells, confirm, confirm_lm, front
 from c2r_core.experiments.confirm_lm import CHOSEN, OUTCOMES, PAIRS, PRIMARY, SEEDS
-from c2r_core.experiments.evidence import committed
 from c2r_core.statistics import Interval, mean_interval, paired_interval
 
 SMOKE = load_profile("smoke")
@@ -22,90 +21,6 @@ FORM = slug(front.Spec(CHOSEN, confirm_lm.STRENGTHS[CHOSEN], LM.d_sae).title)
 """What the names of the chosen form's cells begin with."""
 SIZES = {4096: 0.10, 2048: 0.12, 1024: 0.15}
 """FVU without a penalty, by width."""
-
-
-# -- the rule -----------------------------------------------------------------------------------
-
-
-def explored(points, seeds=front.EXPLORING, few=None):
-    """A `front_table` from {form: {strength: (fvu, live share, absorption)}}; `few` have seed 0 alone."""
-    rows = [
-        ("none", 0.0, d_sae, seed, fvu, 0.9, 0.5) for d_sae, fvu in SIZES.items() for seed in seeds
-    ]
-    for form, by_strength in points.items():
-        for strength, measured in by_strength.items():
-            own = seeds[:1] if few and form in few else seeds
-            rows += [(form, strength, 4096, seed, *measured) for seed in own]
-    columns = ["form", "strength", "d_sae", "seed", "fvu", "live share", PRIMARY]
-    return pd.DataFrame(rows, columns=columns)
-
-
-KNOWN = {
-    "C²R": {0.3: (0.11, 0.8, 0.4), 0.8839: (0.119, 0.75, 0.3), 2.6: (0.2, 0.9, 0.1)},
-    "OrtSAE": {0.3: (0.11, 0.8, 0.4), 0.8839: (0.11, 0.8, 0.4), 2.6: (0.11, 0.69, 0.2)},
-}
-
-
-def test_a_strength_must_be_cheap_and_alive_and_the_weakest_of_equals_is_taken():
-    table = confirm_lm.strength_table(explored(KNOWN)).set_index(["form", "strength"])
-    assert list(table.index[:3]) == [("C²R", 0.3), ("C²R", 0.8839), ("C²R", 2.6)]
-    assert table.index[table["chosen"]].tolist() == [("C²R", 0.8839), ("OrtSAE", 0.3)]
-    assert not table.loc[[("C²R", 2.6), ("OrtSAE", 2.6)], "allowed"].any()
-    assert table.loc[("C²R", 0.8839), "fvu ratio"] == pytest.approx(1.19)
-    assert set(table["seeds"]) == {3}
-
-
-def test_where_no_strength_is_allowed_the_weakest_stays_and_is_said_not_to_be():
-    points = KNOWN | {"directed": {2.6: (0.3, 0.9, 0.1), 0.3: (0.2, 0.9, 0.5)}}
-    table = confirm_lm.strength_table(explored(points)).set_index("form")
-    (row,) = table[table["chosen"]].loc[["directed"]].to_dict("records")
-    assert (row["strength"], row["allowed"]) == (0.3, False)
-
-
-def test_the_form_has_the_lowest_absorption_at_no_higher_fvu_than_c2r():
-    points = KNOWN | {
-        "held norms": {0.3: (0.119, 0.8, 0.35)},
-        "directed": {0.3: (0.1195, 0.8, 0.1)},  # more than C²R's
-        "directed OrtSAE": {0.3: (0.11, 0.8, 0.35), 0.8839: (0.5, 0.8, 0.1)},
-    }
-    found = confirm_lm.choice(explored(points))
-    assert found.form == "directed OrtSAE", "of equals the first in the list"
-    assert found.strengths == {"C²R": 0.8839, "OrtSAE": 0.3, "directed OrtSAE": 0.3}
-    del points["held norms"], points["directed OrtSAE"]
-    assert confirm_lm.choice(explored(points)).form == "directed", "where none is as cheap"
-
-
-def test_a_form_with_fewer_seeds_keeps_its_strength_and_is_not_chosen():
-    points = KNOWN | {
-        "directed": {0.3: (0.11, 0.8, 0.1), 0.8839: (0.11, 0.8, 0.05)},
-        "held norms": {0.3: (0.11, 0.8, 0.35)},
-    }
-    table = explored(points, few=["directed"])
-    first = (table["form"] == "none") & (table["seed"] == 0)
-    table.loc[first, "fvu"] = 0.09  # the ratio is to the same seeds
-    found = confirm_lm.strength_table(table).set_index(["form", "strength"])
-    row = found.loc[("directed", 0.8839)]
-    assert (row["seeds"], row["allowed"], row["chosen"]) == (1, False, False)
-    assert row["fvu ratio"] == pytest.approx(0.11 / 0.09)
-    assert confirm_lm.choice(table).form == "held norms"
-
-
-def test_an_sae_whose_absorption_was_not_evaluable_counts_as_not_there():
-    points = KNOWN | {"directed": {0.3: (0.11, 0.8, 0.1)}, "held norms": {0.3: (0.11, 0.8, 0.35)}}
-    table = explored(points)
-    table.loc[(table["form"] == "directed") & (table["seed"] == 2), PRIMARY] = math.nan
-    assert confirm_lm.choice(table).form == "held norms"
-
-
-def test_the_form_that_is_confirmed_is_the_one_that_the_rule_chose(monkeypatch):
-    """Where the committed cells of `front` are all there and current; else `c2r status` says so."""
-    monkeypatch.delenv("C2R_RESULTS")
-    default = load_profile("default")
-    values = committed("front", default)
-    if not values:
-        pytest.skip("front is not current: run `c2r run front`")
-    table = front.front_table(values, default.language_model)
-    assert confirm_lm.choice(table) == (confirm_lm.CHOSEN, confirm_lm.STRENGTHS)
 
 
 # -- cells --------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Study `confirm_lm`: the form of C²R that study `front` chose, on a language model and on fresh seeds.
+"""Study `confirm_lm`: the form of C²R that was chosen on a language model, on seeds that chose nothing.
 
 docs/design.md says how strengths and form are chosen, which outcomes count, and as what. A cell is an SAE of
 one seed, or the agreement of two SAEs that differ in their seed.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,14 +19,7 @@ from c2r_core.artefacts.names import slug
 from c2r_core.artefacts.profiles import LanguageModelProfile, Profile
 from c2r_core.experiments.agreement import flat
 from c2r_core.experiments.confirm import RIVALS, SEEDS, holm
-from c2r_core.experiments.front import (
-    EXPLORING,
-    FORMS,
-    Spec,
-    plain_specs,
-    spec_cells,
-    spec_table,
-)
+from c2r_core.experiments.front import Spec, plain_specs, spec_cells, spec_table
 from c2r_core.experiments.language_model import (
     LanguageModelArm,
     Sources,
@@ -34,19 +27,17 @@ from c2r_core.experiments.language_model import (
     trained,
     training_data,
 )
+from c2r_core.experiments.shortlist import PRIMARY
 from c2r_core.experiments.study import Study
 from c2r_core.experiments.validation import EFFECTS
 from c2r_core.statistics import Interval, mean_interval, paired_interval
 
 CHOSEN = "directed OrtSAE"
 STRENGTHS = {"C²R": 0.8839, "OrtSAE": 0.8839, CHOSEN: 0.8839}
-"""By form: what `choice` gives for the committed cells of `front`; a test holds them so."""
+"""By form: what `shortlist.choice` gives for the committed cells; a test holds them so."""
 PAIRS = tuple(itertools.combinations(SEEDS, 2))
 """Of seeds whose SAEs are compared: all."""
 
-MOST_FVU, LEAST_LIVE = 1.2, 0.7
-"""A strength is allowed up to so many times the FVU of no penalty, and from such a share of live latents."""
-PRIMARY = "absorption"
 OUTCOMES = {
     name: EFFECTS[name] for name in (PRIMARY, "consistency", "exception rate", "no carrier")
 }
@@ -112,58 +103,6 @@ def agreement_table(values: Mapping[str, Any], lm: LanguageModelProfile) -> pd.D
         for title, pair, spec in _compared(lm)
         if values.get(slug(title), {}).get("status") == "evaluated"
     )
-
-
-# -- choosing -----------------------------------------------------------------------------------
-
-
-def strength_table(explored: pd.DataFrame) -> pd.DataFrame:
-    """What the rule reads of `front_table`: one row a form and strength, in the order of FORMS.
-
-    Means over `seeds`, the number of seeds on which absorption could be measured; `fvu ratio` is to no
-    penalty at the largest width on the same seeds. Of the `allowed` strengths the one of lowest absorption is
-    `chosen`, the weakest of equals; where none is allowed, the weakest of all.
-    """
-    plain = explored[(explored["form"] == "none") & (explored["d_sae"] == explored["d_sae"].max())]
-    there = explored[explored["form"] != "none"].dropna(subset=["fvu", "live share", PRIMARY])
-    there = there.assign(plain=there["seed"].map(plain.set_index("seed")["fvu"]))
-    by_strength = there.groupby(["form", "strength"])
-    table = by_strength[["fvu", "plain", "live share", PRIMARY]].mean()
-    table.insert(0, "seeds", by_strength.size())
-    table.insert(2, "fvu ratio", table["fvu"] / table.pop("plain"))
-    table["allowed"] = (table["fvu ratio"] <= MOST_FVU) & (table["live share"] >= LEAST_LIVE)
-    chosen = [
-        rows[PRIMARY].where(rows["allowed"]).idxmin() if rows["allowed"].any() else rows.index[0]
-        for _, rows in table.groupby(level="form")
-    ]
-    table["chosen"] = table.index.isin(chosen)
-    return table.reset_index().sort_values(["form", "strength"], key=_in_order, ignore_index=True)
-
-
-def _in_order(column: pd.Series) -> pd.Series:
-    return column.map(FORMS.index) if column.name == "form" else column
-
-
-class Choice(NamedTuple):
-    """A form, and the strength of each penalty that is confirmed."""
-
-    form: str
-    strengths: dict[str, float]
-
-
-def choice(explored: pd.DataFrame) -> Choice:
-    """What the rule of docs/design.md chooses from `front_table` of the exploring seeds.
-
-    Each form stands at its strength of `strength_table`. Of those that are there on all of EXPLORING, but for
-    RIVALS, the form has the lowest absorption among those whose FVU is at most C²R's, or of all if there is
-    none; of equals the first in FORMS.
-    """
-    table = strength_table(explored)
-    points = table[table["chosen"]].set_index("form")
-    forms = points[(points["seeds"] == len(EXPLORING)) & ~points.index.isin(RIVALS)]
-    cheap = forms[forms["fvu"] <= points.loc["C²R", "fvu"]]
-    form = (cheap if len(cheap) else forms)[PRIMARY].idxmin()
-    return Choice(form, points.loc[[*RIVALS, form], "strength"].to_dict())
 
 
 # -- confirming ---------------------------------------------------------------------------------

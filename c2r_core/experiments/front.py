@@ -1,8 +1,8 @@
 """Study `front`: forms of C²R on a language model, beside OrtSAE and smaller dictionaries, against FVU.
 
 What a penalty buys is read against what it costs: absorption, consistency and use against FVU at equal L0. A
-cell is one SAE: a form at a strength, a width, a seed. The seeds are those of tuning, EXPLORING: what is
-found here chooses, and is confirmed on other seeds.
+cell is one SAE of the first of the tuning's seeds, EXPLORING: a form at a strength and a width. What is kept
+is tried on the others (study `shortlist`), and what is chosen is confirmed on fresh seeds (`confirm_lm`).
 """
 
 from __future__ import annotations
@@ -104,10 +104,9 @@ def specs(lm: LanguageModelProfile) -> list[Spec]:
 
 
 def cells(profile: Profile, seed: int = 0, device: str = "cpu") -> list[Cell]:
-    """One cell an SAE, seed by seed; the seeds are always EXPLORING."""
+    """One cell an SAE; the seed is always the first of EXPLORING. Study `shortlist` has the others."""
     del seed
-    which = specs(profile.language_model)
-    return [cell for one in EXPLORING for cell in spec_cells("front", profile, one, which, device)]
+    return spec_cells("front", profile, EXPLORING[0], specs(profile.language_model), device)
 
 
 def spec_cells(
