@@ -67,7 +67,7 @@ def killed_evaluations(world: World) -> Outcome:
     """The same command again takes the evaluation up, and writes the report of one that was never killed."""
     outcome = Outcome("metric", allowed=1)
     usual = usual_evaluation(world.folder)
-    for folder in world.tries(20):
+    for folder in world.tries(30):
         begun, again = folder / "begun", folder / "begun again"
         is_filled = world.chance.random() < 0.5
         with folders(folder, cache=_copied(usual, folder) if is_filled else None):
@@ -238,7 +238,7 @@ def two_at_once(world: World) -> Outcome:
     The second waits, or does the work too, or is refused with a FileExistsError that names the place.
     """
     outcome = Outcome()
-    kinds = (_two_evaluations, _two_trainings, _two_harvests, _two_of_cells, _two_notebooks)
+    kinds = (_two_of_cells, _two_trainings, _two_evaluations, _two_harvests, _two_notebooks)
     for i, folder in enumerate(world.tries(30)):
         kind = kinds[i % len(kinds)]
         work, is_right = kind(world, folder)
@@ -327,7 +327,7 @@ def bad_language_models(world: World) -> Outcome:
             _spoiled, module, world.chance.randrange(32), world.chance.randrange(64), bad
         )
         said = folder / "said"
-        if i % 2 == 0:
+        if i % 2 == 1:
             usual = usual_evaluation(world.folder)
             with folders(folder):
                 failed = forked(spoil, evaluated, folder, said=said)
@@ -398,10 +398,10 @@ def read_only_folders(world: World) -> Outcome:
         usual_cells(world.folder)
         shutil.copytree(world.folder / "cells", folder / "kept")
         works = (
-            partial(evaluated, folder),
             partial(save_sae, other, folder / "sae", overwrite=True),
             partial(trained, "batch_topk", folder / "run.safetensors"),
             partial(harvested, folder / "store"),
+            partial(evaluated, folder),
             cells_computed,
         )
         before = _content(folder)
@@ -470,7 +470,7 @@ def half_written_caches(world: World) -> Outcome:
     Once what is named is deleted, it is made anew.
     """
     outcome, usual = Outcome(), usual_evaluation(world.folder)
-    for folder in world.tries(20):
+    for folder in world.tries(24):
         with folders(folder, cache=_copied(usual, folder)):
             entries = sorted(path.parent for path in folder.glob("cache/*/*/key.json"))
             entry, said = world.chance.choice(entries), folder / "said"

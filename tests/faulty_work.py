@@ -40,8 +40,8 @@ from stores import small_config, small_corpus
 TREE = FeatureTree(d_in=12, n_parents=2, children_per_parent=2, n_singles=4)
 EVERY = 10
 CONFIG = TrainConfig(steps=100, lr=5e-3, log_every=7, checkpoint_every=EVERY)
-MEASURED = "core,absorption,sparse_probing"
-"""By the evaluations: records of both kinds, and most kinds of what is kept in the cache."""
+MEASURED = "core,sparse_probing,meta_sae"
+"""By the evaluations: quick, with records of both kinds, and with what is kept in the cache."""
 
 
 # -- how it is counted ----------------------------------------------------------------------------

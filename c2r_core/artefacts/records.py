@@ -27,15 +27,15 @@ class Record:
     def save(self, folder: Path | str) -> None:
         """Write FILES.safetensors and FILES.json into a folder, replacing it as a whole.
 
-        NotEvaluable, and nothing is written, if a number outside of tensors is NaN or infinite: no folder with
-        such a number can be read.
+        NotEvaluable, and nothing is written, if a number outside of tensors is NaN or infinite: `load` would
+        refuse it.
         """
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
         others = {name: value for name, value in vars(self).items() if name not in tensors}
         for name, value in others.items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise NotEvaluable(
-                    f"{type(self).__name__}.{name} is {value}; expected a number that is not NaN or infinite. "
+                    f"{type(self).__name__}.{name} is {value}; expected a number, not NaN or infinite. "
                     "Check what it was computed from: are the language model's weights sound?"
                 )
         text = json.dumps({"format_version": _FORMAT_VERSION, **others})
