@@ -18,15 +18,12 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, ClassVar
-from unittest.mock import patch
 
 import nbformat
 from jupyter_client.connect import KernelConnectionInfo
 from jupyter_client.provisioning import KernelProvisionerFactory
 
 import c2r_core.notebook.figures  # noqa: F401  # a forked kernel has it then
-import faulty_work
-from c2r_core.metrics import inputs
 from c2r_core.notebook import files as notebook_files
 from c2r_core.notebook import runner
 from c2r_core.saes import ARCHITECTURES, load_sae, save_sae
@@ -45,6 +42,7 @@ from faulty_work import (
     forked,
     harvested,
     is_usual,
+    language_model,
     noted,
     seconds,
     started,
@@ -348,24 +346,15 @@ def bad_language_models(world: World) -> Outcome:
 def _spoiled(
     module: str, position: int, column: int, bad: float, work: Callable[..., object], *given: Any
 ) -> None:
-    """Do the work while every language model that is loaded gives a bad number there."""
-    load = inputs.load_language_model
+    """Do the work while the language model gives a bad number there; in a process that is not used again."""
 
     def spoil(_: object, __: object, output: Any) -> None:
         x = output[0] if isinstance(output, tuple) else output
         if position < x.shape[1]:
             x[:, position, column] = bad
 
-    def load_and_spoil(*given: Any, **options: Any) -> Any:
-        model = load(*given, **options)
-        model.original_model.get_submodule(module).register_forward_hook(spoil)
-        return model
-
-    with (
-        patch.object(inputs, "load_language_model", load_and_spoil),
-        patch.object(faulty_work, "load_language_model", load_and_spoil),
-    ):
-        work(*given)
+    language_model().original_model.get_submodule(module).register_forward_hook(spoil)
+    work(*given)
 
 
 def _says(file: Path) -> bool:

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -33,9 +33,13 @@ from c2r_core.data.toy import FeatureTree
 from c2r_core.evaluate import __main__ as evaluate_command
 from c2r_core.evaluate import evaluation
 from c2r_core.experiments import cells
+from c2r_core.metrics import inputs
 from c2r_core.saes import BatchTopKSAE, load_sae, save_sae
 from c2r_core.training import C2R, TrainConfig, train
 from stores import small_config, small_corpus
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
 
 TREE = FeatureTree(d_in=12, n_parents=2, children_per_parent=2, n_singles=4)
 EVERY = 10
@@ -238,10 +242,16 @@ def is_one_of(saved: Path, known: set[str]) -> bool:
 # -- a harvest, and cells -------------------------------------------------------------------------
 
 
+@functools.cache
+def language_model(name: str = RANDOM, *, device: str = "cpu") -> TransformerBridge:
+    """Loaded once: forked processes have it."""
+    return load_language_model(name, device=device)
+
+
 def harvested(folder: Path, n_contexts: int = 40) -> None:
     """A store of the small corpus."""
-    model = load_language_model(RANDOM)
-    harvest(model, small_corpus(), small_config(n_contexts), folder, contexts_per_pass=2)
+    config = small_config(n_contexts)
+    harvest(language_model(), small_corpus(), config, folder, contexts_per_pass=2)
 
 
 def checksums(store: Path) -> dict[str, str]:
@@ -292,7 +302,7 @@ def usual_training(architecture: str) -> Expected:
 def usual_harvest(scratch: Path) -> Expected:
     """The checksums of a store."""
     store = scratch / "harvested"
-    load_language_model(RANDOM)  # here, so that no process has to import what it takes
+    language_model()  # here, so that no process has to load it
     whole = seconds(harvested, store)
     return Expected(checksums(store), whole)
 
@@ -318,13 +328,14 @@ def evaluated(folder: Path, begun: Path | None = None) -> None:
         save_sae(BatchTopKSAE(64, 96, k=8, seed=1), saved)
     record, said = evaluation._record, io.StringIO()
 
-    def noting(name: str, inputs: object) -> object:
+    def noting(name: str, given: object) -> object:
         note(begun, name)
-        return record(name, inputs)
+        return record(name, given)
 
     arguments = [str(saved), "--profile", "smoke", "--metrics", MEASURED]
     with (
         patch.object(evaluation, "_record", noting),
+        patch.object(inputs, "load_language_model", language_model),
         contextlib.redirect_stdout(io.StringIO()),
         contextlib.redirect_stderr(said),
     ):
@@ -345,6 +356,7 @@ class Usual(NamedTuple):
 @functools.cache
 def usual_evaluation(scratch: Path) -> Usual:
     """Made once for all faults, in this process, which has then imported all that an evaluation needs."""
+    language_model()
     first, again = scratch / "evaluated", scratch / "evaluated-again"
     with folders(first):
         evaluated(first)

@@ -27,7 +27,6 @@ import torch
 from architectures import make, new_sae
 from c2r_core.data.batches import StoreBatches, ToyBatches
 from c2r_core.data.harvest import harvest
-from c2r_core.data.language_models import RANDOM, load_language_model
 from c2r_core.data.store import ActivationStore
 from c2r_core.saes import ARCHITECTURES, load_sae, save_sae
 from c2r_core.training import C2R, DivergedError, train
@@ -56,6 +55,7 @@ from faulty_work import (
     harvested,
     in_little_room,
     is_one_of,
+    language_model,
     noted,
     trained,
     trained_into,
@@ -88,7 +88,7 @@ def killed_trainings(world: World) -> Outcome:
         is_right = not failed and result.read_text() == usual.result
         outcome.count(is_right, f"{name} resumed from step {saved}", last - saved)
         tried[name] += 1
-    outcome.note = f"each of {len(names)} architectures at least {min(tried.values())} times"
+    outcome.note = f"at least {min(tried.values())} of each of the {len(names)} architectures"
     return outcome
 
 
@@ -207,7 +207,7 @@ def _readers(folder: Path) -> Iterator[tuple[Path, Callable[[], object]]]:
     checkpoint = folder / "run.safetensors"
     trained("batch_topk", checkpoint)
     yield checkpoint, lambda: repr(read_checkpoint(checkpoint))
-    store = harvest(load_language_model(RANDOM), small_corpus(), small_config(), folder / "store")
+    store = harvest(language_model(), small_corpus(), small_config(), folder / "store")
 
     def all_batches() -> str:
         opened = ActivationStore.open(store.folder)
