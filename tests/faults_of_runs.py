@@ -203,7 +203,10 @@ def _with_own_kernel(folder: Path, work: Callable[..., object], *given: Any) -> 
 def _kernel(other_end: Connection, connection: Connection) -> None:
     other_end.close()
     runner_is = os.getppid()
-    arguments, folder, environment = connection.recv()  # an EOFError if the runner is gone
+    try:
+        arguments, folder, environment = connection.recv()
+    except EOFError:
+        return  # the runner was killed before it wanted a kernel
     os.environ.update(environment)
     # As the variable JPY_PARENT_PID tells a kernel that is not forked.
     run_kernel([*arguments, f"--IPKernelApp.parent_handle={runner_is}"], folder)
