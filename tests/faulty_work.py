@@ -243,9 +243,14 @@ def is_one_of(saved: Path, known: set[str]) -> bool:
 
 
 @functools.cache
+def _loaded() -> TransformerBridge:
+    return load_language_model(RANDOM)
+
+
 def language_model(name: str = RANDOM, *, device: str = "cpu") -> TransformerBridge:
-    """Loaded once: forked processes have it."""
-    return load_language_model(name, device=device)
+    """The one that all work reads, loaded once: forked processes have it."""
+    assert (name, device) == (RANDOM, "cpu")
+    return _loaded()
 
 
 def harvested(folder: Path, n_contexts: int = 40) -> None:
