@@ -65,7 +65,7 @@ def killed_evaluations(world: World) -> Outcome:
     """The same command again takes the evaluation up, and writes the report of one that was never killed."""
     outcome = Outcome("metric", allowed=1)
     usual = usual_evaluation(world.folder)
-    for folder in world.tries(30):
+    for folder in world.tries(24):
         begun, again = folder / "begun", folder / "begun again"
         is_filled = world.chance.random() < 0.5
         with folders(folder, cache=_copied(usual, folder) if is_filled else None):
@@ -112,7 +112,7 @@ def killed_notebooks(world: World) -> Outcome:
     new, executed = by_run[f"notebooks/{NAME}"], by_run[f"runs/smoke/{NAME}"]
     by_refresh = by_run | {f"notebooks/{NAME}": executed, f"runs/refresh/{NAME}": executed}
     del by_refresh[f"runs/smoke/{NAME}"]
-    for i, folder in enumerate(world.tries(20)):
+    for i, folder in enumerate(world.tries(16)):
         work, expected = [(_run_notebook, by_run), (_refresh_notebook, by_refresh)][i % 2]
         _write_notebook(folder)
         alive, held = os.pipe()
@@ -240,7 +240,7 @@ def two_at_once(world: World) -> Outcome:
     """
     outcome = Outcome()
     kinds = (_two_of_cells, _two_trainings, _two_evaluations, _two_harvests, _two_notebooks)
-    for i, folder in enumerate(world.tries(30)):
+    for i, folder in enumerate(world.tries(20)):
         kind = kinds[i % len(kinds)]
         work, is_right = kind(world, folder)
         is_killed, apart = world.chance.random() < 0.4, world.chance.uniform(0, 0.4)
@@ -321,7 +321,7 @@ def bad_language_models(world: World) -> Outcome:
     the same cache.
     """
     outcome, names, n_said = Outcome(), ("", ".mlp", ".self_attn"), 0
-    for i, folder in enumerate(world.tries(24)):
+    for i, folder in enumerate(world.tries(20)):
         module = f"model.layers.{world.chance.randrange(2)}{world.chance.choice(names)}"
         bad = world.chance.choice([float("nan"), float("inf"), -float("inf")])
         spoil = partial(
@@ -434,7 +434,7 @@ def _read(saved: Path, sae: str, values: list[object]) -> None:
 def jumping_clocks(world: World) -> Outcome:
     """A training that is killed and taken up, cells, and an evaluation, while both clocks jump: as ever."""
     outcome, names = Outcome(), sorted(ARCHITECTURES)
-    for i, folder in enumerate(world.tries(24)):
+    for i, folder in enumerate(world.tries(15)):
         jump = partial(under_jumping_clocks, world.chance.randrange(2**32))
         with folders(folder):
             if i % 3 == 0:
@@ -465,7 +465,7 @@ def half_written_caches(world: World) -> Outcome:
     Once what is named is deleted, it is made anew.
     """
     outcome, usual = Outcome(), usual_evaluation(world.folder)
-    for folder in world.tries(24):
+    for folder in world.tries(16):
         with folders(folder, cache=_copied(usual, folder)):
             entries = sorted(path.parent for path in folder.glob("cache/*/*/key.json"))
             entry, said = world.chance.choice(entries), folder / "said"
