@@ -182,7 +182,7 @@ $(ENV)-docs: $(ENV)
 fuzz: $(DATA) ## give every parser 10 000 damaged and hostile files; count undocumented errors, writes, memory
 	OMP_NUM_THREADS=1 $(PYTHON) tests/fuzz.py
 
-faults: $(DATA) ## kill, fill, cut and alter real work some 600 times; count what is lost, and wrong in silence
+faults: $(DATA) ## kill, fill, cut and alter real work some 800 times; count what is lost, and wrong in silence
 	OMP_NUM_THREADS=1 $(PYTHON) tests/inject_faults.py
 
 threads: $(ENV) ## is a training the same in another run, and with two threads for one? Some minutes

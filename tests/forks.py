@@ -66,14 +66,14 @@ class ForkedKernel(LocalProvisioner):
         """Fork a kernel. `cmd` starts a new one: python, its options, -m ipykernel_launcher, arguments."""
         arguments = cmd[cmd.index("ipykernel_launcher") + 1 :]
         self.cwd = kwargs.get("cwd") or os.getcwd()
-        process = forked(_run_kernel, arguments, self.cwd, environment=kwargs["env"])
+        process = forked(run_kernel, arguments, self.cwd, environment=kwargs["env"])
         process.start()
-        self.process, self.pid = _AsPopen(process), process.pid
+        self.process, self.pid = AsPopen(process), process.pid
         return self.connection_info
 
 
-class _AsPopen:
-    """The part of `subprocess.Popen` that jupyter_client uses."""
+class AsPopen:
+    """A process with the part of `subprocess.Popen` that jupyter_client uses."""
 
     stdin = stdout = stderr = None
 
@@ -100,7 +100,8 @@ def _call(
     target(*arguments)
 
 
-def _run_kernel(arguments: list[str], folder: str) -> None:
+def run_kernel(arguments: list[str], folder: str) -> None:
+    """Be a kernel, in a folder, until it is told to end."""
     from ipykernel.kernelapp import IPKernelApp
 
     os.environ["JPY_PARENT_PID"] = str(os.getppid())  # it ends when what forked it does

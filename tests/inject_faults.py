@@ -1,180 +1,100 @@
 """`make faults`: breaks real work at random moments, and counts what it costs.
 
-Processes are killed in the middle of a training, a save, a harvest and a computation of cells; disks fill up,
-files are cut, swapped and altered by one bit, and numbers become NaN. After each fault the work is taken up
-again as a user would. Counted are the tries, those after which all was as if nothing had happened, the most
-steps of a training that had to be taken twice, and wrong results that nobody was told of: there must be none.
+Processes are killed in the middle of a training, a save, a harvest, a computation of cells, an evaluation and
+a notebook. Disks fill up, folders may not be written to, two runs meet in one place, clocks jump. Files are
+cut, swapped and altered by one bit, and numbers become NaN. After each fault the work is taken up again as a
+user would. Counted are the tries, those after which all was as if nothing had happened, the most work of one
+try that had to be done twice, and wrong results that nobody was told of: there must be none. `docs/faults.md`
+says what to do after each.
 
-    python tests/inject_faults.py [--share 0.1] [--seed 0]
+    python tests/inject_faults.py [--share 0.1] [--seed 0] [--only killed_evaluations]
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import os
 import random
-import resource
-import shutil
-import signal
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 
 from architectures import make, new_sae
-from c2r_core.artefacts.cells import read_or_compute
-from c2r_core.artefacts.profiles import load_profile
 from c2r_core.data.batches import StoreBatches, ToyBatches
 from c2r_core.data.harvest import harvest
-from c2r_core.data.language_models import RANDOM, load_language_model
 from c2r_core.data.store import ActivationStore
-from c2r_core.data.toy import FeatureTree
-from c2r_core.experiments import cells
 from c2r_core.saes import ARCHITECTURES, load_sae, save_sae
-from c2r_core.training import C2R, DivergedError, TrainConfig, train
+from c2r_core.training import C2R, DivergedError, train
 from c2r_core.training.checkpoints import read_checkpoint
 from faults import flip
+from faults_of_runs import (
+    bad_language_models,
+    half_written_caches,
+    jumping_clocks,
+    killed_evaluations,
+    killed_notebooks,
+    read_only_folders,
+    two_at_once,
+)
+from faulty_work import (
+    CONFIG,
+    EVERY,
+    TREE,
+    Outcome,
+    World,
+    cells_computed,
+    checksums,
+    digest,
+    folders,
+    forked,
+    harvested,
+    in_little_room,
+    is_one_of,
+    language_model,
+    noted,
+    trained,
+    trained_into,
+    two_saes,
+    usual_cells,
+    usual_harvest,
+    usual_training,
+    values_of_cells,
+)
 from stores import small_config, small_corpus
 
-TREE = FeatureTree(d_in=12, n_parents=2, children_per_parent=2, n_singles=4)
-EVERY = 10
-CONFIG = TrainConfig(steps=100, lr=5e-3, log_every=7, checkpoint_every=EVERY)
-
-
-@dataclass
-class Outcome:
-    """What became of all tries of one fault."""
-
-    fault: str
-    tries: int = 0
-    most_steps_lost: int = 0
-    silent: list[str] = field(default_factory=list)
-    """Wrong results that nobody was told of: what, and in which try."""
-
-    def count(self, is_right: bool, what: str = "") -> None:
-        """One more try."""
-        self.tries += 1
-        if not is_right:
-            self.silent.append(f"try {self.tries}: {what}")
-
-    @property
-    def survived(self) -> int:
-        """Tries after which all was as if nothing had happened."""
-        return self.tries - len(self.silent)
-
-
-@dataclass(frozen=True)
-class World:
-    """What the faults share: a source of chance, a scratch folder, and how many tries to make."""
-
-    chance: random.Random
-    folder: Path
-    share: float
-
-    def tries(self, n: int) -> Iterator[Path]:
-        """A new folder for each of n tries, or of their share."""
-        for _ in range(max(1, round(n * self.share))):
-            folder = Path(tempfile.mkdtemp(dir=self.folder))
-            yield folder
-            shutil.rmtree(folder)
-
-
-def forked(work: Callable[..., object], *given: Any, kill_after: float | None = None) -> int:
-    """Exit status of work(*given) in a process of its own, which is killed after so many seconds."""
-    child = os.fork()
-    if child == 0:
-        try:
-            work(*given)
-        except BaseException:
-            os._exit(1)
-        os._exit(0)
-    if kill_after is not None:
-        time.sleep(kill_after)
-        os.kill(child, signal.SIGKILL)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
-def seconds(work: Callable[..., object], *given: Any) -> float:
-    """How long work(*given) takes in a process of its own."""
-    started = time.monotonic()
-    assert forked(work, *given) == 0, "the work fails without any fault"
-    return time.monotonic() - started
-
-
-def in_little_room(limit: int, work: Callable[..., object], *given: Any) -> None:
-    """Do the work where no file can grow beyond so many bytes."""
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    work(*given)
-
+CUTS = 30
+"""Points at which the training of each architecture is killed."""
 
 # -- training -------------------------------------------------------------------------------------
 
 
-def trained(architecture: str, checkpoint: Path | None = None, steps_taken: Path | None = None):
-    """An SAE after all its steps, and their record; each step is noted in a file as it begins."""
-    sae, batches = new_sae(architecture), ToyBatches(TREE, 32, 0)
-
-    def source(step: int) -> torch.Tensor:
-        if steps_taken is not None:
-            with steps_taken.open("a") as file:
-                file.write(f"{step}\n")
-        return batches(step)
-
-    penalties = [C2R(0.1, every=3)]
-    history = train(sae, source, CONFIG, penalties, checkpoint=checkpoint, progress=False)
-    return sae, history.records
-
-
-def digest(sae: torch.nn.Module, records: object = None) -> str:
-    """Of every bit of an SAE, and of what was recorded."""
-    found = hashlib.sha256(repr(records).encode())
-    for name, tensor in sorted(sae.state_dict().items()):
-        found.update(f"{name} {tuple(tensor.shape)}".encode())
-        found.update(tensor.contiguous().numpy().tobytes())
-    return found.hexdigest()
-
-
 def killed_trainings(world: World) -> Outcome:
     """Every architecture in turn; another process takes the training up."""
-    outcome, names = Outcome("training killed"), sorted(ARCHITECTURES)
-    usual = {name: digest(*trained(name)) for name in names}
-    whole = {name: seconds(trained, name) for name in names}
-
-    def resumed(name: str, checkpoint: Path, result: Path) -> None:
-        result.write_text(digest(*trained(name, checkpoint)))
-
-    for i, folder in enumerate(world.tries(240)):
-        name, checkpoint, taken = (
-            names[i % len(names)],
-            folder / "run.safetensors",
-            folder / "steps",
-        )
-        moment = world.chance.uniform(0, 1.5 * whole[name])  # with checkpoints it takes longer
+    outcome, names = Outcome("step", allowed=EVERY), sorted(ARCHITECTURES)
+    tried = Counter(dict.fromkeys(names, 0))
+    for i, folder in enumerate(world.tries(CUTS * len(names))):
+        name, checkpoint = names[i % len(names)], folder / "run.safetensors"
+        taken, result, usual = folder / "steps", folder / "digest", usual_training(name)
+        moment = world.chance.uniform(0, 1.5 * usual.seconds)  # with checkpoints it takes longer
         forked(trained, name, checkpoint, taken, kill_after=moment)
         saved = read_checkpoint(checkpoint)[1]["step"] if checkpoint.exists() else 0
-        outcome.most_steps_lost = max(outcome.most_steps_lost, _last(taken) - saved)
-        result = folder / "digest"
-        failed = forked(resumed, name, checkpoint, result)
-        is_right = not failed and result.read_text() == usual[name]
-        outcome.count(is_right, f"{name} resumed from step {saved}")
+        last = int((noted(taken) or ["0"])[-1])
+        failed = forked(trained_into, name, checkpoint, result)
+        is_right = not failed and result.read_text() == usual.result
+        outcome.count(is_right, f"{name} resumed from step {saved}", last - saved)
+        tried[name] += 1
+    outcome.note = f"at least {min(tried.values())} of each of the {len(names)} architectures"
     return outcome
-
-
-def _last(steps_taken: Path) -> int:
-    taken = steps_taken.read_text().split("\n")[:-1] if steps_taken.exists() else []
-    return int(taken[-1]) if taken else 0
 
 
 def numbers_that_are_none(world: World) -> Outcome:
     """NaN or infinity in a batch, in a penalty, or in the weights: said at once, and no checkpoint of it."""
-    outcome = Outcome("NaN or infinity in a training")
+    outcome = Outcome()
     batches = ToyBatches(TREE, 32, 0)
     for folder in world.tries(60):
         where = world.chance.choice(["batch", "penalty", "weights"])
@@ -216,8 +136,8 @@ class Unsteady(C2R):
 
 def killed_saves(world: World) -> Outcome:
     """An SAE saved over another again and again: there is always one of the two, whole."""
-    outcome = Outcome("saving an SAE killed")
-    one, other = make("batch_topk", seed=0), make("batch_topk", seed=1)
+    outcome = Outcome()
+    one, other = two_saes()
     known = {digest(one), digest(other)}
 
     def again_and_again(saved: Path) -> None:
@@ -228,21 +148,14 @@ def killed_saves(world: World) -> Outcome:
     for folder in world.tries(60):
         saved = save_sae(one, folder / "sae")
         forked(again_and_again, saved, kill_after=world.chance.uniform(0.01, 0.2))
-        outcome.count(_is_one_of(saved, known), "no SAE, or another")
+        outcome.count(is_one_of(saved, known), "no SAE, or another")
     return outcome
-
-
-def _is_one_of(saved: Path, known: set[str]) -> bool:
-    try:
-        return digest(load_sae(saved)) in known
-    except (OSError, ValueError):
-        return False
 
 
 def full_disks(world: World) -> Outcome:
     """No file may grow beyond a random size: an error says so, and what was there is as it was."""
-    outcome = Outcome("no room left, in a save or a checkpoint")
-    one, other = make("batch_topk", seed=0), make("batch_topk", seed=1)
+    outcome = Outcome()
+    one, other = two_saes()
 
     def over_it(saved: Path) -> None:
         save_sae(other, saved, overwrite=True)
@@ -252,7 +165,7 @@ def full_disks(world: World) -> Outcome:
         limit = world.chance.randrange(0, (saved / "sae.safetensors").stat().st_size)
 
         failed = forked(in_little_room, limit, over_it, saved) != 0
-        is_right = failed and _is_one_of(saved, {digest(one)})
+        is_right = failed and is_one_of(saved, {digest(one)})
         failed = forked(in_little_room, limit, trained, "batch_topk", checkpoint) != 0
         is_right &= failed and not checkpoint.exists()
         left = [path.name for path in folder.iterdir() if path.name != "sae"]
@@ -262,7 +175,7 @@ def full_disks(world: World) -> Outcome:
 
 def damaged_files(world: World) -> Outcome:
     """A bit, an end, or a whole file of another: refused with its name, or of no consequence."""
-    outcome = Outcome("file with a flipped bit, cut, or swapped")
+    outcome = Outcome()
     folder = Path(tempfile.mkdtemp(dir=world.folder))
     readers = dict(_readers(folder))
     originals = {file: file.read_bytes() for file in readers}
@@ -294,7 +207,7 @@ def _readers(folder: Path) -> Iterator[tuple[Path, Callable[[], object]]]:
     checkpoint = folder / "run.safetensors"
     trained("batch_topk", checkpoint)
     yield checkpoint, lambda: repr(read_checkpoint(checkpoint))
-    store = harvest(load_language_model(RANDOM), small_corpus(), small_config(), folder / "store")
+    store = harvest(language_model(), small_corpus(), small_config(), folder / "store")
 
     def all_batches() -> str:
         opened = ActivationStore.open(store.folder)
@@ -310,91 +223,86 @@ def _readers(folder: Path) -> Iterator[tuple[Path, Callable[[], object]]]:
 
 def killed_harvests(world: World) -> Outcome:
     """No store, or a whole one; the next harvest is as the first would have been."""
-    outcome = Outcome("harvest killed")
-    model, corpus, config = load_language_model(RANDOM), small_corpus(), small_config(40)
-
-    def work(folder: Path) -> None:
-        harvest(model, corpus, config, folder, contexts_per_pass=2)
-
-    usual = world.folder / "usual"
-    whole = seconds(work, usual)
-    expected = ActivationStore.open(usual).manifest.checksums()
+    outcome, usual = Outcome("harvest", allowed=1), usual_harvest(world.folder)
     for folder in world.tries(40):
         store = folder / "store"
-        forked(work, store, kill_after=world.chance.uniform(0, whole))
-        if not store.exists():
-            assert forked(work, store) == 0
-        opened = ActivationStore.open(store)
-        opened.check()
-        outcome.count(opened.manifest.checksums() == expected, "another store")
+        forked(harvested, store, kill_after=world.chance.uniform(0, usual.seconds))
+        lost = int(not store.exists())
+        failed = lost and forked(harvested, store)
+        outcome.count(not failed and checksums(store) == usual.result, "another store", lost)
     return outcome
 
 
 def killed_cells(world: World) -> Outcome:
     """A study of four cells: those that were finished are kept, the others computed, all as ever."""
-    outcome = Outcome("computation of results killed")
-    chosen = cells("toy", load_profile("smoke"))[:4]
-
-    def work() -> None:
-        for cell in chosen:
-            read_or_compute(cell)
-
-    def values() -> list[object]:
-        return [read_or_compute(cell) for cell in chosen]
-
-    for i, folder in enumerate(world.tries(40)):
-        os.environ["C2R_RUNS"] = str(folder / "runs")
-        os.environ["C2R_CACHE"] = str(folder / "cache")
-        if i == 0:
-            whole, usual = seconds(work), values()
-            shutil.rmtree(folder / "runs")
-            shutil.rmtree(folder / "cache", ignore_errors=True)
-        forked(work, kill_after=world.chance.uniform(0, whole))
-        assert forked(work) == 0
-        outcome.count(values() == usual, "other values")
+    outcome, usual = Outcome("cell", allowed=1), usual_cells(world.folder)
+    for folder in world.tries(40):
+        begun = folder / "begun"
+        with folders(folder):
+            forked(cells_computed, begun, kill_after=world.chance.uniform(0, usual.seconds))
+            failed = forked(cells_computed, begun)
+            is_right = not failed and values_of_cells() == usual.result
+        lost = len(noted(begun)) - len(set(noted(begun)))
+        outcome.count(is_right, "other values", lost)
     return outcome
 
 
-FAULTS = (
-    killed_trainings,
-    killed_saves,
-    killed_harvests,
-    killed_cells,
-    full_disks,
-    damaged_files,
-    numbers_that_are_none,
-)
+FAULTS: dict[str, Callable[[World], Outcome]] = {
+    "training killed": killed_trainings,
+    "saving an SAE killed": killed_saves,
+    "harvest killed": killed_harvests,
+    "computation of results killed": killed_cells,
+    "evaluation killed": killed_evaluations,
+    "notebook killed": killed_notebooks,
+    "two runs at once in one place": two_at_once,
+    "no room left, in a save or a checkpoint": full_disks,
+    "folder that may not be written to": read_only_folders,
+    "file with a flipped bit, cut, or swapped": damaged_files,
+    "entry of the cache half written": half_written_caches,
+    "NaN or infinity in a training": numbers_that_are_none,
+    "NaN or infinity in a language model": bad_language_models,
+    "clocks that jump": jumping_clocks,
+}
+"""By the name of their row in the table."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Inject all; 1 if a wrong result was silent, or more than a checkpoint's interval was lost."""
+    """Inject all; 1 if a wrong result was silent, or more work was lost than may be."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--share", type=float, default=1.0, help="of the tries")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and places")
+    names = [fault.__name__ for fault in FAULTS.values()]
+    parser.add_argument("--only", nargs="+", choices=names, default=names, help="these faults")
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)  # processes are forked from this one
     outcomes = []
-    print(f"{'fault':<42}{'tries':>7}{'survived':>10}{'steps lost':>12}{'silent':>8}{'seconds':>9}")
+    # Flushed, since a forked process would else print it again.
+    print(
+        f"{'fault':<42}{'tries':>7}{'survived':>10}{'work lost':>12}{'silent':>8}{'seconds':>9}",
+        flush=True,
+    )
     with tempfile.TemporaryDirectory() as folder:
-        for fault in FAULTS:
+        for name, fault in FAULTS.items():
+            if fault.__name__ not in given.only:
+                continue
             started = time.monotonic()
-            world = World(
-                random.Random(f"{given.seed} {fault.__name__}"), Path(folder), given.share
-            )
-            outcome = fault(world)
+            chance = random.Random(f"{given.seed} {fault.__name__}")
+            outcome = fault(World(chance, Path(folder), given.share))
             outcomes.append(outcome)
             print(
-                f"{outcome.fault:<42}{outcome.tries:>7}{outcome.survived:>10}"
-                f"{outcome.most_steps_lost:>12}{len(outcome.silent):>8}"
+                f"{name:<42}{outcome.tries:>7}{outcome.survived:>10}"
+                f"{outcome.work_lost:>12}{len(outcome.silent):>8}"
                 f"{time.monotonic() - started:>9.0f}",
                 flush=True,
             )
             for one in outcome.silent[:5]:
-                print(f"    {one}")
+                print(f"    {one}", flush=True)
+            if outcome.note:
+                print(f"    {outcome.note}", flush=True)
     n_tries, n_silent = sum(o.tries for o in outcomes), sum(len(o.silent) for o in outcomes)
-    lost = max(outcome.most_steps_lost for outcome in outcomes)
-    print(f"{n_tries} faults, {n_silent} wrong in silence, at most {lost} steps taken twice")
-    return int(n_silent > 0 or lost > EVERY)
+    lost = ", ".join(outcome.work_lost for outcome in outcomes if outcome.lost) or "nothing"
+    print(f"{n_tries} faults, {n_silent} wrong in silence, done twice at most: {lost}")
+    return int(n_silent > 0 or any(outcome.lost > outcome.allowed for outcome in outcomes))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 
@@ -115,6 +116,14 @@ def test_without_anything_to_measure_there_is_no_report(
     assert command.main([*arguments, "--profile", "smoke", "--out", str(out)]) == command.NO_REPORT
     assert message in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_without_a_place_for_it_there_is_no_report(folder, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    arguments = [str(folder), "--metrics", "decoder", "--profile", "smoke"]
+    out = tmp_path / "file" / "report.json"
+    assert command.main([*arguments, "--out", str(out)]) == command.NO_REPORT
+    assert re.search(f"No report: .*{tmp_path / 'file'}", capsys.readouterr().err)
 
 
 def test_without_an_sae_the_usage_is_shown(capsys):

@@ -27,6 +27,7 @@ from c2r_core.training.checkpoints import read_checkpoint, write_checkpoint
 from conftest import PROJECT
 from faults import accepted, flip, some_bits
 from foreign_saes import write_dictionary_learning
+from inject_faults import CUTS, FAULTS
 from processes import environment
 
 TREE = FeatureTree(d_in=20, n_parents=2, children_per_parent=2, n_singles=4)
@@ -303,9 +304,26 @@ def test_a_damaged_pickle_is_refused_by_name(tmp_path):
 # -- all of them, at random moments ----------------------------------------------------------------
 
 
+ROW = re.compile(r"^(\S.*?) +(\d+) +(\d+) +(0|\d+ \w+) +(\d+) +\d+$", re.MULTILINE)
+"""Of the table that `make faults` prints: fault, tries, survived, work lost, silent, seconds."""
+
+
 def test_some_faults_in_real_work_cost_no_more_than_they_may():
     """A small share of `make faults`."""
     command = [sys.executable, PROJECT / "tests" / "inject_faults.py", "--share", "0.02"]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert re.search(r"^1[0-9] faults, 0 wrong in silence, at most \d steps", done.stdout, re.M)
+    assert [row[0] for row in ROW.findall(done.stdout)] == list(FAULTS)
+    assert re.search(r"^\d+ faults, 0 wrong in silence, done twice at most", done.stdout, re.M)
+
+
+def test_every_fault_is_on_the_page_with_what_it_cost():
+    page = (PROJECT / "docs" / "faults.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| (.+?) \|", page, re.MULTILINE)[1:] == list(FAULTS)
+    (printed,) = re.findall(r"```\n\$ .*?\n(.*?)```", page, re.DOTALL)
+    rows = ROW.findall(printed)
+    assert [row[0] for row in rows] == list(FAULTS)
+    assert all(tries == survived and silent == "0" for _, tries, survived, _, silent in rows)
+    n_tries = sum(int(row[1]) for row in rows)
+    assert re.search(rf"^{n_tries} faults, 0 wrong in silence", printed, re.MULTILINE)
+    assert CUTS >= 20, "of the training of each architecture"

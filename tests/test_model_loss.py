@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from dataclasses import astuple
+from dataclasses import astuple, replace
 
 import pytest
 import torch
@@ -133,6 +133,14 @@ def test_marks_by_hand(model, tokens):
     kl = torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="sum") / 55
     by_hand = (ce_model, ce_zero, ce_mean, float(kl), 5)
     assert astuple(model_marks(model, tokens, HOOK)) == pytest.approx(by_hand, rel=1e-4)
+
+
+def test_marks_that_are_no_numbers_are_not_kept(model, tokens, tmp_path):
+    marks = model_marks(model, tokens, HOOK)
+    for bad in (float("nan"), float("inf")):
+        with pytest.raises(NotEvaluable, match=rf"ModelMarks.ce_zero is {bad}; expected a number"):
+            replace(marks, ce_zero=bad).save(tmp_path / "marks")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_marks_are_kept(model, tokens, tmp_path):

@@ -68,6 +68,28 @@ def test_a_failure_keeps_its_traceback_and_no_result(tmp_path):
     assert "ZeroDivisionError" in failed.read_text()
 
 
+def test_two_runs_of_one_notebook_share_no_file(tiny, tmp_path, monkeypatch):
+    out, texts = tmp_path / "runs" / "00_tiny.ipynb", iter(["first", "second"])
+
+    def execute(_, part, **__):
+        text = next(texts)
+        Path(part).write_text(text)
+        if text == "first":  # another process runs it from its beginning to its end
+            runner.run(tiny, out)
+            assert out.read_text() == "second"
+
+    monkeypatch.setattr("papermill.execute_notebook", execute)
+    runner.run(tiny, out)
+    assert out.read_text() == "first"
+    assert list(out.parent.iterdir()) == [out]
+
+
+def test_where_nothing_can_be_written_nothing_runs(tiny, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert runner.main(["run", str(tiny), "--out", str(tmp_path / "file" / "00_tiny.ipynb")]) == 2
+    assert str(tmp_path / "file") in capsys.readouterr().err
+
+
 def test_refreshing_twice_gives_the_same_bytes(refreshed_notebook, tmp_path):
     again = Path(shutil.copy(refreshed_notebook, tmp_path))
     runner.refresh(again, work_folder=tmp_path / "work")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import ClassVar, Self
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from c2r_core.artefacts.fields import from_json, from_values
 from c2r_core.artefacts.files import whole_folder
+from c2r_core.errors import NotEvaluable
 
 _FORMAT_VERSION = 1
 
@@ -23,9 +25,19 @@ class Record:
     """Name of its two files, without their endings."""
 
     def save(self, folder: Path | str) -> None:
-        """Write FILES.safetensors and FILES.json into a folder, replacing it as a whole."""
+        """Write FILES.safetensors and FILES.json into a folder, replacing it as a whole.
+
+        NotEvaluable, and nothing is written, if a number outside of tensors is NaN or infinite: `load` would
+        refuse it.
+        """
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
         others = {name: value for name, value in vars(self).items() if name not in tensors}
+        for name, value in others.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise NotEvaluable(
+                    f"{type(self).__name__}.{name} is {value}; expected a number, not NaN or infinite. "
+                    "Check what it was computed from: are the language model's weights sound?"
+                )
         text = json.dumps({"format_version": _FORMAT_VERSION, **others})
         with whole_folder(folder) as part:
             save_file(tensors, part / f"{self.FILES}.safetensors")

@@ -1,7 +1,8 @@
 """`c2r evaluate PATH`: measure an SAE folder and write one JSON report.
 
 Exit status: 0 if every metric was evaluated; 3 if the report is there, but records a metric that
-could not be; 2 if there is no report, because there was nothing to measure or to measure on.
+could not be; 2 if there is no report, because there was nothing to measure or to measure on, or no place
+to write it.
 """
 
 from __future__ import annotations
@@ -58,8 +59,12 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"No report: {error}", file=sys.stderr)
         return NO_REPORT
-    report = evaluation.measure()
-    write_report(report, out)
+    try:
+        report = evaluation.measure()
+        write_report(report, out)
+    except OSError as error:
+        print(f"No report: {error}", file=sys.stderr)
+        return NO_REPORT
     kept.unlink(missing_ok=True)
     _print(report)
     print(f"{out} ({time.monotonic() - started:.0f} s)")

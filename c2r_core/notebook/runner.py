@@ -54,14 +54,18 @@ def run(notebook: Path, out: Path, parameters: Mapping[str, Any] | None = None) 
     if "PROFILE" in parameters:
         load_profile(parameters["PROFILE"])
 
-    part = out.with_suffix(".part.ipynb")
     failed = out.with_suffix(".failed.ipynb")
     out.parent.mkdir(parents=True, exist_ok=True)
     failed.unlink(missing_ok=True)
     for name, value in KERNEL_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    try:
-        with tempfile.TemporaryDirectory(prefix="c2r-") as sockets:
+    with (
+        # papermill writes cell by cell: where no other run does, and nobody looks after this one is killed.
+        tempfile.TemporaryDirectory(prefix=f"{out.name}.", suffix=".part", dir=out.parent) as room,
+        tempfile.TemporaryDirectory(prefix="c2r-") as sockets,
+    ):
+        part = Path(room) / out.name
+        try:
             papermill.execute_notebook(
                 str(notebook),
                 str(part),
@@ -74,10 +78,12 @@ def run(notebook: Path, out: Path, parameters: Mapping[str, Any] | None = None) 
                 extra_arguments=["--log-level=CRITICAL"],
                 progress_bar=False,
             )
-    except (papermill.PapermillExecutionError, DeadKernelError, CellTimeoutError) as error:
-        part.replace(failed)
-        raise NotebookFailed(f"{notebook} failed; the traceback is in {failed}\n{error}") from error
-    part.replace(out)
+        except (papermill.PapermillExecutionError, DeadKernelError, CellTimeoutError) as error:
+            part.replace(failed)
+            raise NotebookFailed(
+                f"{notebook} failed; the traceback is in {failed}\n{error}"
+            ) from error
+        part.replace(out)
 
 
 def refresh(notebook: Path, work_folder: Path = Path("runs/refresh")) -> None:
@@ -212,7 +218,7 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit status: 1 if a notebook failed, 2 for wrong arguments."""
+    """Command line; returns the exit status: 1 if a notebook failed, 2 if it could not be run or written."""
     given = _arguments(arguments)
     try:
         if given.command == "summary":
@@ -237,7 +243,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except NotebookFailed as error:
         print(error, file=sys.stderr)
         return 1
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
