@@ -115,10 +115,6 @@ def test_plot_points_has_a_mark_for_every_row():
     ]
     assert [t.get_text() for t in ax.get_legend().get_texts()] == ["k = 5", "k = 10"]
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("U (share)", "V (share)")
-    ends = table.assign(low=table["v"] - 0.5, high=table["v"] + 0.1)
-    ax = figures.plot_points(ends, "u", "v", "k", labels=("U (share)", "V (share)"))
-    segments = [bar.tolist() for bars in ax.collections[::2] for bar in bars.get_segments()]
-    assert segments[0] == [[0.2, 0.0], [0.2, 0.6]] and len(segments) == 3
 
 
 def test_plot_effects_shows_values_and_ends_from_the_top():

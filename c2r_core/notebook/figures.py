@@ -171,9 +171,12 @@ def plot_lines(
     ax = ax or panels(1, width=5)[0]
     for name, look in styles(table[by]).items():
         rows = table[table[by] == name].groupby(order or x)
-        reach = [_half_widths(rows[column]) for column in ([y, x] if order else [y]) if intervals]
-        line = {"linestyle": look.line, "label": look.label, "markersize": 6, **look.mark}
-        ax.errorbar(rows[x].mean(), rows[y].mean(), *reach, capsize=2, elinewidth=1, **line)
+        points = rows[x].mean(), rows[y].mean()
+        ax.plot(*points, look.line, markersize=6, label=look.label, **look.mark)
+        if intervals:
+            reach = [_half_widths(rows[column]) for column in ([y, x] if order else [y])]
+            bars = {"ecolor": look.colour, "elinewidth": 1, "capsize": 2, "alpha": 0.7}
+            ax.errorbar(*points, *reach, fmt="none", **bars)
     ax.set(xlabel=labels[0], ylabel=labels[1])
     if order:
         ax.locator_params(axis="x", nbins=4)
@@ -187,7 +190,7 @@ def logarithmic(ax: Axes, values: Iterable[float]) -> None:
     ax.set_xscale("log")
     values = sorted(set(values))
     if len(values) <= 6:
-        ax.set_xticks(values, [f"{value:.{3 if value < 1 else 6}g}" for value in values])
+        ax.set_xticks(values, [f"{value:.{3 if value < 100 else 6}g}" for value in values])
         ax.minorticks_off()
 
 
@@ -200,17 +203,12 @@ def plot_points(
     labels: tuple[str, str],
     ax: Axes | None = None,
 ) -> Axes:
-    """One column against another, a mark for every row, told apart by a third, `by`.
-
-    If the table has the columns `low` and `high`, they are the ends of an interval of y.
-    """
+    """One column against another, a mark for every row, told apart by a third, `by`."""
     ax = ax or panels(1)[0]
     numbers = pd.api.types.is_numeric_dtype(table[by])
     for name, look in styles(sorted(table[by]) if numbers else table[by]).items():
         rows = table[table[by] == name]
         label = f"{by} = {name}" if numbers else look.label
-        if "low" in rows:
-            ax.vlines(rows[x], rows["low"], rows["high"], color=look.colour, linewidth=1)
         ax.scatter(rows[x], rows[y], s=40, label=label, zorder=3, **look.mark)
     ax.margins(0.12)
     ax.set(xlabel=labels[0], ylabel=labels[1])
