@@ -190,7 +190,7 @@ def test_plot_pairs_sorts_rows_by_the_difference_of_two_arms():
     )
     ends = table.assign(low=table["value"] - 0.1, high=table["value"] + 0.2)
     ax = figures.plot_pairs(ends, by="letter", label="absorbed fraction")
-    bars = ax.collections[1]
+    bars = ax.collections[0]
     np.testing.assert_allclose([bar[:, 1] for bar in bars.get_segments()], [[0.4, 0.7], [0.0, 0.3]])
     ax = figures.plot_pairs(table, by="letter", label="absorbed fraction")
     assert [t.get_text() for t in ax.get_xticklabels()] == ["C", "A"]

@@ -261,18 +261,20 @@ def plot_pairs(table: pd.DataFrame, *, by: str, label: str, ax: Axes | None = No
     """A value for every row and arm, the arms of a row joined, rows sorted by their difference.
 
     The table has the columns `arm`, `by` (such as "letter") and `value`, one row for each pair of the
-    former, and perhaps its interval's `low` and `high`. Rows are sorted by the second arm minus the first.
+    former, and perhaps its interval's `low` and `high`, drawn in place of what joins the arms. Rows are
+    sorted by the second arm minus the first.
     """
     ax = ax or panels(1, width=9)[0]
     looks = styles(table["arm"])
     wide = table.pivot(index=by, columns="arm", values="value")[list(looks)]
     if len(looks) > 1:
         wide = wide.loc[(wide.iloc[:, 1] - wide.iloc[:, 0]).sort_values().index]
-    ax.vlines(range(len(wide)), wide.min(axis=1), wide.max(axis=1), color="0.75", linewidth=2)
+    if "low" not in table:
+        ax.vlines(range(len(wide)), wide.min(axis=1), wide.max(axis=1), color="0.75", linewidth=2)
     for aside, (arm, look) in zip(_side_by_side(len(looks)), looks.items(), strict=True):
         rows = table[table["arm"] == arm].set_index(by).reindex(wide.index)
         places = np.arange(len(wide)) + aside * 0.16  # or marks would hide each other
-        if "low" in rows:
+        if "low" in table:
             ax.vlines(places, rows["low"], rows["high"], color=look.colour, linewidth=1)
         ax.scatter(places, rows["value"], label=look.label, zorder=3, **look.mark)
     ax.set_xticks(range(len(wide)), wide.index)
