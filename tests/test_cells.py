@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 
+from c2r_core.artefacts import cells
 from c2r_core.artefacts.cells import Cell, EditedCellError, differing, look, read_or_compute, state
 from c2r_core.artefacts.results import results_dir, runs_dir
 from forks import forked
@@ -115,6 +116,15 @@ def test_an_edited_cell_is_named_and_refused(what, mode):
     with pytest.raises(EditedCellError, match=r"toy/relu\.json is not what was computed"):
         read_or_compute(make(), mode)
     read_or_compute(make(), "anew")
+
+
+@pytest.mark.parametrize("modules", [["c2r_core.losses"], {"c2r_core.losses": ["abc"]}])
+def test_a_cell_whose_hashes_are_no_text_is_refused_though_its_digest_fits(modules):
+    read_or_compute(make(), "commit")
+    file = make().file(results_dir("default"))
+    content = json.loads(file.read_text()) | {"modules": modules}
+    file.write_text(json.dumps(content | {"digest": cells._digest(content)}))
+    assert state(make()).kind == "edited"
 
 
 def _compute_slowly():

@@ -11,7 +11,7 @@ from c2r_core.artefacts.cells import EditedCellError, State
 from c2r_core.artefacts.profiles import load_profile
 from c2r_core.artefacts.results import plain, results_dir, write_json
 from c2r_core.experiments import cells
-from c2r_core.experiments.evidence import STUDIES, Evidence, gather, marked, worst
+from c2r_core.experiments.evidence import STUDIES, Evidence, committed, gather, marked, worst
 from c2r_core.notebook import files
 from conftest import NOTEBOOKS, PROJECT
 
@@ -48,6 +48,18 @@ def test_marks_are_in_what_is_shown(kept):
     assert shown["block"].tolist() == ["0", "0 (STALE)", "1 (MISSING)", "1 (MISSING)"]
     assert "state" not in shown.columns
     assert worst(["current", "stale"]) == "stale" and worst(["current"]) == "current"
+
+
+def test_a_study_that_no_notebook_computes_is_read_when_it_is_complete(monkeypatch, tmp_path):
+    monkeypatch.setenv("C2R_RESULTS", str(tmp_path))
+    monkeypatch.setenv("C2R_CELLS", "anew")
+    profile = load_profile("default")
+    first, *others = cells("scale", profile)
+    keep(first, {"n": 1})
+    assert others and committed("scale", profile) == {}
+    for cell in others:
+        keep(cell, {"n": 2})
+    assert committed("scale", profile)[first.name] == {"n": 1}
 
 
 def test_an_edited_cell_stops_the_report(kept):

@@ -106,6 +106,26 @@ def test_ticks_of_a_logarithmic_axis_are_the_values_unless_they_are_many():
     assert many.get_xscale() == "log" and len(many.get_xticks()) != 7
 
 
+def test_plot_front_has_a_mark_for_every_point_and_joins_one_arm():
+    table = pd.DataFrame(
+        {
+            "arm": ["none", "none", "C²R", "C²R"],
+            "size": [2, 1, 2, 2],
+            "u": [0.1, 0.2, 0.3, 0.5],
+            "v": [0.5, 0.4, 0.1, 0.3],
+        }
+    )
+    ax = figures.plot_front(table, "u", "v", labels=("U (share)", "V (share)"), points=["size"])
+    line, _, (bars,) = ax.containers[0]
+    np.testing.assert_allclose(line.get_xydata(), [[0.2, 0.4], [0.1, 0.5]])
+    assert line.get_linestyle() == "-" and not np.ptp(bars.get_segments(), axis=1).any()
+    mark, _, (bars,) = ax.containers[1]
+    np.testing.assert_allclose(mark.get_xydata(), [[0.4, 0.2]])
+    low, high = mean_interval([0.1, 0.3])[1:]
+    np.testing.assert_allclose(bars.get_segments()[0], [[0.4, low], [0.4, high]])
+    assert mark.get_linestyle() == "None"
+
+
 def test_plot_points_has_a_mark_for_every_row():
     table = pd.DataFrame({"k": [10, 5, 10], "u": [0.1, 0.2, 0.4], "v": [1.0, 0.5, 0.7]})
     ax = figures.plot_points(table, "u", "v", "k", labels=("U (share)", "V (share)"))

@@ -47,3 +47,10 @@ def test_damaged_files_are_refused_as_documented_or_can_be_used(table, parser):
 def test_damaged_files_make_no_parser_write_elsewhere_or_take_much_memory(table, parser):
     assert table[parser]["outside"] == 0
     assert table[parser]["megabytes"] < MEGABYTES
+
+
+def test_the_page_has_a_row_for_every_parser():
+    page = (PROJECT / "docs" / "untrusted_files.md").read_text(encoding="utf-8")
+    table = page.partition("| parser |")[2].partition("\n\n")[0]
+    rows = [line.split("|")[1].strip() for line in table.splitlines()[2:]]
+    assert rows == list(PARSERS)

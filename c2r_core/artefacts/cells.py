@@ -206,8 +206,10 @@ def _is_timed(values: Any) -> bool:
 
 
 def _is_whole(content: Mapping[str, Any]) -> bool:
-    needed = {"schema", "settings", "inputs", "modules", "values"}
-    return needed <= content.keys() and isinstance(content["modules"], Mapping)
+    if not {"schema", "settings", "inputs", "modules", "values"} <= content.keys():
+        return False
+    modules = content["modules"]
+    return isinstance(modules, Mapping) and all(isinstance(h, str) for h in modules.values())
 
 
 def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:

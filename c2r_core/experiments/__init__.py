@@ -35,6 +35,8 @@ STUDIES = {
     "forms": "c2r_core.experiments.forms",
     "confirm": "c2r_core.experiments.confirm",
     "front": "c2r_core.experiments.front",
+    "shortlist": "c2r_core.experiments.shortlist",
+    "confirm_lm": "c2r_core.experiments.confirm_lm",
     "performance": "c2r_core.experiments.performance",
     "scale": "c2r_core.experiments.scale",
     "playground": "c2r_core.experiments.playground",

@@ -91,18 +91,19 @@ def differences(table: pd.DataFrame, outcome: str) -> dict[tuple[str, str, str],
 
 
 def holm_differences(table: pd.DataFrame, outcome: str) -> dict[tuple[str, str, str], Interval]:
-    """On the tree, against RIVALS: intervals as of `differences` whose levels are corrected by Holm.
+    """On the tree, against RIVALS: intervals as of `differences`, corrected by `holm`."""
+    pairs = _pairs(table, outcome)
+    return holm({key: pairs[key] for key in pairs if key[0] == TREE and key[2] in RIVALS})
+
+
+def holm(pairs: Mapping[Any, tuple[Sequence[float], Sequence[float]]]) -> dict[Any, Interval]:
+    """Paired intervals of first − second whose levels are corrected by Holm, 95 % for all together.
 
     The difference of smallest p value has the level that Bonferroni gives for all, the next that for one
     fewer, and so on; from the first on whose interval holds 0 all have that one's level (Holm, 1979).
     """
     from scipy.stats import ttest_rel
 
-    pairs = {
-        key: pair
-        for key, pair in _pairs(table, outcome).items()
-        if key[0] == TREE and key[2] in RIVALS
-    }
     p_values = {key: np.nan_to_num(ttest_rel(*pair).pvalue, nan=1.0) for key, pair in pairs.items()}
     found, fails = {}, False
     for rank, key in enumerate(sorted(pairs, key=p_values.__getitem__)):

@@ -17,7 +17,7 @@ from typing import Any
 
 import pandas as pd
 
-from c2r_core.artefacts.cells import State, look
+from c2r_core.artefacts.cells import State, look, read_or_compute, state
 from c2r_core.artefacts.names import slug
 from c2r_core.artefacts.profiles import Profile, training_seeds
 from c2r_core.experiments import blocks, cells, parity, validation
@@ -134,6 +134,17 @@ def gather(profile: Profile, studies: Sequence[str] = STUDIES) -> Evidence:
     return Evidence(
         profile, values, {s: {n: state for n, (state, _) in by.items()} for s, by in found.items()}
     )
+
+
+def committed(study: str, profile: Profile) -> dict[str, Any]:
+    """{name: values} of a study whose committed cells are all there and current; else empty.
+
+    Whatever C2R_CELLS says: for a study that takes hours, which no notebook computes.
+    """
+    made = cells(study, profile)
+    if any(state(cell).kind != "current" for cell in made):
+        return {}
+    return {cell.name: read_or_compute(cell, "kept") for cell in made}
 
 
 def worst(states: Iterable[str]) -> str:

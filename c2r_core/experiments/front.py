@@ -1,13 +1,13 @@
 """Study `front`: forms of C²R on a language model, beside OrtSAE and smaller dictionaries, against FVU.
 
 What a penalty buys is read against what it costs: absorption, consistency and use against FVU at equal L0. A
-cell is one SAE: a form at a strength, a width, a seed. The seeds are those of tuning, EXPLORING: what is
-found here chooses, and is confirmed on other seeds.
+cell is one SAE of the first of the tuning's seeds, EXPLORING: a form at a strength and a width. What is kept
+is tried on the others (study `shortlist`), and what is chosen is confirmed on fresh seeds (`confirm_lm`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -44,6 +44,8 @@ FORMS = (
     "directed, margin",
     "held norms",
 )
+SUCCESSES = {"erasing fails": "erased", "steering fails": "steered"}
+"""What COLUMNS read: shares of answers, from which `validation_table` makes those of failures."""
 
 
 @dataclass(frozen=True)
@@ -89,29 +91,48 @@ class Spec(NamedTuple):
         return replace(arm, form=penalty)
 
 
-def specs(lm: LanguageModelProfile) -> Iterator[Spec]:
+def plain_specs(lm: LanguageModelProfile) -> list[Spec]:
+    """No penalty at three widths: what size alone gives."""
+    return [Spec("none", 0.0, d_sae) for d_sae in (lm.d_sae, lm.d_sae // 2, lm.d_sae // 4)]
+
+
+def specs(lm: LanguageModelProfile) -> list[Spec]:
     """No penalty at three widths, then every form at every strength at the largest."""
-    widths = (lm.d_sae, lm.d_sae // 2, lm.d_sae // 4)
-    yield from (Spec("none", 0.0, d_sae) for d_sae in widths)
-    for strength in (STRENGTHS[1], STRENGTHS[0], STRENGTHS[2]):
-        yield from (Spec(title, strength, lm.d_sae) for title in FORMS)
+    in_turn = (STRENGTHS[1], STRENGTHS[0], STRENGTHS[2])
+    forms = [Spec(title, strength, lm.d_sae) for strength in in_turn for title in FORMS]
+    return plain_specs(lm) + forms
 
 
 def cells(profile: Profile, seed: int = 0, device: str = "cpu") -> list[Cell]:
-    """One cell an SAE, seed by seed; the seeds are always EXPLORING."""
+    """One cell an SAE; the seed is always the first of EXPLORING. Study `shortlist` has the others."""
     del seed
-    sources = Sources(profile)
+    return spec_cells("front", profile, EXPLORING[0], specs(profile.language_model), device)
+
+
+def spec_cells(
+    study: str, profile: Profile, seed: int, which: Sequence[Spec], device: str = "cpu"
+) -> list[Cell]:
+    """The records of METRICS, a cell an SAE of one seed."""
+    of_seed, sources = Study(study, profile, [seed], device), Sources(profile)
     return [
-        metric_cell(study, spec.arm(sources.lm, device), spec.title, METRICS, sources)
-        for one in EXPLORING
-        for study in [Study("front", profile, [one], device)]
-        for spec in specs(sources.lm)
+        metric_cell(of_seed, spec.arm(sources.lm, device), spec.title, METRICS, sources)
+        for spec in which
     ]
 
 
 def front_table(values: Mapping[str, Any], lm: LanguageModelProfile) -> pd.DataFrame:
-    """One row an SAE that is there: form, strength, d_sae, seed, and the columns of study `validation`."""
-    by_title = {spec.title: spec for spec in specs(lm)}
-    table = metric_table(values, COLUMNS, by_title)
+    """`spec_table` of the study's own list."""
+    return spec_table(values, specs(lm))
+
+
+def spec_table(values: Mapping[str, Any], which: Sequence[Spec]) -> pd.DataFrame:
+    """One row an SAE that is there: form, strength, d_sae, seed, and what was measured.
+
+    The columns are those of study `validation`, but for "erased" and "steered", the shares of answers, and
+    "live share".
+    """
+    by_title = {spec.title: spec for spec in which}
+    table = metric_table(values, COLUMNS, by_title).rename(columns=SUCCESSES)
     about = pd.DataFrame([by_title[title] for title in table["arm"]], columns=Spec._fields)
-    return about.join(table.drop(columns="arm"))
+    table = about.join(table.drop(columns="arm"))
+    return table.assign(**{"live share": table["live latents"] / table["d_sae"]})

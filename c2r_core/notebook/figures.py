@@ -1,8 +1,5 @@
 """Every figure of the notebooks: functions that take data and return Axes, all in one look.
 
-An arm has one colour, marker and label in every figure (`ARMS`); in a figure without arms the colours
-are others. Lines differ by marker and by lightness as well as by colour, so that figures read in grey.
-
 `label` and `labels` are what the axes say, units included; `ax` is a new figure's if not given.
 """
 
@@ -10,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -20,62 +17,8 @@ import torch
 from matplotlib.axes import Axes
 from torch import Tensor
 
+from c2r_core.notebook.looks import ARMS, COLOURS, GREY, Style, styles
 from c2r_core.statistics import mean_interval
-
-
-class Style(NamedTuple):
-    """How one arm, or one line, is drawn."""
-
-    colour: str
-    marker: str
-    label: str
-    line: str = "-"
-
-    @property
-    def mark(self) -> dict[str, str]:
-        """Colour and marker as matplotlib's arguments."""
-        return {"color": self.colour, "marker": self.marker}
-
-
-COLOURS = ("#1b3a57", "#d1603d", "#5ba3a0", "#c9b458", "#8a6fa8", "#9a9a9a", "#5f7f2e", "#e39aa8")
-OTHER_COLOURS = "#33333d #2f86c9 #a3306b #7cc4ea #8a5a33 #c08fd6 #2b8f4e #b0b04a".split()
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<")
-LINES = ("-", "--", ":", "-.")
-GREY = {"color": "0.4", "linewidth": 1, "zorder": 1}
-
-_NAMES = (
-    ("baseline", "none"),
-    ("C²R", "ReLU with C²R", "BatchTopK with C²R"),
-    ("OrtSAE",),
-    ("small baseline",),
-    ("minimum", "directed"),
-    ("no SAE", "unweighted sum"),
-    ("product",),
-    ("co-activation",),
-)
-_LOOKS, _OTHER_LOOKS = (
-    tuple(zip(colours, MARKERS, LINES * 2, strict=True)) for colours in (COLOURS, OTHER_COLOURS)
-)
-ARMS: dict[str, Style] = {
-    name: Style(colour, marker, name, line)
-    for names, (colour, marker, line) in zip(_NAMES, _LOOKS, strict=True)
-    for name in names
-} | {"group lasso": Style("#4d4d4d", "*", "group lasso", ":")}
-"""What an arm looks like, by its name; one dictionary for all figures."""
-
-
-def styles(names: Iterable[Hashable]) -> dict[Hashable, Style]:
-    """A style for every name: an arm's own, else the next free one; without arms, one of other colours."""
-    names = dict.fromkeys(names)
-    own = {name: ARMS[name] for name in names if name in ARMS}
-    taken = {style.colour for style in own.values()}
-    looks = _LOOKS if own else _OTHER_LOOKS
-    free = itertools.cycle(look for look in looks if look[0] not in taken)
-    others = (name for name in names if name not in own)
-    return own | {
-        name: Style(colour, marker, str(name), line)
-        for name, (colour, marker, line) in zip(others, free, strict=False)
-    }
 
 
 def use_style() -> None:
@@ -192,6 +135,34 @@ def logarithmic(ax: Axes, values: Iterable[float]) -> None:
     if len(values) <= 6:
         ax.set_xticks(values, [f"{value:.{3 if value < 100 else 6}g}" for value in values])
         ax.minorticks_off()
+
+
+def plot_front(
+    table: pd.DataFrame,
+    x: str,
+    y: str,
+    *,
+    labels: tuple[str, str],
+    points: Sequence[str],
+    line: str = "none",
+    ax: Axes | None = None,
+) -> Axes:
+    """An outcome against its cost: a mark for every arm and point, with the 95 % interval of y over its rows.
+
+    The table has the columns `arm`, `x`, `y`, and `points`, whose values tell an arm's points apart, such as
+    a strength; one row per run. A single run has no interval. The points of the arm `line` are joined.
+    """
+    ax = ax or panels(1)[0]
+    for name, look in styles(table["arm"]).items():
+        rows = table[table["arm"] == name].dropna(subset=[x, y])
+        marks = [of_point for _, of_point in rows.groupby(list(points))]
+        reach = [np.ptp(mean_interval(of[y])[1:]) / 2 if len(of) > 1 else 0.0 for of in marks]
+        line_of = {"linestyle": look.line if name == line else "", "label": look.label}
+        means = ([of[column].mean() for of in marks] for column in (x, y))
+        bars = {"yerr": reach, "elinewidth": 0.8, "ecolor": (look.colour, 0.5)}
+        ax.errorbar(*means, markersize=5, **bars, **line_of, **look.mark)
+    ax.set(xlabel=labels[0], ylabel=labels[1])
+    return _legend_beside(ax)
 
 
 def plot_points(

@@ -1,0 +1,227 @@
+"""Study `confirm_lm`: the form of C²R that was chosen on a language model, on seeds that chose nothing.
+
+docs/design.md says how strengths and form are chosen, which outcomes count, and as what. A cell is an SAE of
+one seed, or the agreement of two SAEs that differ in their seed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from c2r_core.artefacts.cells import Cell
+from c2r_core.artefacts.names import slug
+from c2r_core.artefacts.profiles import LanguageModelProfile, Profile
+from c2r_core.experiments.agreement import flat
+from c2r_core.experiments.confirm import RIVALS, SEEDS, holm
+from c2r_core.experiments.front import Spec, plain_specs, spec_cells, spec_table
+from c2r_core.experiments.language_model import (
+    LanguageModelArm,
+    Sources,
+    evaluated,
+    trained,
+    training_data,
+)
+from c2r_core.experiments.shortlist import PRIMARY
+from c2r_core.experiments.study import Study
+from c2r_core.experiments.validation import EFFECTS
+from c2r_core.statistics import Interval, mean_interval, paired_interval
+
+CHOSEN = "directed OrtSAE"
+STRENGTHS = {"C²R": 0.8839, "OrtSAE": 0.8839, CHOSEN: 0.8839}
+"""By form: what `shortlist.choice` gives for the committed cells; a test holds them so."""
+PAIRS = tuple(itertools.combinations(SEEDS, 2))
+"""Of seeds whose SAEs are compared: all."""
+
+OUTCOMES = {
+    name: EFFECTS[name] for name in (PRIMARY, "consistency", "exception rate", "no carrier")
+}
+OUTCOMES |= {"erased": "answers erased (share)", "steered": "answers steered (share)"}
+"""Columns of `spec_table` and their titles; the first is the primary outcome."""
+SAME_FVU = 0.003
+"""By so much a form's FVU may be higher than its rival's."""
+LESS_AGREEMENT = 0.03
+"""By less than so much may PW-MCC be lower than without a penalty."""
+RESULTS = ("contrary", "not reached", "reached")
+"""From the worst; contrary is an interval that lies wholly on the wrong side of its bound."""
+
+
+# -- what is trained and measured ---------------------------------------------------------------
+
+
+def specs(lm: LanguageModelProfile) -> list[Spec]:
+    """No penalty at three widths, C²R, OrtSAE and the chosen form at their strengths."""
+    penalties = [Spec(title, strength, lm.d_sae) for title, strength in STRENGTHS.items()]
+    return plain_specs(lm) + penalties
+
+
+def cells(profile: Profile, seed: int = 0, device: str = "cpu") -> list[Cell]:
+    """One cell an SAE, seed by seed, then one a pair of SAEs; the seeds are always SEEDS."""
+    del seed
+    sources, which = Sources(profile), specs(profile.language_model)
+    made = [cell for one in SEEDS for cell in spec_cells("confirm_lm", profile, one, which, device)]
+    for title, pair, spec in _compared(sources.lm):
+        how = {"arm": spec.arm(sources.lm, device), "sources": sources}
+        study = Study("confirm_lm", profile, pair, device)
+        made.append(study.cell(title, measure_pair, modules=["c2r_core.metrics.agreement"], **how))
+    return made
+
+
+def _compared(lm: LanguageModelProfile) -> list[tuple[str, tuple[int, int], Spec]]:
+    """The cells of agreement: title, seeds, and what is trained; of the largest width."""
+    largest = [spec for spec in specs(lm) if spec.d_sae == lm.d_sae]
+    return [
+        (f"{spec.title}, seeds {pair[0]} and {pair[1]}", pair, spec)
+        for pair in PAIRS
+        for spec in largest
+    ]
+
+
+def measure_pair(
+    arm: LanguageModelArm, sources: Sources, seeds: Sequence[int], device: str
+) -> dict[str, Any]:
+    """The record of the metric `agreement`, of the arm's SAEs of two seeds."""
+    data = training_data(sources.lm, device)
+    sae, other = (trained(arm, data, seed, device) for seed in seeds)
+    return evaluated(sae, ["agreement"], sources, device, against=other)["agreement"]
+
+
+def confirm_table(values: Mapping[str, Any], lm: LanguageModelProfile) -> pd.DataFrame:
+    """`spec_table` of the study's own list."""
+    return spec_table(values, specs(lm))
+
+
+def agreement_table(values: Mapping[str, Any], lm: LanguageModelProfile) -> pd.DataFrame:
+    """One row a pair of SAEs: form, seed, other, and the main numbers of their agreement."""
+    return pd.DataFrame(
+        {"form": spec.form, "seed": pair[0], "other": pair[1]} | flat(values[slug(title)]["values"])
+        for title, pair, spec in _compared(lm)
+        if values.get(slug(title), {}).get("status") == "evaluated"
+    )
+
+
+# -- confirming ---------------------------------------------------------------------------------
+
+
+def matched(table: pd.DataFrame) -> pd.DataFrame:
+    """Each penalty's outcomes beside what fewer latents give at its FVU, seed by seed.
+
+    From `confirm_table`. `of size` is interpolated linearly in FVU between the SAEs without a penalty; where
+    the penalty's FVU lies `outside` theirs, it is the nearest one's. Columns: form, seed, outcome, own,
+    of size, outside.
+    """
+    rows = []
+    for seed, saes in table.groupby("seed"):
+        sizes = saes[saes["form"] == "none"].sort_values("fvu")
+        for sae in saes[saes["form"] != "none"].to_dict("records"):
+            outside = not sizes["fvu"].min() <= sae["fvu"] <= sizes["fvu"].max()
+            for outcome in OUTCOMES:
+                of_size = float(np.interp(sae["fvu"], sizes["fvu"], sizes[outcome]))
+                about = {"form": sae["form"], "seed": seed, "outcome": outcome}
+                rows.append(about | {"own": sae[outcome], "of size": of_size, "outside": outside})
+    return pd.DataFrame(rows).dropna()
+
+
+def excess_table(table: pd.DataFrame) -> pd.DataFrame:
+    """By how much each penalty's outcomes exceed what fewer latents give at its FVU, paired by seed.
+
+    One row an outcome and form: `mean`, `low`, `high` (95 %, Student's t over `seeds`; of PRIMARY corrected
+    by `holm` over the penalties), and on how many seeds the FVU was `outside`.
+    """
+    found = matched(table)
+    pairs = {
+        (outcome, form): (rows["own"].tolist(), rows["of size"].tolist())
+        for outcome in OUTCOMES
+        for form, rows in found[found["outcome"] == outcome].groupby("form", sort=False)
+    }
+    intervals = {key: paired_interval(*pair) for key, pair in pairs.items()}
+    intervals |= holm({key: pair for key, pair in pairs.items() if key[0] == PRIMARY})
+    outside = found.groupby(["outcome", "form"])["outside"].sum()
+    return pd.DataFrame(
+        {"outcome": key[0], "form": key[1], "seeds": len(pairs[key][0]), "outside": outside[key]}
+        | interval._asdict()
+        for key, interval in intervals.items()
+    )
+
+
+def difference(table: pd.DataFrame, outcome: str, rival: str) -> Interval:
+    """Chosen form minus a rival, paired by seed: 95 % interval, Student's t."""
+    both = table[table["form"].isin([CHOSEN, rival])]
+    wide = both.pivot(index="seed", columns="form", values=outcome).dropna()
+    return paired_interval(wide[CHOSEN], wide[rival])
+
+
+def jackknife_interval(by_pair: Mapping[tuple[int, int], float]) -> Interval:
+    """95 % interval of a mean over pairs of seeds, where a seed is in several pairs.
+
+    Such pairs are not independent, so the interval is over the seeds: each is left out in turn, with its
+    pairs, and Student's t is of the pseudo-values that this gives (Tukey's jackknife).
+    """
+    seeds = sorted({seed for pair in by_pair for seed in pair})
+    mean = np.mean(list(by_pair.values()))
+    without = [
+        np.mean([value for pair, value in by_pair.items() if seed not in pair]) for seed in seeds
+    ]
+    return mean_interval(len(seeds) * mean - (len(seeds) - 1) * np.array(without))
+
+
+def agreement_difference(agreement: pd.DataFrame) -> Interval:
+    """PW-MCC of the chosen form minus that without a penalty, over pairs of seeds: `jackknife_interval`."""
+    wide = agreement.pivot(index=["seed", "other"], columns="form", values="pw_mcc")
+    return jackknife_interval((wide[CHOSEN] - wide["none"]).dropna().to_dict())
+
+
+def verdicts(table: pd.DataFrame, agreement: pd.DataFrame) -> pd.DataFrame:
+    """The verdicts of docs/design.md on the chosen form: one row an interval that a verdict rests on.
+
+    Columns: verdict, measured, mean, low, high; the interval should lie `wanted` ("below" or "above") the
+    `bound`. `fvu` is the mean difference in FVU where that counts too. `result`, one of RESULTS, is the
+    verdict's: the worst of its rows.
+    """
+    excess = excess_table(table).set_index(["outcome", "form"])[["mean", "low", "high"]]
+
+    def of_size(outcome: str) -> Interval:
+        return Interval(*excess.loc[(outcome, CHOSEN)])
+
+    rows = [_row("better than size", "absorption, excess (Holm)", of_size(PRIMARY), "below")]
+    for rival in RIVALS:
+        found, fvu = (difference(table, outcome, rival) for outcome in (PRIMARY, "fvu"))
+        about = f"better than {rival}", f"absorption, {CHOSEN} − {rival}"
+        rows.append(_row(*about, found, "below", fvu=fvu.mean))
+    about = "costs no agreement", f"PW-MCC, {CHOSEN} − none"
+    rows.append(_row(*about, agreement_difference(agreement), "above", bound=-LESS_AGREEMENT))
+    for outcome in ("erased", "steered"):
+        rows.append(_row("better used", f"{outcome}, excess", of_size(outcome), "above"))
+    judged = pd.DataFrame(rows)
+    judged["result"] = judged.groupby("verdict")["result"].transform(_worst)
+    return judged
+
+
+def _row(
+    verdict: str,
+    measured: str,
+    interval: Interval,
+    wanted: str,
+    *,
+    bound: float = 0.0,
+    fvu: float = math.nan,
+) -> dict[str, Any]:
+    results = [result(interval, wanted, bound)] + ["not reached"] * (fvu > SAME_FVU)
+    about = {"verdict": verdict, "measured": measured} | interval._asdict()
+    return about | {"wanted": wanted, "bound": bound, "fvu": fvu, "result": _worst(results)}
+
+
+def result(interval: Interval, wanted: str, bound: float = 0.0) -> str:
+    """Which of RESULTS it is that an interval should lie "below" or "above" a bound."""
+    below, above = interval.high < bound, interval.low > bound
+    reached, contrary = (below, above) if wanted == "below" else (above, below)
+    return "reached" if reached else "contrary" if contrary else "not reached"
+
+
+def _worst(results: Iterable[str]) -> str:
+    return min(results, key=RESULTS.index)
