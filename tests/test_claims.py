@@ -83,6 +83,7 @@ def test_a_check_prints_a_number_only_where_it_fails():
         ((0.0, -0.06, 0.03), {"between": (-0.05, 0.05)}, "FAILS measured +0.000 [−0.060, +0.030]"),
         ((0.98, 0.978, 0.982), {"at_least": 0.9}, "holds measured 0.980 [0.978, 0.982]"),
         ((-0.1, -0.2, 0.0004), {"at_most": 0}, "FAILS measured −0.1000 [−0.2000, +0.0004]"),
+        ((-1e-9, -0.074, 0.075), {"at_most": 0}, "FAILS measured −0.000 [−0.074, +0.075]"),
         ((float("nan"),) * 3, {"at_most": 0}, "FAILS measured nan [nan, nan]"),
         (None, {"at_most": 0}, "not measured measured "),
     ],

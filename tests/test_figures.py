@@ -30,6 +30,7 @@ def test_plot_arms_marks_every_seed_and_the_mean():
     assert bars == pytest.approx([0.2, 0.6])
     assert [t.get_text() for t in ax.get_xticklabels()] == ["a", "b"]
     assert ax.get_ylabel() == "FVU (share of variance)"
+    assert ax.get_ylim()[0] == 0 and ax.get_ylim()[1] > 0.7 * 1.04, "no mark is cut at the top"
     shapes = [points.get_paths()[0].vertices.shape for points in ax.collections[::2]]
     assert shapes[0] != shapes[1], "arms must differ in grey too"
 
@@ -74,11 +75,35 @@ def test_other_names_get_looks_that_no_arm_beside_them_has():
     assert len({(arm.colour, arm.marker, arm.line) for arm in shown_together}) == 4
 
 
+def test_lines_that_are_no_arms_have_no_arms_colours():
+    looks = figures.styles(["α = 1", "α = 0.5", *range(6)]).values()
+    assert len({(look.colour, look.marker) for look in looks}) == 8
+    assert {look.colour for look in looks}.isdisjoint(arm.colour for arm in figures.ARMS.values())
+
+
 def test_plot_lines_joins_points_in_order_of_a_logarithmic_axis():
     table = pd.DataFrame({"arm": ["a", "a", "b"], "w": [1.0, 0.1, 1.0], "v": [5.0, 4.0, 3.0]})
     ax = figures.plot_lines(table, "w", "v", labels=("weight", "V (share)"))
     np.testing.assert_allclose(ax.lines[0].get_xydata(), [[0.1, 4.0], [1.0, 5.0]])
     assert ax.get_xscale() == "log" and len(ax.lines) == 2
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["0.1", "1"]
+    assert not len(ax.xaxis.get_minorticklocs())
+
+
+def test_plot_lines_gives_a_mean_over_seeds_its_interval():
+    table = pd.DataFrame({"arm": "a", "w": [1, 1, 1, 2], "v": [0.1, 0.2, 0.6, 0.4]})
+    ax = figures.plot_lines(table, "w", "v", labels=("weight", "V"), intervals=True)
+    (bars,) = ax.containers[0].lines[2]
+    ends = [segment[:, 1].tolist() for segment in bars.get_segments()]
+    np.testing.assert_allclose(ends, [mean_interval([0.1, 0.2, 0.6])[1:], [0.4, 0.4]])
+
+
+def test_ticks_of_a_logarithmic_axis_are_the_values_unless_they_are_many():
+    few, many = figures.panels(2)
+    figures.logarithmic(few, [100, 0.0001221, 100])
+    assert [t.get_text() for t in few.get_xticklabels()] == ["0.000122", "100"]
+    figures.logarithmic(many, range(1, 8))
+    assert many.get_xscale() == "log" and len(many.get_xticks()) != 7
 
 
 def test_plot_front_has_a_mark_for_every_point_and_joins_one_arm():
@@ -121,6 +146,17 @@ def test_plot_effects_shows_values_and_ends_from_the_top():
     assert ends == [[-1, 0.5], [1, 4]]
     assert ax.get_ylim()[0] > 1 and ax.get_ylim()[1] < 0, "no row is cut in half"
     assert ax.yaxis_inverted() and [t.get_text() for t in ax.get_yticklabels()] == ["a", "b"]
+
+
+@pytest.mark.parametrize(("names", "aside"), [("xy", 0), ("xx", 0.11)])
+def test_plot_effects_moves_only_arms_of_one_name_apart(names, aside):
+    table = pd.DataFrame({"name": list(names), "arm": ["C²R", "OrtSAE"], "mean": [1.0, 2.0]})
+    ax = figures.plot_effects(table.assign(low=0, high=3), label="effect")
+    places = [bars.lines[0].get_ydata()[0] for bars in ax.containers]
+    assert places == pytest.approx([-aside, list(dict.fromkeys(names)).index(names[1]) + aside])
+    assert (ax.get_legend() is None) == (aside == 0)
+    colours = [bars.lines[0].get_color() for bars in ax.containers]
+    assert colours == [figures.ARMS[arm].colour for arm in ("C²R", "OrtSAE")]
 
 
 def test_plot_matrix_writes_the_numbers():
@@ -172,9 +208,14 @@ def test_plot_pairs_sorts_rows_by_the_difference_of_two_arms():
             "value": [0.1, 0.5, 0.4, 0.2],
         }
     )
+    ends = table.assign(low=table["value"] - 0.1, high=table["value"] + 0.2)
+    ax = figures.plot_pairs(ends, by="letter", label="absorbed fraction")
+    bars = ax.collections[0]
+    np.testing.assert_allclose([bar[:, 1] for bar in bars.get_segments()], [[0.4, 0.7], [0.0, 0.3]])
     ax = figures.plot_pairs(table, by="letter", label="absorbed fraction")
     assert [t.get_text() for t in ax.get_xticklabels()] == ["C", "A"]
     joins, *points = ax.collections
+    assert points[0].get_offsets()[0, 0] < 0 < points[1].get_offsets()[0, 0], "none hides another"
     assert [p.get_offsets()[:, 1].tolist() for p in points] == [[0.5, 0.1], [0.2, 0.4]]
     assert [bar[:, 1].tolist() for bar in joins.get_segments()] == [[0.2, 0.5], [0.1, 0.4]]
 

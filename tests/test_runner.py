@@ -171,7 +171,7 @@ def test_summary_fails_where_a_verdict_is_not_as_committed(tmp_path, executed):
 
 
 def test_a_verdict_that_another_training_changes_is_not_settled(tmp_path):
-    """Another processor rounds otherwise: an interval that overlaps agrees, whatever the verdict."""
+    """Another processor differs in rounding: an interval that overlaps agrees, whatever the verdict."""
     changed = CLAIM.replace("holds", "FAILS").replace("0.50 [0.40, 0.60]", "0.2 [−0.10, +0.45]")
     notebook_with(tmp_path / "notebooks" / "01_a.ipynb", "[check holds] one", CLAIM)
     notebook_with(tmp_path / "runs" / "01_a.ipynb", "[check holds] one", changed)

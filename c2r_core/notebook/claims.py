@@ -240,19 +240,25 @@ def _within(
 
 
 def _rounded(values: Sequence[Any], bounds: Sequence[float] = ()) -> list[str]:
-    """Numbers to two significant digits of the largest, and to more where a bound would be blurred."""
+    """Numbers to two significant digits of the largest, and to more where a bound would be blurred.
+
+    A mean that lies on its bound gets no more digits than a hundredth of its interval's width has.
+    """
     if any(not isinstance(value, int | float) for value in values):
         return [str(value) for value in values]
     if all(isinstance(value, int) for value in values):
         return [_signed(f"{value:d}") for value in values]
     finite = [abs(value) for value in values if math.isfinite(value) and value]
     digits = 1 - math.floor(math.log10(max(finite))) if finite else 0
-    spread = max(values) - min(values)
+    spread, most_of_mean = max(values) - min(values), MOST_DIGITS
     if math.isfinite(spread) and spread > 0:
         digits = max(digits, -math.floor(math.log10(spread)))
+        most_of_mean = 2 - math.floor(math.log10(spread))
     digits = min(max(digits, 0), MOST_DIGITS)
     while digits < MOST_DIGITS and any(
-        _blurs(value, bound, digits) for value in values for bound in bounds
+        _blurs(value, bound, digits)
+        for value in (values if digits < most_of_mean else values[1:])
+        for bound in bounds
     ):
         digits += 1
     plus = "+" if min(values) < 0 and len(values) > 1 else ""

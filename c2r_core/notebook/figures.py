@@ -1,8 +1,5 @@
 """Every figure of the notebooks: functions that take data and return Axes, all in one look.
 
-An arm has one colour, marker and label in every figure (`ARMS`). Arms differ by marker and by
-lightness as well as by colour, so that figures read in grey.
-
 `label` and `labels` are what the axes say, units included; `ax` is a new figure's if not given.
 """
 
@@ -10,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -20,58 +17,8 @@ import torch
 from matplotlib.axes import Axes
 from torch import Tensor
 
+from c2r_core.notebook.looks import ARMS, COLOURS, GREY, Style, styles
 from c2r_core.statistics import mean_interval
-
-
-class Style(NamedTuple):
-    """How one arm, or one line, is drawn."""
-
-    colour: str
-    marker: str
-    label: str
-    line: str = "-"
-
-    @property
-    def mark(self) -> dict[str, str]:
-        """Colour and marker as matplotlib's arguments."""
-        return {"color": self.colour, "marker": self.marker}
-
-
-COLOURS = ("#1b3a57", "#d1603d", "#5ba3a0", "#c9b458", "#8a6fa8", "#9a9a9a", "#5f7f2e", "#e39aa8")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<")
-LINES = ("-", "--", ":", "-.")
-GREY = {"color": "0.4", "linewidth": 1, "zorder": 1}
-
-_NAMES = (
-    ("baseline", "none"),
-    ("C²R", "ReLU with C²R", "BatchTopK with C²R"),
-    ("OrtSAE",),
-    ("small baseline", "directed OrtSAE"),
-    ("minimum", "directed"),
-    ("no SAE", "unweighted sum", "directed OrtSAE, margin"),
-    ("product", "silent partner, directed"),
-    ("co-activation", "directed, margin"),
-)
-_LOOKS = tuple(zip(COLOURS, MARKERS, LINES * 2, strict=True))
-ARMS: dict[str, Style] = {
-    name: Style(colour, marker, name, line)
-    for names, (colour, marker, line) in zip(_NAMES, _LOOKS, strict=True)
-    for name in names
-} | {name: Style("#4d4d4d", "*", name, ":") for name in ("group lasso", "held norms")}
-"""What an arm looks like, by its name; one dictionary for all figures."""
-
-
-def styles(names: Iterable[Hashable]) -> dict[Hashable, Style]:
-    """A style for every name: its own if it is an arm's, else the next that no name here has."""
-    names = dict.fromkeys(names)
-    own = {name: ARMS[name] for name in names if name in ARMS}
-    taken = {style.colour for style in own.values()}
-    free = itertools.cycle(look for look in _LOOKS if look[0] not in taken)
-    others = (name for name in names if name not in own)
-    return own | {
-        name: Style(colour, marker, str(name), line)
-        for name, (colour, marker, line) in zip(others, free, strict=False)
-    }
 
 
 def use_style() -> None:
@@ -109,7 +56,10 @@ def plot_arms(table: pd.DataFrame, metric: str, *, label: str, ax: Axes | None =
     for position, (arm, look) in enumerate(looks.items()):
         _marks_and_mean(ax, table.loc[table["arm"] == arm, metric], position, 0.3, look, 0.15)
     _name_places(ax, looks, rotation=20, ha="right")
-    ax.set(ylabel=label, ylim=(min(0.0, ax.get_ylim()[0]), None), xlim=(-0.6, len(looks) - 0.4))
+    bottom, top = ax.get_ylim()
+    if bottom > 0:
+        ax.set_ylim(0, 1.05 * top)  # or marks at the top would be cut
+    ax.set(ylabel=label, xlim=(-0.6, len(looks) - 0.4))
     return ax
 
 
@@ -153,28 +103,38 @@ def plot_lines(
     labels: tuple[str, str],
     by: str = "arm",
     order: str | None = None,
+    intervals: bool = False,
     ax: Axes | None = None,
 ) -> Axes:
     """One line of y against x for every value of `by`: means over rows of equal `order`.
 
     Points are joined along `order`, a column; along x itself, on a logarithmic scale, if it is not given.
+    With `intervals` a point has the 95 % interval of its mean, if it rests on several rows, one a seed.
     """
     ax = ax or panels(1, width=5)[0]
     for name, look in styles(table[by]).items():
         rows = table[table[by] == name].groupby(order or x)
-        points = rows[y].mean()
-        ax.plot(
-            rows[x].mean() if order else points.index,
-            points,
-            look.line,
-            markersize=6,
-            label=look.label,
-            **look.mark,
-        )
-    ax.set(xlabel=labels[0], ylabel=labels[1], xscale="linear" if order else "log")
+        points = rows[x].mean(), rows[y].mean()
+        ax.plot(*points, look.line, markersize=6, label=look.label, **look.mark)
+        if intervals:
+            reach = [_half_widths(rows[column]) for column in ([y, x] if order else [y])]
+            bars = {"ecolor": look.colour, "elinewidth": 1, "capsize": 2, "alpha": 0.7}
+            ax.errorbar(*points, *reach, fmt="none", **bars)
+    ax.set(xlabel=labels[0], ylabel=labels[1])
     if order:
         ax.locator_params(axis="x", nbins=4)
+    else:
+        logarithmic(ax, table[x])
     return _legend_beside(ax)
+
+
+def logarithmic(ax: Axes, values: Iterable[float]) -> None:
+    """Make the x axis logarithmic, with ticks at the values if they are few: other labels would overlap."""
+    ax.set_xscale("log")
+    values = sorted(set(values))
+    if len(values) <= 6:
+        ax.set_xticks(values, [f"{value:.{3 if value < 100 else 6}g}" for value in values])
+        ax.minorticks_off()
 
 
 def plot_front(
@@ -229,21 +189,23 @@ def plot_points(
 def plot_effects(table: pd.DataFrame, *, label: str, ax: Axes | None = None) -> Axes:
     """Values with 95 % intervals, one below the other, the first at the top.
 
-    The table has the columns `name`, `mean`, `low` and `high`, and perhaps `arm`.
+    The table has the columns `name`, `mean`, `low` and `high`, and perhaps `arm`; several arms of one
+    name stand beside each other.
     """
     ax = ax or panels(1)[0]
     names = list(dict.fromkeys(table["name"]))
-    looks = styles(table["arm"]) if "arm" in table else {None: ARMS["baseline"]}
+    looks = styles(table["arm"] if "arm" in table else [None])
+    beside = len(looks) > 1 and len(names) < len(table)
     for aside, (arm, look) in zip(_side_by_side(len(looks)), looks.items(), strict=True):
         rows = table if arm is None else table[table["arm"] == arm]
-        places = rows["name"].map(names.index) + aside * 0.22
+        places = rows["name"].map(names.index) + aside * 0.22 * beside
         line = {"linestyle": "", "label": look.label, **look.mark}
         ax.errorbar(rows["mean"], places, xerr=_reach(rows), capsize=3, **line)
     ax.axvline(0, **GREY)
     ax.set_yticks(range(len(names)), names)
     ax.set(xlabel=label, ylim=(len(names) - 0.4, -0.6))
     ax.grid(axis="y", visible=False)
-    return _legend_beside(ax) if len(looks) > 1 else ax
+    return _legend_beside(ax) if beside else ax
 
 
 def plot_intervals(
@@ -261,10 +223,8 @@ def plot_intervals(
         line = {"linestyle": look.line, "label": look.label, **look.mark}
         ax.errorbar(places, rows["mean"], yerr=_reach(rows), capsize=2, **line)
     ax.axhline(0, **GREY)
-    ax.set(xlabel=labels[0], ylabel=labels[1], xscale="log")
-    values = sorted(table[x].unique())
-    ax.set_xticks(values, [f"{value:g}" for value in values])
-    ax.minorticks_off()
+    ax.set(xlabel=labels[0], ylabel=labels[1])
+    logarithmic(ax, table[x])
     return _legend_beside(ax)
 
 
@@ -272,16 +232,22 @@ def plot_pairs(table: pd.DataFrame, *, by: str, label: str, ax: Axes | None = No
     """A value for every row and arm, the arms of a row joined, rows sorted by their difference.
 
     The table has the columns `arm`, `by` (such as "letter") and `value`, one row for each pair of the
-    former. What is sorted by is the second arm minus the first.
+    former, and perhaps its interval's `low` and `high`, drawn in place of what joins the arms. Rows are
+    sorted by the second arm minus the first.
     """
     ax = ax or panels(1, width=9)[0]
     looks = styles(table["arm"])
     wide = table.pivot(index=by, columns="arm", values="value")[list(looks)]
     if len(looks) > 1:
         wide = wide.loc[(wide.iloc[:, 1] - wide.iloc[:, 0]).sort_values().index]
-    ax.vlines(range(len(wide)), wide.min(axis=1), wide.max(axis=1), color="0.75", linewidth=2)
-    for arm, look in looks.items():
-        ax.scatter(range(len(wide)), wide[arm], label=look.label, zorder=3, **look.mark)
+    if "low" not in table:
+        ax.vlines(range(len(wide)), wide.min(axis=1), wide.max(axis=1), color="0.75", linewidth=2)
+    for aside, (arm, look) in zip(_side_by_side(len(looks)), looks.items(), strict=True):
+        rows = table[table["arm"] == arm].set_index(by).reindex(wide.index)
+        places = np.arange(len(wide)) + aside * 0.16  # or marks would hide each other
+        if "low" in table:
+            ax.vlines(places, rows["low"], rows["high"], color=look.colour, linewidth=1)
+        ax.scatter(places, rows["value"], label=look.label, zorder=3, **look.mark)
     ax.set_xticks(range(len(wide)), wide.index)
     ax.set(xlabel=by, ylabel=label)
     return _legend_beside(ax)
@@ -344,9 +310,9 @@ def plot_pair_penalties(axes: Sequence[Axes] | None = None) -> list[Axes]:
         look = {"color": ARMS[arm].colour, "linestyle": ARMS[arm].line, "linewidth": 2}
         left.plot(share, values.detach(), label=label, **look)
         right.plot(share, force, label=label, **look)
-    x = "share of the concept's energy in the first latent"
+    x = "share of the concept's energy\nin the first latent"
     left.set(xlabel=x, ylabel="penalty, per unit of s", ylim=(0, 1.6))
-    right.set(xlabel=x, ylabel="force on the first latent, per unit of s", ylim=(-0.05, 1.6))
+    right.set(xlabel=x, ylabel="force on the first latent,\nper unit of s", ylim=(-0.05, 1.6))
     return [left, _legend_beside(right)]
 
 
@@ -380,6 +346,12 @@ def plot_cumulative(
 def _side_by_side(n: int) -> np.ndarray:
     """Offsets of n things about 0, one apart."""
     return np.arange(n) - (n - 1) / 2
+
+
+def _half_widths(groups: Iterable[tuple[Hashable, pd.Series]]) -> list[float]:
+    """Of the 95 % intervals of the groups' means; 0 for a group of less than two values."""
+    values = [group.dropna() for _, group in groups]
+    return [mean_interval(one).high - one.mean() if len(one) > 1 else 0.0 for one in values]
 
 
 def _reach(rows: pd.DataFrame) -> list[pd.Series]:

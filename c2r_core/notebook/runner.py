@@ -139,7 +139,7 @@ def summary(committed: Path, executed: Path) -> tuple[str, bool]:
 
 UNSETTLED = (
     "Claims whose verdict is another one here, although the two intervals overlap. A training on another\n"
-    "processor, which rounds otherwise, is a new draw: what rests on one of them is not settled."
+    "processor, which differs in how it rounds, is a new draw: what rests on one of them is not settled."
 )
 
 
