@@ -8,8 +8,9 @@ import sys
 
 import pytest
 
-from c2r_core.evaluate import Options, compare, evaluate, json_schema, read_report
+from c2r_core.evaluate import Options, compare, contexts, evaluate, json_schema, read_report
 from c2r_core.evaluate import __main__ as command
+from c2r_core.evaluate.options import unlike_training
 from c2r_core.formats.inference import InferenceSAE, ReLU
 from c2r_core.metrics import METRICS
 from c2r_core.saes import BatchTopKSAE, save_sae
@@ -122,6 +123,27 @@ def test_without_an_sae_the_usage_is_shown(capsys):
         command.main([])
     assert end.value.code == command.NO_REPORT
     assert "the folder of an SAE is missing" in capsys.readouterr().err
+
+
+def test_what_is_read_is_what_the_sae_was_trained_on_or_it_is_said(tmp_path, capsys):
+    about = {"model": "random-2-layer", "hook_name": "blocks.1.hook_resid_post"}
+    about |= {"text": "my_texts/train", "text_fingerprint": "another"}
+    own = str(save_sae(BatchTopKSAE(D_IN, D_SAE, k=8, seed=1), tmp_path / "own", trained_on=about))
+    warned = "This SAE was trained on my_texts: give --corpus my_texts."
+    assert contexts.main([own, "7", "--profile", "smoke", "-n", "1"]) == 0
+    first, *rest = capsys.readouterr().out.splitlines()
+    read = "random-2-layer at blocks.1.hook_resid_post; text: sotu, held out."
+    assert first == f"{read} {warned}" and rest[0].startswith("latent 7")
+    other = ["--profile", "smoke", "--hook", "blocks.0.hook_resid_post"]
+    elsewhere = "Its config says that it reads blocks.1.hook_resid_post; measured at blocks.0."
+    assert contexts.main([own, "7", "-n", "1", *other]) == 0
+    assert elsewhere in capsys.readouterr().out
+    out = tmp_path / "report.json"
+    command.main([own, "--metrics", "reconstruction", "--out", str(out), *other])
+    said = capsys.readouterr().out
+    assert elsewhere in said and warned in said
+    same_name = unlike_training({"text": "sotu/train"}, None, read_report(out).text)
+    assert same_name == ["This SAE was trained on other documents of sotu: some may be read here."]
 
 
 def test_an_error_of_the_program_is_no_message(folder, tmp_path, monkeypatch):
