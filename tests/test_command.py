@@ -207,6 +207,7 @@ def test_two_reports_side_by_side(folder, tmp_path, capsys):
     (row,) = compare(*map(read_report, files))
     assert f"{row.a:.4g}" in said and f"{row.b:.4g}" in said
     assert command.main(["compare", files[0], str(tmp_path / "none.json")]) == 2
+    assert "There is no report" in capsys.readouterr().err
 
 
 def test_reports_with_a_metric_of_one_s_own_are_compared(folder, tmp_path, monkeypatch, capsys):

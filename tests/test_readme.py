@@ -114,6 +114,15 @@ def test_every_make_target_and_command_exists():
     assert {"evaluate", "compare", "contexts"} <= commands <= set(COMMANDS)
 
 
+def test_a_shell_block_reads_no_report_that_it_has_not_written():
+    (block,) = [b for b in re.findall(r"\n```\n(.*?)```", README, re.DOTALL) if "compare" in b]
+    evaluated = {line.split()[2] for line in block.splitlines() if line.startswith("c2r evaluate")}
+    written = set(re.findall(r"--out (\S+\.json)", block))
+    assert written == {f"{sae}.json" for sae in evaluated}
+    assert set(re.findall(r"\S+\.json", block)) == written
+    assert evaluated == {"my_plain", "my_c2r"}
+
+
 def test_every_room_and_every_group_of_metrics_is_in_its_table():
     rooms = {path.parent.name for path in (PROJECT / "c2r_core").glob("*/__init__.py")}
     assert rooms == set(re.findall(r"^    c2r_core/(\w+)  ", README, flags=re.MULTILINE))
