@@ -204,6 +204,7 @@ def test_two_reports_side_by_side(folder, tmp_path, capsys):
     assert command.main(["compare", *files]) == 0
     said = capsys.readouterr().out
     assert "Not measured alike: settings.seed: 0 and 1" in said
+    assert "0.json" in said and "1.json" in said and "* better number; no test of chance." in said
     (row,) = compare(*map(read_report, files))
     assert f"{row.a:.4g}" in said and f"{row.b:.4g}" in said
     assert command.main(["compare", files[0], str(tmp_path / "none.json")]) == 2
