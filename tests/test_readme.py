@@ -11,6 +11,7 @@ import torch
 import c2r_core
 import c2r_core.training
 from c2r_core.__main__ import COMMANDS
+from c2r_core.artefacts.profiles import load_profile
 from c2r_core.metrics import groups
 from conftest import PROJECT
 from fake_hub import fake_hub
@@ -40,7 +41,10 @@ def test_the_whole_way_from_text_to_a_latent_runs(tmp_path, monkeypatch, capsys)
     assert names["plain"].text.sae_trained_on == "the other documents of this split"
     said = capsys.readouterr().out
     assert "reconstruction fvu" in said and "«" in said
-    assert (tmp_path / "my_c2r.json").is_file()
+    assert (tmp_path / "my_c2r.json").is_file() and (tmp_path / "c2r.png").is_file()
+    (again,) = [line for line in example.splitlines() if "ActivationStore.open(" in line]
+    exec(again.partition(": ")[2], names)
+    assert len(names["store"]) == len(names["batches"].store)
     (streamed,) = [code for code in PYTHON if "StreamedBatches(" in code]
     (tmp_path / "my_texts.jsonl").write_text(
         "".join(json.dumps({"text": d.text}) + "\n" for d in names["training"].documents[:20])
@@ -112,6 +116,13 @@ def test_every_make_target_and_command_exists():
         assert re.search(rf"^{name}[:/]", makefile, flags=re.MULTILINE), name
     commands = set(re.findall(r"(?:^|`)c2r (\w+)", README, flags=re.MULTILINE))
     assert {"evaluate", "compare", "contexts"} <= commands <= set(COMMANDS)
+
+
+def test_the_strength_of_the_example_is_a_quarter_of_what_is_measured():
+    (example,) = [code for code in PYTHON if "harvest(" in code]
+    (call,) = re.findall(r"weight_from_strength\((.*)\)", example)
+    measured = load_profile("default").language_model.c2r_strength
+    assert float(call.split(",")[0]) == pytest.approx(measured / 4, rel=0.01)
 
 
 def test_a_shell_block_reads_no_report_that_it_has_not_written():

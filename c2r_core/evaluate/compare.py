@@ -34,7 +34,7 @@ class Difference(NamedTuple):
     """What they are: "letters" or "concepts"."""
 
     def __str__(self) -> str:
-        mean, low, high = (f"{value:+.2g}".replace("-", "−") for value in self.interval)
+        mean, low, high = (f"{value:+.3f}".replace("-", "−") for value in self.interval)
         return f"{mean} [{low}, {high}], {self.n} {self.items}"
 
 
