@@ -1,7 +1,8 @@
-"""The README's Python runs as it stands, on small data; and it names what exists."""
+"""The Python of the README and the guide runs as it stands, on small data; and they name what exists."""
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 
@@ -13,11 +14,13 @@ import c2r_core.training
 from c2r_core.__main__ import COMMANDS
 from c2r_core.artefacts.profiles import load_profile
 from c2r_core.metrics import groups
+from c2r_core.notebook import files, runner
 from conftest import PROJECT
 from fake_hub import fake_hub
 
 README = (PROJECT / "README.md").read_text(encoding="utf-8")
-PYTHON = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+GUIDE = (PROJECT / "docs" / "guide.md").read_text(encoding="utf-8")
+PYTHON = re.findall(r"```python\n(.*?)```", README + GUIDE, flags=re.DOTALL)
 SMALLER = {
     "smollm2-135m": "random-2-layer",
     "blocks.4.": "blocks.1.",
@@ -76,6 +79,28 @@ def test_a_training_is_watched(tmp_path, monkeypatch):
     names = {"sae": sae, "batches": lambda step: x, "penalties": []} | vars(c2r_core.training)
     exec(example.replace("steps=1000", "steps=3"), names)
     assert names["history"].records and list((tmp_path / "my_logs").iterdir())
+
+
+def test_a_figure_of_one_s_own(tmp_path, monkeypatch, capsys):
+    (example,) = [code for code in PYTHON if "item_table(" in code]
+    monkeypatch.setenv("C2R_RESULTS", str(PROJECT / "results"))
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(example, names)
+    assert "language_model: " in capsys.readouterr().out
+    assert list(names["absorption"].columns) == ["C²R", "OrtSAE", "baseline"]
+    assert names["absorption"].notna().to_numpy().any(1).all() and len(names["absorption"]) > 20
+    assert (tmp_path / "letters.png").is_file()
+
+
+def test_what_is_printed_is_what_the_notebooks_print():
+    (block,) = [block for block in README.split("```")[1::2] if "[claim FAILS]" in block]
+    *claims, last = block.strip().splitlines()
+    notebook = files.read(PROJECT / "notebooks" / "03_toy_c2r.ipynb")
+    printed = [line.printed for line in files.verdicts(notebook)]
+    for claim in claims:
+        assert any(line.startswith(claim.removesuffix("…")) for line in printed), claim
+    assert last in inspect.getsource(runner)
 
 
 def test_the_loss_and_the_conversion():
