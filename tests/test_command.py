@@ -65,7 +65,8 @@ def test_it_prints_headlines_with_direction_and_baseline(folder, corpus_folder, 
     arguments = [str(folder), "--out", str(out), "--corpus", str(corpus_folder)]
     arguments += ["--profile", "smoke", "--metrics", "core"]
     assert command.main(arguments) == command.COMPLETE
-    said = capsys.readouterr().out
+    said, on_the_way = capsys.readouterr()
+    assert on_the_way.startswith("Measuring reconstruction, ")
     fvu = read_report(out)["reconstruction"].fvu
     (line,) = [line for line in said.splitlines() if line.startswith("reconstruction.fvu")]
     assert line.split() == [
@@ -160,6 +161,16 @@ def test_an_error_of_the_program_is_no_message(folder, tmp_path, monkeypatch):
 def test_the_schema_is_printed(capsys):
     assert command.main(["--schema"]) == command.COMPLETE
     assert json.loads(capsys.readouterr().out) == json_schema()
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    command = [sys.executable, "-m", "c2r_core", "evaluate", "--schema"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=PROJECT, text=True, **pipes) as run:
+        assert run.stdout.readline() == "{\n"
+        run.stdout.close()
+        assert run.stderr.read() == ""
+    assert run.returncode == 1
 
 
 OWN_METRIC = """

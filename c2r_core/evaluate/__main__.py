@@ -58,6 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"No report: {error}", file=sys.stderr)
         return NO_REPORT
+    print(f"Measuring {', '.join(evaluation.names)} …", file=sys.stderr, flush=True)
     report = evaluation.measure()
     write_report(report, out)
     kept.unlink(missing_ok=True)
