@@ -219,6 +219,7 @@ def shown(folder, view: str, size: str = "1280,900", page: str = "index.html") -
         ("#/list/1/100/", "101–128 of 128"),
         ("#/list/0/0/%3Cscript%3E", "Latents whose strongest token holds"),
         ("#/concepts/B", "Words that start with B"),
+        ("#/concepts/A", "Not here: C, D, "),
     ],
 )
 def test_every_view_is_shown_without_an_error(folder, view, expected):

@@ -135,6 +135,7 @@ def test_what_is_read_is_what_the_sae_was_trained_on_or_it_is_said(tmp_path, cap
     first, *rest = capsys.readouterr().out.splitlines()
     read = "random-2-layer at blocks.1.hook_resid_post; text: sotu, held out."
     assert first == f"{read} {warned}" and rest[0].startswith("latent 7")
+    assert rest[-1].endswith(" is the token that begins every context.")
     other = ["--profile", "smoke", "--hook", "blocks.0.hook_resid_post"]
     elsewhere = "Its config says that it reads blocks.1.hook_resid_post; measured at blocks.0."
     assert contexts.main([own, "7", "-n", "1", *other]) == 0

@@ -77,6 +77,8 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"latent {latent}" + ("" if found else " fires on none of the held-out tokens"))
             for one in found:
                 print(f"  {one.activation:8.2f}  {one.text!r}")
+        if tokenizer.bos_token:
+            print(f"{tokenizer.bos_token} is the token that begins every context.")
     except (ValueError, OSError) as error:
         print(f"Nothing to look at: {error}", file=sys.stderr)
         return 2
