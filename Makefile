@@ -126,7 +126,7 @@ $(filter-out $(foreach nn,00 01 02 03 04 06,runs/default/$(nn)_%),$(EXECUTED)): 
 runs/default/16_report.ipynb: | $(filter-out %/16_report.ipynb,$(EXECUTED)) # it reads what they compute
 
 runs/default/%.ipynb: notebooks/%.ipynb $(SOURCES) | $(DATA)
-	@$(RUNNER) run $< --profile default --out $@
+	@$(RUNNER) run $< --profile default --out $@ --brief # the summary comes at the end
 
 nb/%: $(DATA) ## execute notebook NN into runs/PROFILE; takes PROFILE and SEED
 	@$(RUNNER) run $(or $(filter notebooks/$*_%,$(NOTEBOOKS)),$(error no notebook $*)) \

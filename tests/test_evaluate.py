@@ -7,6 +7,7 @@ import json
 import sys
 from dataclasses import dataclass, replace
 
+import pandas as pd
 import pytest
 import torch
 
@@ -28,14 +29,16 @@ from c2r_core.evaluate import (
     write_report,
 )
 from c2r_core.evaluate.evaluation import _Kept
-from c2r_core.evaluate.report import NotEvaluated
+from c2r_core.evaluate.report import NotEvaluated, checked_record
 from c2r_core.formats.inference import InferenceSAE, ReLU
 from c2r_core.metrics import chosen_metrics, metric, standard_metrics
 from c2r_core.metrics.absorption import evaluate_first_letter
 from c2r_core.metrics.endpoint import Endpoint
 from c2r_core.metrics.inputs import Inputs
 from c2r_core.metrics.letter_probes import LetterProbes, LetterSplit
+from c2r_core.notebook.tables import paired_items
 from c2r_core.saes import BatchTopKSAE, TopKSAE, save_sae
+from conftest import PROJECT
 
 D_IN, D_SAE = 64, 96  # the random model's width
 PROFILE = load_profile("smoke")
@@ -318,6 +321,29 @@ def test_two_reports_are_compared(sae, measured):
     assert ratio.winner == ("a" if abs(ratio.a - 1) < abs(ratio.b - 1) else "b")
     assert rows["reconstruction", "l0"].winner == ""
     assert {row.winner for row in compare(reports[0], reports[0])} == {""}
+
+
+def test_means_over_letters_are_compared_letter_by_letter(sae, measured):
+    """As in the README's figure, from the same committed results."""
+    report, found = measured(sae, "decoder"), {}
+    for arm in ("baseline", "c2r"):
+        file = PROJECT / f"results/default/language_model/{arm}-seed-10-absorption.json"
+        found[arm] = json.loads(file.read_text())["values"]["absorption"]
+    a, b = (
+        replace(report, metrics={"absorption": checked_record("absorption", record)})
+        for record in found.values()
+    )
+    (row,) = [r for r in compare(a, b) if r.field == "mean_absorption_fraction_score"]
+    table = pd.DataFrame(
+        {"arm": arm, "seed": 10} | letter
+        for arm, record in found.items()
+        for letter in record["values"]["letters"]
+    )
+    expected = paired_items(table, "first_letter", "mean_absorption_fraction", arm="c2r")
+    assert row.difference.interval == pytest.approx(expected.interval)
+    assert f"{row.difference.n} first_letters, 1 seed" == expected.n
+    assert str(row.difference).endswith(f"], {row.difference.n} letters")
+    assert all(r.difference is None for r in compare(a, report))
 
 
 def test_a_metric_says_which_report_it_returns():

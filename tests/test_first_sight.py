@@ -38,6 +38,21 @@ def test_it_shows_the_committed_results(picture, script, monkeypatch):
     assert len(now["split"]["C²R"]) == load_profile("default").toy.seeds
 
 
+def test_the_caption_has_the_other_family_s_numbers(script, monkeypatch):
+    monkeypatch.setenv("C2R_RESULTS", str(PROJECT / "results"))
+    profile = load_profile("default")
+    values = script.committed("toy", profile)
+    tables = {name: script.toy_table(values, name, profile.toy) for name in ("relu", "batch_topk")}
+    split, silent = (
+        {name: fmean(script.values_by_seed(tables[name], "baseline", column)) for name in tables}
+        for column in ("latents_per_parent", "silent_with_child")
+    )
+    assert split["relu"] > split["batch_topk"] and silent["batch_topk"] > silent["relu"]
+    caption = " ".join((PROJECT / "README.md").read_text(encoding="utf-8").split())
+    said = f"in the other it is {split['batch_topk']:.1f} latents and {silent['relu']:.2f}."
+    assert said in caption
+
+
 def test_a_missing_result_is_named_with_the_command_that_computes_it(script):
     with pytest.raises(FileNotFoundError, match="of toy is missing; compute it with `c2r run toy"):
         script.shown(load_profile("default"))

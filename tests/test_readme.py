@@ -1,7 +1,8 @@
-"""The README's Python runs as it stands, on small data; and it names what exists."""
+"""The Python of the README and the guide runs as it stands, on small data; and they name what exists."""
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 
@@ -11,12 +12,15 @@ import torch
 import c2r_core
 import c2r_core.training
 from c2r_core.__main__ import COMMANDS
+from c2r_core.artefacts.profiles import load_profile
 from c2r_core.metrics import groups
+from c2r_core.notebook import files, runner
 from conftest import PROJECT
 from fake_hub import fake_hub
 
 README = (PROJECT / "README.md").read_text(encoding="utf-8")
-PYTHON = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+GUIDE = (PROJECT / "docs" / "guide.md").read_text(encoding="utf-8")
+PYTHON = re.findall(r"```python\n(.*?)```", README + GUIDE, flags=re.DOTALL)
 SMALLER = {
     "smollm2-135m": "random-2-layer",
     "blocks.4.": "blocks.1.",
@@ -40,7 +44,10 @@ def test_the_whole_way_from_text_to_a_latent_runs(tmp_path, monkeypatch, capsys)
     assert names["plain"].text.sae_trained_on == "the other documents of this split"
     said = capsys.readouterr().out
     assert "reconstruction fvu" in said and "«" in said
-    assert (tmp_path / "my_c2r.json").is_file()
+    assert (tmp_path / "my_c2r.json").is_file() and (tmp_path / "c2r.png").is_file()
+    (again,) = [line for line in example.splitlines() if "ActivationStore.open(" in line]
+    exec(again.partition(": ")[2], names)
+    assert len(names["store"]) == len(names["batches"].store)
     (streamed,) = [code for code in PYTHON if "StreamedBatches(" in code]
     (tmp_path / "my_texts.jsonl").write_text(
         "".join(json.dumps({"text": d.text}) + "\n" for d in names["training"].documents[:20])
@@ -72,6 +79,28 @@ def test_a_training_is_watched(tmp_path, monkeypatch):
     names = {"sae": sae, "batches": lambda step: x, "penalties": []} | vars(c2r_core.training)
     exec(example.replace("steps=1000", "steps=3"), names)
     assert names["history"].records and list((tmp_path / "my_logs").iterdir())
+
+
+def test_a_figure_of_one_s_own(tmp_path, monkeypatch, capsys):
+    (example,) = [code for code in PYTHON if "item_table(" in code]
+    monkeypatch.setenv("C2R_RESULTS", str(PROJECT / "results"))
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(example, names)
+    assert "language_model: " in capsys.readouterr().out
+    assert list(names["absorption"].columns) == ["C²R", "OrtSAE", "baseline"]
+    assert names["absorption"].notna().to_numpy().any(1).all() and len(names["absorption"]) > 20
+    assert (tmp_path / "letters.png").is_file()
+
+
+def test_what_is_printed_is_what_the_notebooks_print():
+    (block,) = [block for block in README.split("```")[1::2] if "[claim FAILS]" in block]
+    *claims, last = block.strip().splitlines()
+    notebook = files.read(PROJECT / "notebooks" / "03_toy_c2r.ipynb")
+    printed = [line.printed for line in files.verdicts(notebook)]
+    for claim in claims:
+        assert any(line.startswith(claim.removesuffix("…")) for line in printed), claim
+    assert last in inspect.getsource(runner)
 
 
 def test_the_loss_and_the_conversion():
@@ -112,6 +141,22 @@ def test_every_make_target_and_command_exists():
         assert re.search(rf"^{name}[:/]", makefile, flags=re.MULTILINE), name
     commands = set(re.findall(r"(?:^|`)c2r (\w+)", README, flags=re.MULTILINE))
     assert {"evaluate", "compare", "contexts"} <= commands <= set(COMMANDS)
+
+
+def test_the_strength_of_the_example_is_a_quarter_of_what_is_measured():
+    (example,) = [code for code in PYTHON if "harvest(" in code]
+    (call,) = re.findall(r"weight_from_strength\((.*)\)", example)
+    measured = load_profile("default").language_model.c2r_strength
+    assert float(call.split(",")[0]) == pytest.approx(measured / 4, rel=0.01)
+
+
+def test_a_shell_block_reads_no_report_that_it_has_not_written():
+    (block,) = [b for b in README.split("```")[1::2] if "\nc2r compare" in b]
+    evaluated = {line.split()[2] for line in block.splitlines() if line.startswith("c2r evaluate")}
+    written = set(re.findall(r"--out (\S+\.json)", block))
+    assert written == {f"{sae}.json" for sae in evaluated}
+    assert set(re.findall(r"\S+\.json", block)) == written
+    assert evaluated == {"my_plain", "my_c2r"}
 
 
 def test_every_room_and_every_group_of_metrics_is_in_its_table():

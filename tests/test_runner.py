@@ -126,6 +126,22 @@ def test_summary_prints_every_verdict_counts_claims_and_says_where_to_look(tmp_p
     assert str(tmp_path / "runs" / "02_b.json") in printed
 
 
+def test_a_run_ends_with_what_the_notebook_found(tiny, tmp_path, capsys):
+    notebook_with(tmp_path / "01_a.ipynb", "[check holds] one", CLAIM, "[lead] five")
+    assert runner.outcome_text(tmp_path / "01_a.ipynb").splitlines() == [
+        f"  {CLAIM}",
+        "  [lead] five",
+        "1 of 1 claims hold; one that FAILS is a result, no error.",
+        f"`make lab` opens the notebooks; this one is {tmp_path / '01_a.ipynb'}",
+    ]
+    out = tmp_path / "runs" / "00_tiny.ipynb"
+    run = ["run", str(tiny), "--profile", "smoke", "--out", str(out)]
+    assert runner.main(run) == 0
+    assert "[lead] it may rise elsewhere" in capsys.readouterr().out
+    assert runner.main([*run, "--brief"]) == 0
+    assert "[lead]" not in capsys.readouterr().out
+
+
 def test_summary_says_how_many_results_this_run_computed(tmp_path):
     for path in ("results/toy/a", "results/toy/b", "runs/toy/b", "runs/toy/of-no-study", "runs/01"):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)

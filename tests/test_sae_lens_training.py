@@ -336,24 +336,25 @@ def test_the_inference_sae_is_saelens_own_and_opens_here(kind, scale, tmp_path):
         torch.testing.assert_close(opened.sae.decode(feature_acts), theirs.decode(feature_acts))
 
 
-# -- SAELens' runner, by the README's lines -------------------------------------------------------
+# -- SAELens' runner, by the guide's lines --------------------------------------------------------
 
 SMALLER = {
     "batch_size=4096": "batch_size=64",
     "tokens=4096": "tokens=64",
-    "d_in=576": "d_in=64",
+    "d_in=768": "d_in=64",
     "d_sae=8192": "d_sae=128",
     "k=32": "k=4",
-    "mean_square_norm=576": "mean_square_norm=64",
+    "mean_square_norm=768": "mean_square_norm=64",
+    "**rest": "**(rest | more)",
 }
 
 
 @pytest.fixture
-def run_readme(tmp_path, monkeypatch, random_model, few_documents):
-    """Runs the README's lines on a small random model; gives the steps on which C²R was asked for,
+def run_guide(tmp_path, monkeypatch, random_model, few_documents):
+    """Runs the guide's lines on a small random model; gives the steps on which C²R was asked for,
     each with W_dec before it."""
-    readme = (PROJECT / "README.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
+    guide = (PROJECT / "docs" / "guide.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", guide, flags=re.DOTALL)
     (example,) = [code for code in blocks if "SAETrainingRunner" in code]
     for large, small in SMALLER.items():
         assert large in example, large
@@ -374,7 +375,7 @@ def run_readme(tmp_path, monkeypatch, random_model, few_documents):
         return factor(self, given)
 
     monkeypatch.setattr(plugin.AddsC2R, "_factor", spy)
-    rest = {
+    smaller = {
         "hook_name": "blocks.0.hook_resid_post",
         "dataset_path": "texts",
         "is_dataset_tokenized": False,
@@ -392,14 +393,14 @@ def run_readme(tmp_path, monkeypatch, random_model, few_documents):
 
     def run(**more):
         seen.clear()
-        exec(example, {"rest": rest | more})
+        exec(example, {"more": smaller | more})
         return list(seen)
 
     return run
 
 
-def test_saelens_runner_trains_saves_and_resumes(tmp_path, run_readme):
-    steps = run_readme(output_path=str(tmp_path / "sae"))
+def test_saelens_runner_trains_saves_and_resumes(tmp_path, run_guide):
+    steps = run_guide(output_path=str(tmp_path / "sae"))
     assert [step for step, _ in steps] == list(range(10))
     (checkpoint,) = (tmp_path / "checkpoints").glob("*/*")
     first = int(checkpoint.name) // 64
@@ -407,7 +408,7 @@ def test_saelens_runner_trains_saves_and_resumes(tmp_path, run_readme):
     assert (opened.architecture, opened.stated["data"]) == ("jumprelu", "texts")
     settings = json.loads((tmp_path / "sae" / "runner_cfg.json").read_text(encoding="utf-8"))["sae"]
     assert settings["architecture"] == "c2r_batchtopk" and settings["c2r_weight"] > 0
-    resumed = run_readme(
+    resumed = run_guide(
         resume_from_checkpoint=str(checkpoint), output_path=str(tmp_path / "resumed")
     )
     assert [step for step, _ in resumed] == list(range(first, 10))

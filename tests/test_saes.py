@@ -334,8 +334,10 @@ def test_damaged_folders_are_refused(tmp_path):
     with pytest.raises(ValueError, match="damaged"):
         load_sae(folder)
     (folder / "sae.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="save_sae"):
+    with pytest.raises(FileNotFoundError, match="holds no sae.safetensors; .* save_sae"):
         load_sae(folder)
+    with pytest.raises(FileNotFoundError, match="There is no folder .*nowhere"):
+        load_sae(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize(
@@ -360,7 +362,7 @@ def test_damaged_folders_are_refused(tmp_path):
             r"sizes \[4, 4\] sum to 8, not to d_sae=16",
         ),
         (lambda: MatryoshkaBatchTopKSAE(8, 9, k=2), "every group needs a latent"),
-        (lambda: create_sae("top_k", d_in=8), "known are: batch_topk"),
+        (lambda: create_sae("top_k", d_in=8), "did you mean 'topk'. Known: batch_topk"),
         (lambda: make("topk").encode(torch.ones(3, 5)), "d_in=12"),
         (lambda: make("topk", seed=[0, 1])(torch.ones(3, D_IN)), "stack of 2 SAEs expects"),
         (lambda: save_sae(make("topk", seed=[0, 1]), "unused"), "unstack"),
@@ -370,3 +372,10 @@ def test_damaged_folders_are_refused(tmp_path):
 def test_bad_input_is_refused(create, message):
     with pytest.raises(ValueError, match=message):
         create()
+
+
+def test_what_an_architecture_takes_is_said():
+    with pytest.raises(TypeError, match=r"'topk', …\): .*'k'\. It takes d_in, d_sae, k, "):
+        create_sae("topk", d_in=8, d_sae=16)
+    with pytest.raises(TypeError, match=r"'l1'\. It takes d_in"):
+        create_sae("topk", d_in=8, d_sae=16, k=2, l1=1)

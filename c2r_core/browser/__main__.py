@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from c2r_core.browser.pages import browse
-from c2r_core.evaluate.options import add_reading_options, inputs_to_look_at
+from c2r_core.evaluate.options import OF_ITS_RECORD, add_reading_options, inputs_to_look_at
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -16,11 +16,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("path", metavar="SAE", help="folder of an SAE, as `c2r evaluate` takes it")
     parser.add_argument("--against", metavar="SAE", help="a second one, shown beside it")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="where the pages go")
-    add_reading_options(parser)
+    add_reading_options(parser, OF_ITS_RECORD)
     parser.add_argument("--device", default="cpu")
     given = parser.parse_args(arguments)
     try:
-        inputs = inputs_to_look_at(given, device=given.device, against=given.against)
+        inputs, read = inputs_to_look_at(given, device=given.device, against=given.against)
+        print(read)
         saes = {Path(given.path).resolve().name: inputs.sae}
         if given.against is not None:
             name = Path(given.against).resolve().name

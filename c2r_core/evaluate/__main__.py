@@ -21,7 +21,7 @@ from c2r_core.evaluate import METRICS, Options, Report, json_schema, write_repor
 from c2r_core.evaluate.compare import main as compare_reports
 from c2r_core.evaluate.compare import number
 from c2r_core.evaluate.evaluation import prepare
-from c2r_core.evaluate.options import add_reading_options
+from c2r_core.evaluate.options import add_reading_options, unlike_training
 from c2r_core.evaluate.plugins import add_plugin_option, import_plugins
 from c2r_core.metrics import groups
 from c2r_core.metrics.endpoint import Endpoint
@@ -59,6 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"No report: {error}", file=sys.stderr)
         return NO_REPORT
+    print(f"Measuring {', '.join(evaluation.names)} …", file=sys.stderr, flush=True)
     try:
         report = evaluation.measure()
         write_report(report, out)
@@ -72,9 +73,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _print(report: Report) -> None:
-    said = report.sae.stated.get("hook_name", "")
-    if report.model and said.startswith("blocks.") and said != report.model.hook_name:
-        print(f"Its config says that it reads {said}; measured at {report.model.hook_name}.")
+    for sentence in unlike_training(report.sae.stated, report.model, report.text):
+        print(sentence)
     rows = report.headline()
     width = max((len(f"{row.metric}.{row.field}") for row in rows), default=0)
     for row in rows:

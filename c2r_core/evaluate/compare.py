@@ -4,10 +4,38 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 from typing import NamedTuple
 
+from c2r_core.errors import NotEvaluable
 from c2r_core.evaluate.plugins import add_plugin_option, import_plugins
 from c2r_core.evaluate.report import Report, read_report
+from c2r_core.statistics import Interval, paired_interval
+
+LETTERS, CONCEPTS = ("letters", "first_letter"), ("concepts", "concept")
+PAIRED = {
+    ("absorption", "mean_absorption_fraction_score"): (*LETTERS, "mean_absorption_fraction"),
+    ("absorption", "mean_full_absorption_score"): (*LETTERS, "full_absorption_rate"),
+    ("absorption", "mean_num_split_features"): (*LETTERS, "num_split_features"),
+    ("assignment_consistency", "mean_consistency"): (*CONCEPTS, "consistency"),
+    ("assignment_consistency", "mean_exception_rate"): (*CONCEPTS, "exception_rate"),
+    ("assignment_consistency", "mean_no_carrier_share"): (*CONCEPTS, "no_carrier_share"),
+    ("assignment_consistency", "mean_f1"): (*CONCEPTS, "f1"),
+}
+"""Headline numbers that are means: of which list of the metric's report, what names an item, its field."""
+
+
+class Difference(NamedTuple):
+    """The mean of B − A over the items that both reports have, with its 95 % interval (Student's t)."""
+
+    interval: Interval
+    n: int
+    items: str
+    """What they are: "letters" or "concepts"."""
+
+    def __str__(self) -> str:
+        mean, low, high = (f"{value:+.3f}".replace("-", "−") for value in self.interval)
+        return f"{mean} [{low}, {high}], {self.n} {self.items}"
 
 
 class ComparedRow(NamedTuple):
@@ -20,20 +48,43 @@ class ComparedRow(NamedTuple):
     better: str
     winner: str
     """"a", "b", or "" where they are equal, or no direction is better."""
+    difference: Difference | None = None
+    """None where the number is no mean over items, or fewer than two items have it in both reports."""
 
 
 def compare(a: Report, b: Report) -> list[ComparedRow]:
     """Headline numbers of two reports, with the better one of each.
 
-    Which of two numbers is better says nothing of whether the difference is more than chance.
+    Which of two numbers is better says nothing of whether the difference is more than chance. Where a number
+    is a mean over letters or concepts, `difference` has an interval over these; what another training would
+    change is not in it.
     """
     rows_a, rows_b = ({row[:2]: row for row in report.headline()} for report in (a, b))
     compared = []
     for key in dict.fromkeys([*rows_a, *rows_b]):
         better = (rows_a.get(key) or rows_b[key]).better
         values = [rows[key].value if key in rows else None for rows in (rows_a, rows_b)]
-        compared.append(ComparedRow(*key, *values, better, _winner(*values, better)))
+        winner = _winner(*values, better)
+        compared.append(ComparedRow(*key, *values, better, winner, _difference(a, b, *key)))
     return compared
+
+
+def _difference(a: Report, b: Report, metric: str, field: str) -> Difference | None:
+    if (metric, field) not in PAIRED:
+        return None
+    items, name, value = PAIRED[metric, field]
+    try:
+        first, second = (
+            {getattr(item, name): getattr(item, value) for item in getattr(report[metric], items)}
+            for report in (a, b)
+        )
+    except (KeyError, NotEvaluable):  # one of them has no such metric
+        return None
+    both = [k for k, v in first.items() if v is not None and second.get(k) is not None]
+    if len(both) < 2:
+        return None
+    interval = paired_interval([second[k] for k in both], [first[k] for k in both])
+    return Difference(interval, len(both), items)
 
 
 def differences(a: Report, b: Report) -> list[str]:
@@ -80,20 +131,32 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     for difference in differences(a, b):
         print(f"Not measured alike: {difference}")
-    rows = compare(a, b)
-    width = max((len(f"{row.metric}.{row.field}") for row in rows), default=0)
-    print(f"{'':{width}}  {'A':>10}  {'B':>10}  better")
-    for row in rows:
-        marked = [
-            number(value) + ("*" if row.winner == side else " ")
-            for side, value in (("a", row.a), ("b", row.b))
-        ]
-        name = f"{row.metric}.{row.field}"
-        print(f"{name:{width}}  {marked[0]:>10}  {marked[1]:>10}  {row.better}")
-    for name, reasons in (("A", a.not_evaluable), ("B", b.not_evaluable)):
+    names = [Path(file).name for file in (given.a, given.b)]
+    names = [given.a, given.b] if names[0] == names[1] else names
+    _print(compare(a, b), names)
+    for name, reasons in zip(names, (a.not_evaluable, b.not_evaluable), strict=True):
         for metric, reason in reasons.items():
             print(f"{name}: {metric} is not evaluable. {reason}")
     return 0
+
+
+def _print(rows: list[ComparedRow], names: list[str]) -> None:
+    width = max((len(f"{row.metric}.{row.field}") for row in rows), default=0)
+    wide = [max(10, len(name)) for name in names]
+    titles = "  ".join(f"{name:>{w}}" for name, w in zip(names, wide, strict=True))
+    print(f"{'':{width}}  {titles}  {'better':6}  second − first")
+    for row in rows:
+        marked = "  ".join(
+            f"{number(value) + ('*' if row.winner == side else ' '):>{w}}"
+            for side, value, w in zip("ab", (row.a, row.b), wide, strict=True)
+        )
+        line = f"{f'{row.metric}.{row.field}':{width}}  {marked}  {row.better:6}"
+        print(f"{line}  {'' if row.difference is None else row.difference}".rstrip())
+    print("* better number; no test of chance.")
+    if any(row.difference for row in rows):
+        print(
+            "The intervals (95 %) are over letters or concepts, paired; another training may differ by more."
+        )
 
 
 if __name__ == "__main__":

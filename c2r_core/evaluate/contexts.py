@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from c2r_core.data.harvest import ActivationStore
-from c2r_core.evaluate.options import add_reading_options, inputs_to_look_at
+from c2r_core.evaluate.options import OF_ITS_RECORD, add_reading_options, inputs_to_look_at
 from c2r_core.metrics.encoding import chunk_size, encode
 from c2r_core.saes.interface import AnySAE
 
@@ -66,16 +66,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("path", metavar="SAE", help="folder of an SAE, as `c2r evaluate` takes it")
     parser.add_argument("latents", metavar="LATENT", type=int, nargs="+", help="from 0 on")
     parser.add_argument("-n", type=int, default=4, help="contexts of each; default: %(default)s")
-    add_reading_options(parser)
+    add_reading_options(parser, OF_ITS_RECORD)
     given = parser.parse_args(arguments)
     try:
-        inputs = inputs_to_look_at(given)
+        inputs, read = inputs_to_look_at(given)
+        print(read)
         tokenizer = inputs.language_model.tokenizer
         for latent in given.latents:
             found = strongest_contexts(inputs.sae, inputs.activations, tokenizer, latent, given.n)
             print(f"latent {latent}" + ("" if found else " fires on none of the held-out tokens"))
             for one in found:
                 print(f"  {one.activation:8.2f}  {one.text!r}")
+        if tokenizer.bos_token:
+            print(f"{tokenizer.bos_token} is the token that begins every context.")
     except (ValueError, OSError) as error:
         print(f"Nothing to look at: {error}", file=sys.stderr)
         return 2

@@ -198,6 +198,10 @@ def read_report(file: str | Path) -> Report:
 
     Raises ValueError if the file is no report of this version, OSError if it cannot be read.
     """
+    if not Path(file).exists():
+        raise FileNotFoundError(
+            f"There is no report {file}; `c2r evaluate FOLDER --out {file}` writes it."
+        )
     content = read_json(Path(file))
     version = content.get("schema_version") if isinstance(content, dict) else None
     if version != SCHEMA_VERSION:

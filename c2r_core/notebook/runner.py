@@ -193,6 +193,17 @@ def claims_text(lines: Iterable[Line]) -> str:
     return "\n".join(["Claims (checks, guards and leads are not counted):", *rows])
 
 
+def outcome_text(executed: Path) -> str:
+    """What one executed notebook found: guards, claims and leads, how many claims hold, where to look."""
+    found = notebook_files.verdicts(notebook_files.read(executed))
+    lines = [f"  {line.printed}" for line in found if line.kind != "check"]
+    judged = [x.verdict for x in found if x.kind == "claim" and x.verdict in ("holds", "FAILS")]
+    if judged:
+        held = judged.count("holds")
+        lines.append(f"{held} of {len(judged)} claims hold; one that FAILS is a result, no error.")
+    return "\n".join([*lines, f"`make lab` opens the notebooks; this one is {executed}"])
+
+
 def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m c2r_core.notebook.runner", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -204,6 +215,7 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     runs.add_argument("--profile", dest="PROFILE", help=", ".join(profile_names()))
     runs.add_argument("--seed", dest="SEED", type=int)
     runs.add_argument("--device", dest="DEVICE", help="auto, cpu or cuda")
+    runs.add_argument("--brief", action="store_true", help="do not print what it found")
     runs.add_argument(
         "-p", dest="others", nargs=2, action="append", default=[], metavar=("NAME", "VALUE")
     )
@@ -239,6 +251,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"running {given.notebook} -> {given.out}", flush=True)
         started = time.monotonic()
         run(given.notebook, given.out, parameters)
+        if not given.brief:
+            print(outcome_text(given.out))
         print(f"done: {given.out} ({time.monotonic() - started:.0f} s)", flush=True)
     except NotebookFailed as error:
         print(error, file=sys.stderr)

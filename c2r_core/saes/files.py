@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import filecmp
+import inspect
 import json
 import math
 import sys
@@ -22,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from c2r_core.artefacts.checksums import compare, of_file, of_values
 from c2r_core.artefacts.fields import from_json
 from c2r_core.artefacts.files import whole_folder
+from c2r_core.artefacts.names import unknown_name
 from c2r_core.saes.base import SAE
 
 FORMAT_VERSION = 2
@@ -47,10 +49,18 @@ def create_sae(architecture: str, **arguments: Any) -> SAE:
     ------
     ValueError
         If the architecture is unknown; the message lists the known ones.
+    TypeError
+        If it needs another argument, such as `k`, or has one too many; the message lists what it takes.
     """
     if architecture not in ARCHITECTURES:
-        known = ", ".join(sorted(ARCHITECTURES))
-        raise ValueError(f"Unknown architecture {architecture!r}; known are: {known}.")
+        raise ValueError(unknown_name("architecture", architecture, sorted(ARCHITECTURES)))
+    takes = inspect.signature(ARCHITECTURES[architecture])
+    try:
+        takes.bind(**arguments)
+    except TypeError as error:
+        raise TypeError(
+            f"create_sae({architecture!r}, …): {error}. It takes {', '.join(takes.parameters)}."
+        ) from error
     return ARCHITECTURES[architecture](**arguments)
 
 
@@ -123,12 +133,16 @@ def load_sae(folder: str | Path, device: str | torch.device = "cpu") -> SAE:
     Raises
     ------
     FileNotFoundError
-        If the folder lacks `config.json` or `sae.safetensors`.
+        If there is no such folder, or it lacks `config.json` or `sae.safetensors`.
     ValueError
         If a file is not what was saved; the message names it. Also if the config is of another format version
         or architecture, or does not fit the tensors.
     """
     folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"There is no folder {folder}; expected one that save_sae has written."
+        )
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise FileNotFoundError(

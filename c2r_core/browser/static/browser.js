@@ -177,6 +177,7 @@ const C2R = (() => {
     const links = data.concepts.map((one) => element("a", { href: `#/concepts/${one.name}`,
       ...(one === concept ? { "aria-current": "page" } : {}) }, `${one.name} `));
     const saes = data.saes.map((sae) => ({ name: sae.name, ...concept.saes[sae.name] }));
+    const leftOut = [..."ABCDEFGHIJKLMNOPQRSTUVWXYZ"].filter((letter) => !data.concepts.some((one) => one.name === letter));
     const columns = saes.map((own, i) => element("section", {}, element("h2", {}, own.name),
       element("p", {}, `Exceptions: ${own.carriers.filter((_, n) => isException(own, n)).length} of ${concept.words.length} words; `
         + `AC ${own.consistency}`),
@@ -191,7 +192,8 @@ const C2R = (() => {
       element("p", {}, "Letters (j and k turn the page): ", ...links),
       element("p", { class: "note" }, "A word's carrier is the latent that writes most of the letter's direction. Red words are "
         + "exceptions: another latent than the most frequent carrier writes most, or, dashed, no latent carries the letter. "
-        + "AC is the chance that two words have one carrier."),
+        + "AC is the chance that two words have one carrier."
+        + (leftOut.length ? ` Not here: ${leftOut.join(", ")}; the model itself does not tell these letters well, or they have too few words.` : "")),
       element("div", { class: "columns" }, ...columns),
       saes.length < 2 ? null : element("section", {}, element("h2", {}, "Where each word is an exception"),
         ...byExceptions(concept.words, saes).flatMap(([where, words]) => [
