@@ -49,8 +49,8 @@ def test_the_caption_has_the_other_family_s_numbers(script, monkeypatch):
     )
     assert split["relu"] > split["batch_topk"] and silent["batch_topk"] > silent["relu"]
     caption = " ".join((PROJECT / "README.md").read_text(encoding="utf-8").split())
-    said = f"in the other it is {split['batch_topk']:.1f} latents and {silent['relu']:.2f}."
-    assert said in caption
+    other = split["batch_topk"], silent["relu"]
+    assert "in the other it is {:.1f} latents (left) and {:.2f} (middle).".format(*other) in caption
 
 
 def test_a_missing_result_is_named_with_the_command_that_computes_it(script):
