@@ -13,6 +13,7 @@ import resource
 import shutil
 import signal
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from unittest.mock import patch
 
 import torch
+from tqdm import tqdm
 
 from architectures import make, new_sae
 from c2r_core.artefacts.cells import Cell, read_or_compute
@@ -108,6 +110,8 @@ def started(work: Callable[..., object], *given: Any, said: Path | None = None) 
     """Number of a process that does work(*given); a file may take what its error says."""
     child = os.fork()
     if child == 0:
+        # tqdm's own lock is one for all forked processes, and stays locked when its holder is killed.
+        tqdm.set_lock(threading.RLock())
         try:
             work(*given)
         except BaseException as error:
