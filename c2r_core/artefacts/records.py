@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import ClassVar, Self
 
@@ -33,11 +32,13 @@ class Record:
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
         others = {name: value for name, value in vars(self).items() if name not in tensors}
         for name, value in others.items():
-            if isinstance(value, float) and not math.isfinite(value):
+            try:
+                json.dumps(value, allow_nan=False)
+            except ValueError as error:
                 raise NotEvaluable(
                     f"{type(self).__name__}.{name} is {value}; expected a number, not NaN or infinite. "
                     "Check what it was computed from: are the language model's weights sound?"
-                )
+                ) from error
         text = json.dumps({"format_version": _FORMAT_VERSION, **others})
         with whole_folder(folder) as part:
             save_file(tensors, part / f"{self.FILES}.safetensors")

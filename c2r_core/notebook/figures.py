@@ -154,12 +154,10 @@ def plot_front(
     """
     ax = ax or panels(1)[0]
     for name, look in styles(table["arm"]).items():
-        rows = table[table["arm"] == name].dropna(subset=[x, y])
-        marks = [of_point for _, of_point in rows.groupby(list(points))]
-        reach = [np.ptp(mean_interval(of[y])[1:]) / 2 if len(of) > 1 else 0.0 for of in marks]
+        marks = table[table["arm"] == name].dropna(subset=[x, y]).groupby(list(points))
+        means = marks[x].mean(), marks[y].mean()
         line_of = {"linestyle": look.line if name == line else "", "label": look.label}
-        means = ([of[column].mean() for of in marks] for column in (x, y))
-        bars = {"yerr": reach, "elinewidth": 0.8, "ecolor": (look.colour, 0.5)}
+        bars = {"yerr": _half_widths(marks[y]), "elinewidth": 0.8, "ecolor": (look.colour, 0.5)}
         ax.errorbar(*means, markersize=5, **bars, **line_of, **look.mark)
     ax.set(xlabel=labels[0], ylabel=labels[1])
     return _legend_beside(ax)
