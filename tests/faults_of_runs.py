@@ -27,6 +27,7 @@ import c2r_core.notebook.figures  # noqa: F401  # a forked kernel has it then
 from c2r_core.notebook import files as notebook_files
 from c2r_core.notebook import runner
 from c2r_core.saes import ARCHITECTURES, load_sae, save_sae
+from faults import flip
 from faulty_work import (
     Expected,
     Outcome,
@@ -456,28 +457,30 @@ def jumping_clocks(world: World) -> Outcome:
     return outcome
 
 
-# -- what is half written in the cache ------------------------------------------------------------
+# -- what is damaged in the cache -----------------------------------------------------------------
 
 
-def half_written_caches(world: World) -> Outcome:
-    """Files of an entry are missing, or one is cut: refused by name, or of no consequence.
+def damaged_caches(world: World) -> Outcome:
+    """Files of an entry are missing, one is cut, or a bit flipped: refused by name, or of no consequence.
 
     Once what is named is deleted, it is made anew.
     """
     outcome, usual = Outcome(), usual_evaluation(world.folder)
-    for folder in world.tries(16):
+    for i, folder in enumerate(world.tries(24)):
         with folders(folder, cache=_copied(usual, folder)):
             entries = sorted(path.parent for path in folder.glob("cache/*/*/key.json"))
             entry, said = world.chance.choice(entries), folder / "said"
             files = sorted(entry.iterdir())
-            if world.chance.random() < 0.5:
+            damage = [world.chance.choice(files)]
+            size = damage[0].stat().st_size
+            if i % 3 == 0:
                 damage = world.chance.sample(files, world.chance.randint(1, len(files)))
                 for file in damage:
                     file.unlink()
+            elif i % 3 == 1:
+                os.truncate(damage[0], world.chance.randrange(size))
             else:
-                damage = [world.chance.choice(files)]
-                whole = damage[0].read_bytes()
-                damage[0].write_bytes(whole[: world.chance.randrange(len(whole))])
+                flip(damage[0], world.chance.randrange(8 * size))
             is_right = True
             if forked(evaluated, folder, said=said):
                 is_right = str(entry) in said.read_text()

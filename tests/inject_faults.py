@@ -34,7 +34,7 @@ from c2r_core.training.checkpoints import read_checkpoint
 from faults import flip
 from faults_of_runs import (
     bad_language_models,
-    half_written_caches,
+    damaged_caches,
     jumping_clocks,
     killed_evaluations,
     killed_notebooks,
@@ -258,7 +258,7 @@ FAULTS: dict[str, Callable[[World], Outcome]] = {
     "no room left, in a save or a checkpoint": full_disks,
     "folder that may not be written to": read_only_folders,
     "file with a flipped bit, cut, or swapped": damaged_files,
-    "entry of the cache half written": half_written_caches,
+    "entry of the cache half written or changed": damaged_caches,
     "NaN or infinity in a training": numbers_that_are_none,
     "NaN or infinity in a language model": bad_language_models,
     "clocks that jump": jumping_clocks,

@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import time
 
 import pytest
@@ -40,6 +41,35 @@ def test_the_second_call_finds_what_the_first_built(cache_folder):
 @pytest.mark.parametrize("other", [("sae", {"k": 4}), ("store", {"k": 3}), ("sae", {"k": "3"})])
 def test_kind_and_every_value_of_the_key_count(other):
     assert cached("sae", {"k": 3}, write_artefact) != cached(*other, write_artefact)
+
+
+@pytest.mark.parametrize(
+    "damage, said",
+    [
+        (
+            lambda folder: (folder / "inner" / "weights").write_text("1 2 4"),
+            "is not what was saved",
+        ),
+        (lambda folder: (folder / "inner" / "weights").unlink(), "weights is missing"),
+        (lambda folder: (folder / "more").write_text("1"), "more is not what was saved"),
+        (lambda folder: (folder / "checksums.json").unlink(), "checksums.json is missing"),
+        (lambda folder: (folder / "checksums.json").write_text("{"), "checksums.json is damaged"),
+        (lambda folder: (folder / "checksums.json").write_text("[]"), "is no JSON object"),
+        (lambda folder: (folder / "checksums.json").write_text("{}"), "should be None"),
+    ],
+)
+def test_what_was_altered_is_refused_by_its_name_and_made_anew(damage, said):
+    def build(folder):
+        (folder / "inner").mkdir()
+        write_artefact(folder / "inner")
+
+    folder = cached("words", {"k": 3}, build)
+    assert cached("words", {"k": 3}, build) == folder
+    damage(folder)
+    with pytest.raises(ValueError, match=f"{said}.* Delete {folder}; it is made anew"):
+        cached("words", {"k": 3}, build)
+    shutil.rmtree(folder)
+    assert (cached("words", {"k": 3}, build) / "inner" / "weights").read_text() == "1 2 3"
 
 
 def test_a_failing_build_leaves_nothing(cache_folder):

@@ -68,6 +68,7 @@ def test_it_prints_headlines_with_direction_and_baseline(folder, corpus_folder, 
     assert command.main(arguments) == command.COMPLETE
     said, on_the_way = capsys.readouterr()
     assert on_the_way.startswith("Measuring reconstruction, ")
+    assert re.search(r"^  reconstruction: \d+\.\d s$", on_the_way, re.MULTILINE)
     fvu = read_report(out)["reconstruction"].fvu
     (line,) = [line for line in said.splitlines() if line.startswith("reconstruction.fvu")]
     assert line.split() == [

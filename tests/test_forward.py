@@ -101,6 +101,22 @@ def test_activations_that_are_not_finite_are_the_models_fault(monkeypatch) -> No
         activations(model, some_tokens(), HOOK)
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_a_model_that_answers_nan_is_refused(bad) -> None:
+    model = load_language_model(RANDOM)
+    prompts = make_prompts(model.tokenizer, "", ["cat", "dog"], "{subject}: a")[0]
+
+    def spoil(_: object, __: object, output: torch.Tensor) -> None:
+        output[..., 7] = bad
+
+    model.original_model.get_submodule("model.norm").register_forward_hook(spoil)
+    assert activations(model, some_tokens(), HOOK).isfinite().all(), "the fault is behind the hook"
+    with pytest.raises(NotEvaluable, match=f"The language model '{RANDOM}' answers NaN"):
+        answer_log_probs(model, prompts, HOOK)
+    with pytest.raises(NotEvaluable, match="answers NaN"):
+        log_probs(model, some_tokens())
+
+
 def test_log_probabilities_are_those_of_the_next_tokens(model) -> None:
     tokens = some_tokens()
     with torch.no_grad():

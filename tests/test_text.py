@@ -56,11 +56,22 @@ def test_a_folder_is_not_held_in_memory_and_must_stay_as_it_is(tmp_path) -> None
 
 
 def test_a_folder_that_is_empty_or_blank_is_refused(tmp_path) -> None:
-    with pytest.raises(ValueError, match="no .txt file"):
+    with pytest.raises(ValueError, match=r"holds no \.txt file\. Put"):
+        load_corpus(tmp_path)
+    (tmp_path / "a.md").write_text("text", encoding="utf-8")
+    with pytest.raises(
+        ValueError, match=r"holds no \.txt file, but 1 of other names, such as 'a.md'"
+    ):
         load_corpus(tmp_path)
     (tmp_path / "a.txt").write_text("\n", encoding="utf-8")
-    with pytest.raises(ValueError, match="empty"):
+    with pytest.raises(ValueError, match=r"its \.txt files, 1 in number, are blank"):
         load_corpus(tmp_path)
+
+
+def test_a_file_in_the_place_of_a_folder_is_named(tmp_path) -> None:
+    (tmp_path / "a.txt").write_text("text", encoding="utf-8")
+    with pytest.raises(FileNotFoundError, match="This is a file; put it into a folder"):
+        load_corpus(tmp_path / "a.txt")
 
 
 def test_an_undecodable_file_is_named(tmp_path) -> None:

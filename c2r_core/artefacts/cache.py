@@ -14,6 +14,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from c2r_core.artefacts.checksums import compare, of_file
+from c2r_core.artefacts.fields import read_object
 from c2r_core.artefacts.fingerprints import all_modules, fingerprint
 from c2r_core.artefacts.paths import cache_dir
 
@@ -23,6 +25,9 @@ CODE: dict[str, tuple[str, ...]] = {
 }
 """By kind of artefact, the code that can change one, as `fingerprints` takes it. A call may say more."""
 LIBRARIES = ("torch", "transformers", "transformer_lens")
+CHECKED_BY_THEIR_READER = ("activations", "remote", "sae", "stack")
+"""Kinds whose files carry checksums of their own."""
+CHECKSUMS, KEY = "checksums.json", "key.json"
 
 
 def cached(
@@ -43,8 +48,15 @@ def cached(
     content, in JSON's types (else it is a TypeError): configuration, seed, resolved precision, fingerprint of
     the data; it is kept beside the artefact in `key.json`. `code` has entries, as `fingerprints` takes them,
     beside those that CODE has for the kind; with neither, all code counts. A resumable build can go on from
-    what an earlier one, killed or failed, left in its folder; so that is kept instead of removed. An OSError
-    about a full disk says where, and how to move the cache.
+    what an earlier one, killed or failed, left in its folder; so that is kept instead of removed.
+
+    Raises
+    ------
+    OSError
+        If the disk is full; it says where, and how to move the cache.
+    ValueError
+        If a file in the folder is missing or not what was built; it is named. Of kinds that are
+        CHECKED_BY_THEIR_READER their reader says so.
     """
     entries = sorted({*CODE.get(kind, ()), *code}) or all_modules()
     described = {
@@ -57,23 +69,58 @@ def cached(
     text = json.dumps(described, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False)
     address = hashlib.sha256(text.encode()).hexdigest()[:20]
     folder = cache_dir() / kind / address
-    if folder.is_dir():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_suffix(".lock")):
-        if not folder.is_dir():
-            _build(folder, text, build, resumable)
+    has_checksums = kind not in CHECKED_BY_THEIR_READER
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_suffix(".lock")):
+            if not folder.is_dir():
+                _build(folder, text, build, resumable, has_checksums)
+                return folder
+    if has_checksums:
+        _check(folder)
     return folder
 
 
-def _build(folder: Path, key_text: str, build: Callable[[Path], object], resumable: bool) -> None:
+def _check(folder: Path) -> None:
+    """Raise a ValueError unless the files of an artefact are those that were built."""
+    remedy = f"Delete {folder}; it is made anew when it is needed."
+    stated = folder / CHECKSUMS
+    if not stated.is_file():
+        raise ValueError(f"{stated} is missing. {remedy}")
+    expected, found = read_object(stated, remedy), _checksums(folder)
+    for name in sorted({*expected, *found}):
+        if name not in found:
+            raise ValueError(f"{folder / name} is missing. {remedy}")
+        compare(folder / name, expected.get(name), found[name], remedy)
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    """SHA-256 of the files that an artefact consists of, by their place in the folder."""
+    files = {file.relative_to(folder).as_posix(): file for file in folder.rglob("*")}
+    return {
+        name: of_file(file)
+        for name, file in files.items()
+        if file.is_file() and name not in (CHECKSUMS, KEY)
+    }
+
+
+def _build(
+    folder: Path,
+    key_text: str,
+    build: Callable[[Path], object],
+    resumable: bool,
+    has_checksums: bool,
+) -> None:
     part = folder.with_suffix(".part")
     if not resumable:
         shutil.rmtree(part, ignore_errors=True)
     part.mkdir(exist_ok=True)
     try:
         build(part)
-        (part / "key.json").write_text(key_text + "\n", encoding="utf-8")
+        if has_checksums:
+            checksums = json.dumps(_checksums(part), indent=2)
+            (part / CHECKSUMS).write_text(checksums + "\n", encoding="utf-8")
+        (part / KEY).write_text(key_text + "\n", encoding="utf-8")
         part.rename(folder)
     except OSError as error:
         if error.errno == errno.ENOSPC:
@@ -125,7 +172,7 @@ def prune(dry_run: bool = False) -> tuple[int, int]:
 
 def _is_current(folder: Path) -> bool:
     try:
-        described = json.loads((folder / "key.json").read_text(encoding="utf-8"))
+        described = json.loads((folder / KEY).read_text(encoding="utf-8"))
         entries = tuple(described["entries"])
     except (OSError, ValueError, KeyError):
         return False

@@ -8,6 +8,7 @@ import reprlib
 import sys
 import types
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 Made = TypeVar("Made")
@@ -27,6 +28,23 @@ def from_json(text: str | bytes) -> Any:
         return json.loads(text if isinstance(text, str) else text.decode())
     except RecursionError as error:
         raise ValueError("it is nested too deep") from error
+
+
+def read_object(file: Path, remedy: str) -> dict[str, Any]:
+    """A JSON file's values by name.
+
+    Raises
+    ------
+    ValueError
+        If it is no JSON, or no object; the message names the file and ends with the remedy.
+    """
+    try:
+        values = from_json(file.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged ({error}). {remedy}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} is no JSON object; expected settings by name. {remedy}")
+    return values
 
 
 def from_values(cls: type[Made], values: object) -> Made:

@@ -128,8 +128,10 @@ def log_probs(
     ------
     ValueError
         If the precision or the hook does not exist, or the model never reaches the hook.
+    NotEvaluable
+        If the model answers NaN.
     """
-    return _run(model, tokens, precision, hook_name, edit)[:, :-1].float().log_softmax(-1)
+    return _log_softmax(_run(model, tokens, precision, hook_name, edit)[:, :-1], model)
 
 
 # -- prompts with a common beginning -----------------------------------------------------------
@@ -287,7 +289,7 @@ def answer_log_probs(
     ValueError
         If the replacements have another shape, or `activations` would refuse the hook or the precision.
     NotEvaluable
-        If the replacements are not finite.
+        If the replacements are not finite, or the model answers NaN.
     """
     if replacements is not None and not replacements.isfinite().all():
         raise NotEvaluable("replacements hold NaN or infinite values; check the SAE's weights.")
@@ -308,7 +310,7 @@ def answer_log_probs(
             return x
 
         logits = _run(model, part.tails, precision, hook_name, replace, cache, part.last)
-        said = logits[:, 0].float().log_softmax(-1)
+        said = _log_softmax(logits[:, 0], model)
         found.append((said if answers is None else said[:, answers]).cpu())
         start += len(part)
     return torch.cat(found)
@@ -359,6 +361,17 @@ def _run(
             "reaches it. Choose another, such as blocks.0.hook_resid_post."
         )
     return logits
+
+
+def _log_softmax(logits: Tensor, model: TransformerBridge) -> Tensor:
+    """Log-probabilities, float32, of the same shape; NotEvaluable if there are NaN among them."""
+    said = logits.float().log_softmax(-1)
+    if said[..., 0].isnan().any():  # NaN or infinity anywhere in a row makes the whole row NaN
+        raise NotEvaluable(
+            f"The language model {model.cfg.model_name!r} answers NaN. Try precision='float32', and check "
+            "that the model's weights are sound."
+        )
+    return said
 
 
 def _behind_prefix(

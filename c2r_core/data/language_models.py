@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from c2r_core.artefacts.fields import from_json
+from c2r_core.artefacts.fields import read_object
 from c2r_core.artefacts.paths import data_dir
 from c2r_core.errors import needs_extra
 
@@ -124,14 +124,7 @@ def _config_and_weights(folder: Path) -> bytes:
 def _config(folder: Path) -> dict[str, Any]:
     if not _files(folder, "config.json"):
         raise FileNotFoundError(f"{folder} holds no config.json. Complete the folder.")
-    file = folder / "config.json"
-    try:
-        config = from_json(file.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{file} is damaged ({error}). Restore the model.") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{file} is no JSON object; expected settings by name. Restore the model.")
-    return config
+    return read_object(folder / "config.json", "Restore the model.")
 
 
 def _files(folder: Path, *patterns: str) -> list[Path]:

@@ -135,15 +135,22 @@ def load_corpus(source: str | Path) -> Corpus:
     if not folder.is_dir():
         near = difflib.get_close_matches(str(source).lower(), EMBEDDED_CORPORA, n=1, cutoff=0.5)
         hint = f" Did you mean {near[0]!r}?" if near else ""
+        if folder.exists():
+            hint = " This is a file; put it into a folder of its own, and give the folder."
         raise FileNotFoundError(
             f"No corpus {str(source)!r}: expected one of {list(EMBEDDED_CORPORA)} or an existing "
             f"folder of .txt files.{hint}"
         )
-    checked = []
-    for document in folder_documents(folder):
+    checked, documents = [], folder_documents(folder)
+    for document in documents:
         text = document.text
         if text.strip():
             checked.append(FileDocument(folder, document.name, _digest(text)))
+    if not checked:
+        raise ValueError(
+            f"Folder {folder} holds no text: its .txt files, {len(documents)} in number, are blank. "
+            "Put UTF-8 texts there."
+        )
     return Corpus(folder.name, tuple(checked))
 
 
@@ -154,9 +161,11 @@ def folder_documents(folder: Path) -> list[FileDocument]:
     no file.
     """
     with os.scandir(folder) as entries:
-        names = sorted(entry.name for entry in entries if _is_text(entry))
+        inside = list(entries)
+    names = sorted(entry.name for entry in inside if _is_text(entry))
     if not names:
-        raise ValueError(f"Folder {folder} is empty: it holds no .txt file. Put UTF-8 texts there.")
+        others = f", but {len(inside)} of other names, such as {inside[0].name!r}" if inside else ""
+        raise ValueError(f"Folder {folder} holds no .txt file{others}. Put UTF-8 texts there.")
     return [FileDocument(folder, name) for name in names]
 
 

@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
         return NO_REPORT
     print(f"Measuring {', '.join(evaluation.names)} …", file=sys.stderr, flush=True)
     try:
-        report = evaluation.measure()
+        report = evaluation.measure(lambda line: print(f"  {line}", file=sys.stderr, flush=True))
         write_report(report, out)
     except OSError as error:
         print(f"No report: {error}", file=sys.stderr)

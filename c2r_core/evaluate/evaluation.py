@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -96,17 +97,24 @@ class Evaluation:
     model: ModelDescription | None
     text: TextDescription | None
 
-    def measure(self) -> Report:
-        """Measure one metric after the other; `Options.keep` takes those whose code is in a file."""
+    def measure(self, tell: Callable[[str], object] = _log.info) -> Report:
+        """Measure one metric after the other; `Options.keep` takes those whose code is in a file.
+
+        `tell` gets a line when a metric is finished.
+        """
         options = self.inputs.options
         kept = _Kept(options.keep, self._identity()) if options.keep else None
         records = {}
         for name in self.names:
             record = kept.records.get(name) if kept else None
             if record is None:
+                started = time.monotonic()
                 record = _record(name, self.inputs)
+                tell(f"{name}: {time.monotonic() - started:.1f} s")
                 if kept and has_source(METRICS[name].measure.__module__):
                     kept.add(name, record)
+            else:
+                tell(f"{name}: kept from before")
             records[name] = record
         made = provenance(profile="", seed=0, device=options.device, seconds=0.0)
         # These would differ between equal runs, or are settings.

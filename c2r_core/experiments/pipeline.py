@@ -16,15 +16,10 @@ import torch
 
 from c2r_core.artefacts.profiles import PerformanceProfile
 from c2r_core.data.forward import activations
-from c2r_core.data.harvest import cut_contexts, harvest
+from c2r_core.data.harvest import cut_contexts, harvest, harvest_config
 from c2r_core.data.streaming import StreamedBatches, TextStream
 from c2r_core.data.text import Corpus
-from c2r_core.experiments.language_model import (
-    Sources,
-    harvest_config,
-    language_model,
-    training_corpus,
-)
+from c2r_core.experiments.language_model import Sources, language_model, training_corpus
 from c2r_core.experiments.timing import in_turn, peak_memory, seconds
 from c2r_core.metrics.inputs import Inputs, Options
 from c2r_core.metrics.reconstruction import measure_reconstruction

@@ -26,13 +26,13 @@ from torch import Generator, Tensor
 from c2r_core.artefacts.cache import cached
 from c2r_core.artefacts.cells import Cell
 from c2r_core.artefacts.profiles import LanguageModelProfile, Profile, training_seeds
+from c2r_core.data.harvest import harvest_config
 from c2r_core.data.streaming import StreamedBatches, TextStream
 from c2r_core.experiments.language_model import (
     LanguageModelArm,
     Sources,
     TrainingStream,
     arm_of,
-    harvest_config,
     inputs_of,
     language_model,
     training_corpus,

@@ -17,7 +17,7 @@ from types import ModuleType
 
 import torch
 
-from c2r_core.artefacts.fields import from_json
+from c2r_core.artefacts.fields import read_object
 from c2r_core.formats import c2r, dictionary_learning, sae_lens
 from c2r_core.formats.export import export_sae
 from c2r_core.formats.inference import InferenceSAE
@@ -77,12 +77,7 @@ def open_sae(folder: str | Path, device: str | torch.device = "cpu") -> OpenedSA
             raise ValueError(f"{folder} fits several formats: {looked_for}. Keep one SAE a folder.")
         raise FileNotFoundError(f"{folder} holds no SAE of a known format: {looked_for}.")
     form = FORMATS[fitting[0]]
-    try:
-        config = from_json((folder / form.CONFIG).read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{folder / form.CONFIG} is damaged ({error}).") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{folder / form.CONFIG} is no JSON object; expected settings by name.")
+    config = read_object(folder / form.CONFIG, "Restore it from a copy.")
     sae, architecture = form.read(folder, config)
     with (folder / form.WEIGHTS).open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from c2r_core.artefacts.checksums import compare, of_file, of_values
-from c2r_core.artefacts.fields import from_json
+from c2r_core.artefacts.fields import read_object
 from c2r_core.artefacts.files import whole_folder
 from c2r_core.artefacts.names import unknown_name
 from c2r_core.saes.base import SAE
@@ -199,12 +199,7 @@ def _created(file: Path, config: Mapping[str, Any]) -> SAE:
 def _read_config(folder: Path) -> dict[str, Any]:
     """What `create_sae` takes, with norm_factor and trained_on; both files are those that were saved."""
     file = folder / CONFIG
-    try:
-        config = from_json(file.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{file} is damaged ({error}). {RESTORE}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{file} is no JSON object; expected settings by name. {RESTORE}")
+    config = read_object(file, RESTORE)
     version = config.get("format_version")
     if version not in (1, FORMAT_VERSION):
         raise ValueError(
