@@ -99,15 +99,17 @@ def measure_streaming_memory(
 def measure_evaluation_memory(
     n_tokens: int, sizes: PerformanceProfile, sources: Sources, seeds: Sequence[int], device: str
 ) -> dict[str, float]:
-    """What the metric `reconstruction` takes on so many held-out tokens.
+    """What the metric `reconstruction` takes on so many held-out tokens, the least of five processes.
 
-    The SAE is untrained: about half of its latents fire, so a sparse one takes no more.
+    The SAE is untrained: about half of its latents fire, so a sparse one takes no more. What the allocator
+    keeps of freed memory differs from process to process, by up to twice here.
     """
     sources = sources.with_lm(held_out_tokens=n_tokens)
     width = language_model(sources.lm.model).cfg.d_model
     arguments = (width, sizes, sources, seeds[0])
     _ = _held_out(*arguments).activations  # harvested here, read there
-    return {"peak_memory_ours": peak_memory(_evaluation_once, *arguments)}
+    peaks = [peak_memory(_evaluation_once, *arguments) for _ in range(5)]
+    return {"peak_memory_ours": min(peaks)}
 
 
 def bare_model(model: TransformerBridge, hook_name: str, attention: str) -> nn.Module:
