@@ -59,31 +59,36 @@ def test_kept_are_the_rivals_and_three_forms_at_two_strengths_each():
     one = {0.3: (0.11, 0.8, 0.35), 0.8839: (0.115, 0.8, 0.3), 2.6: (0.118, 0.8, 0.33)}
     points = KNOWN | {
         "held norms": one,
-        "directed": {0.3: (0.1195, 0.8, 0.1)},  # dearer than C²R
+        "directed": {0.3: (0.3, 0.8, 0.1)},  # too dear
         "directed, margin": {s: (fvu, live, a - 0.05) for s, (fvu, live, a) in one.items()},
-        "directed OrtSAE": {0.3: (0.1195, 0.8, 0.05)},  # dearer, but absorbs less
-        "silent partner, directed": {0.3: (0.1195, 0.8, 0.2)},
+        "directed OrtSAE": {0.3: (0.1195, 0.8, 0.2)},
+        "silent partner, directed": {0.3: (0.1195, 0.8, 0.4)},
     }
     assert shortlist.kept(explored(points, seeds=(0,))) == {
         "C²R": (0.3, 0.8839),
         "OrtSAE": (0.3, 0.8839),
+        "directed OrtSAE": (0.3,),
         "directed, margin": (0.8839, 2.6),
         "held norms": (0.8839, 2.6),
-        "directed OrtSAE": (0.3,),
     }
 
 
-def test_the_form_has_the_lowest_absorption_at_no_higher_fvu_than_c2r():
+def test_the_form_has_the_lowest_excess_over_size_whatever_its_absorption():
     points = KNOWN | {
-        "held norms": {0.3: (0.119, 0.8, 0.35)},
-        "directed": {0.3: (0.1195, 0.8, 0.1)},  # more than C²R's
+        "held norms": {0.3: (0.11, 0.8, 0.35)},
+        "directed": {0.3: (0.3, 0.8, 0.1)},  # no strength is allowed
         "directed OrtSAE": {0.3: (0.11, 0.8, 0.35), 0.8839: (0.5, 0.8, 0.1)},
     }
-    found = shortlist.choice(explored(points))
+    table = explored(points)
+    found = shortlist.choice(table)
     assert found.form == "directed OrtSAE", "of equals the first in the list"
     assert found.strengths == {"C²R": 0.8839, "OrtSAE": 0.3, "directed OrtSAE": 0.3}
-    del points["held norms"], points["directed OrtSAE"]
-    assert shortlist.choice(explored(points)).form == "directed", "where none is as cheap"
+    # With fewer latents absorption falls from 0.5 at an FVU of 0.10 to 0.2 at 0.12.
+    table.loc[(table["form"] == "none") & (table["d_sae"] == 2048), PRIMARY] = 0.2
+    held, c2r = ranked(table).loc[[("held norms", 0.3), ("C²R", 0.8839)], "excess"]
+    assert (held, c2r) == pytest.approx((0.35 - 0.35, 0.3 - (0.5 - 0.3 * 0.019 / 0.02)))
+    table.loc[table["form"] == "held norms", ["fvu", PRIMARY]] = 0.102, 0.4
+    assert shortlist.choice(table).form == "held norms", "0.4 − 0.47 is less than 0.35 − 0.35"
 
 
 def test_what_was_not_kept_is_not_chosen():

@@ -7,7 +7,6 @@ one seed, or the agreement of two SAEs that differ in their seed.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -19,7 +18,7 @@ from c2r_core.artefacts.names import slug
 from c2r_core.artefacts.profiles import LanguageModelProfile, Profile
 from c2r_core.experiments.agreement import flat
 from c2r_core.experiments.confirm import RIVALS, SEEDS, holm
-from c2r_core.experiments.front import Spec, plain_specs, spec_cells, spec_table
+from c2r_core.experiments.front import Spec, of_size, plain_specs, spec_cells, spec_table
 from c2r_core.experiments.language_model import (
     LanguageModelArm,
     Sources,
@@ -43,8 +42,6 @@ OUTCOMES = {
 }
 OUTCOMES |= {"erased": "answers erased (share)", "steered": "answers steered (share)"}
 """Columns of `spec_table` and their titles; the first is the primary outcome."""
-SAME_FVU = 0.003
-"""By so much a form's FVU may be higher than its rival's."""
 LESS_AGREEMENT = 0.03
 """By less than so much may PW-MCC be lower than without a penalty."""
 RESULTS = ("contrary", "not reached", "reached")
@@ -111,20 +108,17 @@ def agreement_table(values: Mapping[str, Any], lm: LanguageModelProfile) -> pd.D
 def matched(table: pd.DataFrame) -> pd.DataFrame:
     """Each penalty's outcomes beside what fewer latents give at its FVU, seed by seed.
 
-    From `confirm_table`. `of size` is interpolated linearly in FVU between the SAEs without a penalty; where
-    the penalty's FVU lies `outside` theirs, it is the nearest one's. Columns: form, seed, outcome, own,
-    of size, outside.
+    From `confirm_table`. Where the penalty's FVU lies `outside` that of the SAEs without one, `of_size` takes
+    the nearest. Columns: form, seed, outcome, own, of size, outside.
     """
-    rows = []
-    for seed, saes in table.groupby("seed"):
-        sizes = saes[saes["form"] == "none"].sort_values("fvu")
-        for sae in saes[saes["form"] != "none"].to_dict("records"):
-            outside = not sizes["fvu"].min() <= sae["fvu"] <= sizes["fvu"].max()
-            for outcome in OUTCOMES:
-                of_size = float(np.interp(sae["fvu"], sizes["fvu"], sizes[outcome]))
-                about = {"form": sae["form"], "seed": seed, "outcome": outcome}
-                rows.append(about | {"own": sae[outcome], "of size": of_size, "outside": outside})
-    return pd.DataFrame(rows).dropna()
+    plain = table[table["form"] == "none"].groupby("seed")["fvu"]
+    ends = table["seed"].map(plain.min()), table["seed"].map(plain.max())
+    own = table[["form", "seed"]].assign(outside=~table["fvu"].between(*ends))
+    parts = [
+        own.assign(outcome=outcome, own=table[outcome], **{"of size": of_size(table, outcome)})
+        for outcome in OUTCOMES
+    ]
+    return pd.concat(parts, ignore_index=True).query("form != 'none'").dropna()
 
 
 def excess_table(table: pd.DataFrame) -> pd.DataFrame:
@@ -149,10 +143,11 @@ def excess_table(table: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def difference(table: pd.DataFrame, outcome: str, rival: str) -> Interval:
-    """Chosen form minus a rival, paired by seed: 95 % interval, Student's t."""
-    both = table[table["form"].isin([CHOSEN, rival])]
-    wide = both.pivot(index="seed", columns="form", values=outcome).dropna()
+def difference(table: pd.DataFrame, rival: str) -> Interval:
+    """Excess in PRIMARY of the chosen form minus a rival's, paired by seed: 95 % interval, Student's t."""
+    found = matched(table).query("outcome == @PRIMARY")
+    found = found.assign(excess=found["own"] - found["of size"])
+    wide = found.pivot(index="seed", columns="form", values="excess")[[CHOSEN, rival]].dropna()
     return paired_interval(wide[CHOSEN], wide[rival])
 
 
@@ -180,8 +175,7 @@ def verdicts(table: pd.DataFrame, agreement: pd.DataFrame) -> pd.DataFrame:
     """The verdicts of docs/design.md on the chosen form: one row an interval that a verdict rests on.
 
     Columns: verdict, measured, mean, low, high; the interval should lie `wanted` ("below" or "above") the
-    `bound`. `fvu` is the mean difference in FVU where that counts too. `result`, one of RESULTS, is the
-    verdict's: the worst of its rows.
+    `bound`. `result`, one of RESULTS, is the verdict's: the worst of its rows.
     """
     excess = excess_table(table).set_index(["outcome", "form"])[["mean", "low", "high"]]
 
@@ -190,9 +184,8 @@ def verdicts(table: pd.DataFrame, agreement: pd.DataFrame) -> pd.DataFrame:
 
     rows = [_row("better than size", "absorption, excess (Holm)", of_size(PRIMARY), "below")]
     for rival in RIVALS:
-        found, fvu = (difference(table, outcome, rival) for outcome in (PRIMARY, "fvu"))
-        about = f"better than {rival}", f"absorption, {CHOSEN} − {rival}"
-        rows.append(_row(*about, found, "below", fvu=fvu.mean))
+        about = f"better than {rival}", f"absorption, excess, {CHOSEN} − {rival}"
+        rows.append(_row(*about, difference(table, rival), "below"))
     about = "costs no agreement", f"PW-MCC, {CHOSEN} − none"
     rows.append(_row(*about, agreement_difference(agreement), "above", bound=-LESS_AGREEMENT))
     for outcome in ("erased", "steered"):
@@ -203,17 +196,11 @@ def verdicts(table: pd.DataFrame, agreement: pd.DataFrame) -> pd.DataFrame:
 
 
 def _row(
-    verdict: str,
-    measured: str,
-    interval: Interval,
-    wanted: str,
-    *,
-    bound: float = 0.0,
-    fvu: float = math.nan,
+    verdict: str, measured: str, interval: Interval, wanted: str, *, bound: float = 0.0
 ) -> dict[str, Any]:
-    results = [result(interval, wanted, bound)] + ["not reached"] * (fvu > SAME_FVU)
     about = {"verdict": verdict, "measured": measured} | interval._asdict()
-    return about | {"wanted": wanted, "bound": bound, "fvu": fvu, "result": _worst(results)}
+    found = result(interval, wanted, bound)
+    return about | {"wanted": wanted, "bound": bound, "result": found}
 
 
 def result(interval: Interval, wanted: str, bound: float = 0.0) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 
 from c2r_core.artefacts.cells import Cell
@@ -136,3 +137,16 @@ def spec_table(values: Mapping[str, Any], which: Sequence[Spec]) -> pd.DataFrame
     about = pd.DataFrame([by_title[title] for title in table["arm"]], columns=Spec._fields)
     table = about.join(table.drop(columns="arm"))
     return table.assign(**{"live share": table["live latents"] / table["d_sae"]})
+
+
+def of_size(table: pd.DataFrame, outcome: str) -> pd.Series:
+    """What fewer latents give of an outcome at the FVU of each row of `spec_table`, on its seed.
+
+    It is interpolated linearly in FVU between the SAEs without a penalty; outside of theirs it is the nearest
+    one's.
+    """
+    found = pd.Series(np.nan, table.index)
+    for _, saes in table.groupby("seed"):
+        sizes = saes[saes["form"] == "none"].sort_values("fvu")
+        found[saes.index] = np.interp(saes["fvu"], sizes["fvu"], sizes[outcome])
+    return found

@@ -18,6 +18,7 @@ from c2r_core.experiments.front import (
     FORMS,
     Spec,
     front_table,
+    of_size,
     plain_specs,
     spec_cells,
     spec_table,
@@ -63,22 +64,23 @@ def strength_table(explored: pd.DataFrame) -> pd.DataFrame:
     """What the rules read of `explored_table`: one row a form and strength, in the order of FORMS.
 
     Means over `seeds`, the number of seeds on which absorption could be measured; `fvu ratio` is to no
-    penalty at the largest width on the same seeds. A strength is `allowed` by MOST_FVU and LEAST_LIVE, and if
-    no strength of its form has more seeds. `rank` counts from 1: first those allowed, from the lowest
-    absorption, the weakest first of equals; then the others, from the weakest.
+    penalty at the largest width on the same seeds, and `excess` is absorption less `of_size`. A strength is
+    `allowed` by MOST_FVU and LEAST_LIVE, and if no strength of its form has more seeds. `rank` counts from 1:
+    first those allowed, from the lowest excess, of equals the weakest; then the others, from the weakest.
     """
+    explored = explored.assign(excess=explored[PRIMARY] - of_size(explored, PRIMARY))
     plain = explored[(explored["form"] == "none") & (explored["d_sae"] == explored["d_sae"].max())]
-    there = explored[explored["form"] != "none"].dropna(subset=["fvu", "live share", PRIMARY])
+    there = explored[explored["form"] != "none"].dropna(subset=["fvu", "live share", "excess"])
     there = there.assign(plain=there["seed"].map(plain.set_index("seed")["fvu"]))
     by_strength = there.groupby(["form", "strength"])
-    table = by_strength[["fvu", "plain", "live share", PRIMARY]].mean()
+    table = by_strength[["fvu", "plain", "live share", PRIMARY, "excess"]].mean()
     table.insert(0, "seeds", by_strength.size())
     table.insert(2, "fvu ratio", table["fvu"] / table.pop("plain"))
     all_seeds = table["seeds"] == table.groupby(level="form")["seeds"].transform("max")
     good = (table["fvu ratio"] <= MOST_FVU) & (table["live share"] >= LEAST_LIVE)
     table["allowed"] = good & all_seeds
     ranked = table.reset_index().assign(fewer=~all_seeds.to_numpy())
-    ranked["by"] = ranked[PRIMARY].where(ranked["allowed"], 0.0)
+    ranked["by"] = ranked["excess"].where(ranked["allowed"], 0.0)
     ranked = ranked.sort_values(["fewer", "allowed", "by", "strength"], ascending=[1, 0, 1, 1])
     ranked["rank"] = ranked.groupby("form").cumcount() + 1
     ranked = ranked.drop(columns=["fewer", "by"])
@@ -90,10 +92,9 @@ def _in_order(column: pd.Series) -> pd.Series:
 
 
 def _ranked_forms(points: pd.DataFrame) -> list[str]:
-    """Forms but RIVALS, best first: those whose FVU is at most C²R's, then the others, by absorption."""
-    dear = points["fvu"] > points.loc["C²R", "fvu"]
-    forms = points.assign(dear=dear).drop(list(RIVALS))
-    return forms.sort_values(["dear", PRIMARY], kind="stable").index.tolist()
+    """Forms but RIVALS, best first: those with an allowed strength, then the others, by excess."""
+    forms = points.assign(barred=~points["allowed"]).drop(list(RIVALS))
+    return forms.sort_values(["barred", "excess"], kind="stable").index.tolist()
 
 
 def kept(first: pd.DataFrame) -> dict[str, tuple[float, ...]]:
@@ -114,8 +115,7 @@ class Choice(NamedTuple):
 def choice(explored: pd.DataFrame) -> Choice:
     """What is confirmed, from `explored_table`: each penalty at the strength ranked first, and one form.
 
-    The form is there on all of EXPLORING and has the lowest absorption among those whose FVU is at most
-    C²R's, or of all if there is none; of equals the first in FORMS.
+    The form is there on all of EXPLORING and has the lowest excess; of equals the first in FORMS.
     """
     table = strength_table(explored)
     points = table[table["rank"] == 1].set_index("form")
