@@ -24,7 +24,13 @@ from c2r_core.experiments.front import (
     spec_table,
 )
 
-KEPT: dict[str, tuple[float, ...]] = {}
+KEPT: dict[str, tuple[float, ...]] = {
+    "C²R": (0.3, 0.8839),
+    "OrtSAE": (0.3, 0.8839),
+    "silent partner, directed": (0.3, 0.8839),
+    "directed": (0.3, 0.8839),
+    "directed OrtSAE, margin": (0.8839, 2.6),
+}
 """By penalty the strengths that `kept` gives for the committed cells of `front`; a test holds them so."""
 N_FORMS, N_STRENGTHS = 3, 2
 """So many forms beside RIVALS are kept, and so many strengths of each penalty."""
