@@ -28,13 +28,13 @@ SIZES = {4096: 0.10, 2048: 0.12, 1024: 0.15}
 
 def test_what_is_confirmed_has_fresh_seeds_and_every_pair_of_them_is_compared():
     made = {cell.name: cell for cell in cells("confirm_lm", SMOKE)}
-    assert len(made) == 6 * 5 + 4 * 10
+    assert len(made) == 6 * 5 + 6 * 10
     assert {seed for cell in made.values() for seed in cell.settings["seeds"]} == {*SEEDS}
     assert not {*SEEDS} & {*front.EXPLORING}
     of_form = [name for name in made if name.startswith(FORM)]
     assert f"{FORM}-seed-14" in of_form and len(of_form) == 5 + 10
     assert made[f"{FORM}-seeds-10-and-14"].settings["seeds"] == [10, 14]
-    assert "none-32-latents-seed-10" in made and "none-32-latents-seeds-10-and-11" not in made
+    assert "none-32-latents-seed-10" in made and "none-32-latents-seeds-10-and-11" in made
 
 
 def test_a_confirming_sae_and_a_pair_are_measured_and_give_tables():
@@ -77,7 +77,13 @@ def confirmed(fvu=None, **changed):
 def agreed(change):
     """An `agreement_table` in which the form agrees by `change` more than no penalty."""
     return pd.DataFrame(
-        {"form": form, "seed": pair[0], "other": pair[1], "pw_mcc": 0.5 + of_form + 0.001 * i}
+        {
+            "form": form,
+            "d_sae": 4096,
+            "seed": pair[0],
+            "other": pair[1],
+            "pw_mcc": 0.5 + of_form + 0.001 * i,
+        }
         for i, pair in enumerate(PAIRS)
         for form, of_form in (("none", 0.0), (CHOSEN, change + 0.001 * (i % 2)))
     )

@@ -37,6 +37,7 @@ STUDIES = {
     "front": "c2r_core.experiments.front",
     "shortlist": "c2r_core.experiments.shortlist",
     "confirm_lm": "c2r_core.experiments.confirm_lm",
+    "promises": "c2r_core.experiments.promises",
     "performance": "c2r_core.experiments.performance",
     "scale": "c2r_core.experiments.scale",
     "playground": "c2r_core.experiments.playground",

@@ -70,12 +70,11 @@ def cells(profile: Profile, seed: int = 0, device: str = "cpu") -> list[Cell]:
 
 
 def _compared(lm: LanguageModelProfile) -> list[tuple[str, tuple[int, int], Spec]]:
-    """The cells of agreement: title, seeds, and what is trained; of the largest width."""
-    largest = [spec for spec in specs(lm) if spec.d_sae == lm.d_sae]
+    """The cells of agreement: title, seeds, and what is trained."""
     return [
         (f"{spec.title}, seeds {pair[0]} and {pair[1]}", pair, spec)
         for pair in PAIRS
-        for spec in largest
+        for spec in specs(lm)
     ]
 
 
@@ -94,9 +93,10 @@ def confirm_table(values: Mapping[str, Any], lm: LanguageModelProfile) -> pd.Dat
 
 
 def agreement_table(values: Mapping[str, Any], lm: LanguageModelProfile) -> pd.DataFrame:
-    """One row a pair of SAEs: form, seed, other, and the main numbers of their agreement."""
+    """One row a pair of SAEs: form, d_sae, seed, other, and the main numbers of their agreement."""
     return pd.DataFrame(
-        {"form": spec.form, "seed": pair[0], "other": pair[1]} | flat(values[slug(title)]["values"])
+        {"form": spec.form, "d_sae": spec.d_sae, "seed": pair[0], "other": pair[1]}
+        | flat(values[slug(title)]["values"])
         for title, pair, spec in _compared(lm)
         if values.get(slug(title), {}).get("status") == "evaluated"
     )
@@ -105,18 +105,19 @@ def agreement_table(values: Mapping[str, Any], lm: LanguageModelProfile) -> pd.D
 # -- confirming ---------------------------------------------------------------------------------
 
 
-def matched(table: pd.DataFrame) -> pd.DataFrame:
+def matched(table: pd.DataFrame, outcomes: Iterable[str] = tuple(OUTCOMES)) -> pd.DataFrame:
     """Each penalty's outcomes beside what fewer latents give at its FVU, seed by seed.
 
-    From `confirm_table`. Where the penalty's FVU lies `outside` that of the SAEs without one, `of_size` takes
-    the nearest. Columns: form, seed, outcome, own, of size, outside.
+    From `confirm_table`, or another with form, seed, fvu and the outcomes. Where the penalty's FVU lies
+    `outside` that of the SAEs without one, `of_size` takes the nearest. Columns: form, seed, outcome, own, of
+    size, outside.
     """
     plain = table[table["form"] == "none"].groupby("seed")["fvu"]
     ends = table["seed"].map(plain.min()), table["seed"].map(plain.max())
     own = table[["form", "seed"]].assign(outside=~table["fvu"].between(*ends))
     parts = [
         own.assign(outcome=outcome, own=table[outcome], **{"of size": of_size(table, outcome)})
-        for outcome in OUTCOMES
+        for outcome in outcomes
     ]
     return pd.concat(parts, ignore_index=True).query("form != 'none'").dropna()
 
@@ -166,8 +167,9 @@ def jackknife_interval(by_pair: Mapping[tuple[int, int], float]) -> Interval:
 
 
 def agreement_difference(agreement: pd.DataFrame) -> Interval:
-    """PW-MCC of the chosen form minus that without a penalty, over pairs of seeds: `jackknife_interval`."""
-    wide = agreement.pivot(index=["seed", "other"], columns="form", values="pw_mcc")
+    """PW-MCC of the chosen form minus that without a penalty at the largest width: `jackknife_interval`."""
+    widest = agreement[agreement["d_sae"] == agreement["d_sae"].max()]
+    wide = widest.pivot(index=["seed", "other"], columns="form", values="pw_mcc")
     return jackknife_interval((wide[CHOSEN] - wide["none"]).dropna().to_dict())
 
 
@@ -191,7 +193,7 @@ def verdicts(table: pd.DataFrame, agreement: pd.DataFrame) -> pd.DataFrame:
     for outcome in ("erased", "steered"):
         rows.append(_row("better used", f"{outcome}, excess", of_size(outcome), "above"))
     judged = pd.DataFrame(rows)
-    judged["result"] = judged.groupby("verdict")["result"].transform(_worst)
+    judged["result"] = judged.groupby("verdict")["result"].transform(worst)
     return judged
 
 
@@ -210,5 +212,6 @@ def result(interval: Interval, wanted: str, bound: float = 0.0) -> str:
     return "reached" if reached else "contrary" if contrary else "not reached"
 
 
-def _worst(results: Iterable[str]) -> str:
+def worst(results: Iterable[str]) -> str:
+    """The worst of some RESULTS."""
     return min(results, key=RESULTS.index)

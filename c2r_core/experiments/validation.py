@@ -96,6 +96,7 @@ COLUMNS = {
     "live latents": "reconstruction.num_alive",
     "absorption": "absorption.mean_absorption_fraction_score",
     "full absorption": "absorption.mean_full_absorption_score",
+    "splitting": "absorption.mean_num_split_features",
     "erasing fails": "use.sae.mean_erased",
     "steering fails": "use.sae.mean_steered",
 }
