@@ -100,7 +100,7 @@ def cells(profile: Profile, seed: int = 0, device: str = "cpu") -> list[Cell]:
 def measure(
     arm: Arm, strength: float, samples: int, seeds: Sequence[int], device: str
 ) -> dict[str, list[dict[str, Any]]]:
-    """`saes`: a row a seed, what `forms` shows and the parents' consistency; `pairs`: the agreement of two."""
+    """`saes`: a row a seed, what `forms` shows and the parents' consistency; `pairs`: of two, agreement."""
     if arm.regulariser:
         rows = forms.measure_form(arm, [strength], samples, seeds, device)
     else:
@@ -157,9 +157,9 @@ def kept(saes: pd.DataFrame, pairs: pd.DataFrame) -> pd.DataFrame:
     pairs : DataFrame
         form, d_sae, seed, other, pw_mcc, as of `confirm_lm.agreement_table` or of `toy_table`.
 
-    Columns: form, promise, outcome; `mean`, `low`, `high` (95 %; over seeds Student's t, over pairs a jackknife)
-    of its excess over what fewer latents give at the same FVU, or of FVU − MORE_FVU · that of no penalty; of
-    how many seeds or pairs the FVU is `outside` of theirs; `wanted`, the side of 0; `result`: "kept", "not
+    Columns: form, promise, outcome; `mean`, `low`, `high` of its excess over what fewer latents give at the
+    same FVU, or of FVU − MORE_FVU · that of no penalty (95 %: Student's t; over pairs a jackknife);
+    of how many seeds or pairs the FVU is `outside` of theirs; `wanted`, the side of 0; `result`: "kept", "not
     shown" or "contrary", of the promise, so the worst of its outcomes.
     """
     rows = []
