@@ -20,7 +20,7 @@ from c2r_core.experiments import confirm, confirm_lm, forms
 from c2r_core.experiments.agreement import flat
 from c2r_core.experiments.study import Study
 from c2r_core.experiments.synthetic import Arm, trained
-from c2r_core.experiments.toy import evaluation_sample, toy_arm
+from c2r_core.experiments.toy import ARCHITECTURES, evaluation_sample, toy_arm
 from c2r_core.metrics.agreement import compare_saes
 from c2r_core.metrics.assignment import toy_assignment
 from c2r_core.metrics.rows import mean_of
@@ -44,7 +44,18 @@ WANTED = {
     "better use": ("above", ("detector_f1", "erased", "steered")),
     "preserved reconstruction": ("below", ("fvu",)),
 }
-"""By promise: on which side of 0 its outcomes should lie, and the columns of those that a place has."""
+"""By promise: on which side of 0 its outcomes should lie, and their columns, those that a place has."""
+TITLES = {
+    "splitting": "split latents",
+    "absorption": "absorption",
+    "consistency": "assignment consistency",
+    "pw_mcc": "PW-MCC between seeds",
+    "detector_f1": "F1 of the detector",
+    "erased": "answers erased",
+    "steered": "answers steered",
+    "fvu": "FVU − 1.1 · that of no penalty",
+}
+"""Of the outcomes; all but that of FVU are excesses."""
 MORE_FVU = 1.1
 """Reconstruction is preserved if FVU is below so many times that of no penalty."""
 WORDS = dict(zip(confirm_lm.RESULTS, ("contrary", "not shown", "kept"), strict=True))
@@ -146,6 +157,26 @@ def toy_table(values: Mapping[str, Any], toy: ToyProfile, what: str) -> pd.DataF
 # -- what became of the promises ----------------------------------------------------------------
 
 
+def everywhere(
+    toys: Mapping[str, Any], confirmed: Mapping[str, Any], profile: Profile
+) -> pd.DataFrame:
+    """`kept` on each architecture of the toys and on the language model, which the column `place` names.
+
+    From the values of the study's cells and of `confirm_lm`'s; without one of them, without its places.
+    """
+    of = {}
+    if toys:
+        saes, pairs = (toy_table(toys, profile.toy, what) for what in ("saes", "pairs"))
+        for name, title in ARCHITECTURES.items():
+            own = (table[table["architecture"] == name] for table in (saes, pairs))
+            of[f"toy, {title}"] = kept(*own)
+    if confirmed:
+        lm = profile.language_model
+        saes = confirm_lm.confirm_table(confirmed, lm)
+        of["language model"] = kept(saes, confirm_lm.agreement_table(confirmed, lm))
+    return pd.concat([table.assign(place=place) for place, table in of.items()] or [pd.DataFrame()])
+
+
 def kept(saes: pd.DataFrame, pairs: pd.DataFrame) -> pd.DataFrame:
     """What became of each promise in one place: one row a form, promise and outcome.
 
@@ -196,16 +227,20 @@ def _excess(saes: pd.DataFrame, form: str, outcome: str) -> tuple[Interval, int]
 def _excess_of_pairs(
     saes: pd.DataFrame, pairs: pd.DataFrame, form: str, outcome: str
 ) -> tuple[Interval, int]:
-    """As `_excess`; the FVU of a pair of SAEs is the mean of theirs."""
-    by = ["form", "d_sae", "seed"]
-    fvu = saes.set_index(by)["fvu"]
-    of_two = [
-        (fvu[*which, seed] + fvu[*which, other]) / 2
-        for *which, seed, other in pairs[[*by, "other"]].itertuples(index=False)
-    ]
     number = pairs.groupby(["seed", "other"]).ngroup()
     named = dict(zip(number, zip(pairs["seed"], pairs["other"], strict=True), strict=True))
-    table = pairs.assign(fvu=of_two, seed=number)
+    table = with_fvu(pairs, saes).assign(seed=number)
     found = confirm_lm.matched(table, [outcome]).query("form == @form")
     excess = (found["own"] - found["of size"]).set_axis(found["seed"].map(named))
     return confirm_lm.jackknife_interval(dict(excess.items())), int(found["outside"].sum())
+
+
+def with_fvu(pairs: pd.DataFrame, saes: pd.DataFrame) -> pd.DataFrame:
+    """Pairs, as `kept` takes them, with a column `fvu`: the mean of the two SAEs'."""
+    which = ["form", "d_sae", "seed", "other"]
+    fvu = saes.set_index(which[:3])["fvu"]
+    of_two = [
+        (fvu[form, d_sae, seed] + fvu[form, d_sae, other]) / 2
+        for form, d_sae, seed, other in pairs[which].itertuples(index=False)
+    ]
+    return pairs.assign(fvu=of_two)

@@ -271,6 +271,23 @@ def plot_matrix(
     return ax
 
 
+RESULTS = {"contrary": "#d1603d", "not shown": "#eeeeee", "kept": "#5ba3a0"}
+"""Colours of the words in `plot_results`."""
+
+
+def plot_results(words: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """A table whose entries are words of RESULTS, each written on its colour; NaN stays empty."""
+    ax = ax or panels(1, width=1.3 * len(words.columns) + 2, height=0.45 * len(words) + 1.2)[0]
+    codes = words.apply(lambda column: column.map(list(RESULTS).index, na_action="ignore"))
+    how = {"cmap": list(RESULTS.values()), "vmin": 0, "vmax": len(RESULTS) - 1, "cbar": False}
+    notes = {"annot": words.fillna(""), "fmt": "", "annot_kws": {"size": 8, "color": "black"}}
+    sns.heatmap(codes.astype(float), ax=ax, linewidths=1.5, **how, **notes)
+    ax.set(xlabel="", ylabel="")
+    ax.xaxis.tick_top()
+    ax.tick_params(axis="y", rotation=0)
+    return ax
+
+
 def plot_firing(shares: Mapping[str, Sequence[float]], groups: Sequence[str], ax=None) -> Axes:
     """How often a parent's latent fires while its parent is on, by which child is on with it."""
     ax = ax or panels(1, width=7)[0]
