@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from c2r_core.artefacts.cache import cached, prune
+from c2r_core.artefacts.cache import DamagedArtefact, cached, prune
 from c2r_core.artefacts.fingerprints import all_modules
 from forks import forked
 
@@ -66,7 +66,7 @@ def test_what_was_altered_is_refused_by_its_name_and_made_anew(damage, said):
     folder = cached("words", {"k": 3}, build)
     assert cached("words", {"k": 3}, build) == folder
     damage(folder)
-    with pytest.raises(ValueError, match=f"{said}.* Delete {folder}; it is made anew"):
+    with pytest.raises(DamagedArtefact, match=f"{said}.* Delete {folder}; it is made anew"):
         cached("words", {"k": 3}, build)
     shutil.rmtree(folder)
     assert (cached("words", {"k": 3}, build) / "inner" / "weights").read_text() == "1 2 3"

@@ -129,6 +129,21 @@ def test_without_a_place_for_it_there_is_no_report(folder, tmp_path, capsys):
     assert re.search(f"No report: .*{tmp_path / 'file'}", capsys.readouterr().err)
 
 
+def test_with_a_damaged_cache_there_is_no_report(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("C2R_CACHE", str(tmp_path / "cache"))
+    out = tmp_path / "report.json"
+    arguments = [str(folder), "--metrics", "absorption", "--profile", "smoke", "--out", str(out)]
+    assert command.main(arguments) != command.NO_REPORT
+    out.unlink()
+    (checksums,) = (tmp_path / "cache" / "words").glob("*/checksums.json")
+    checksums.unlink()
+    assert command.main(arguments) == command.NO_REPORT
+    assert (
+        f"No report: {checksums} is missing. Delete {checksums.parent}" in capsys.readouterr().err
+    )
+    assert not out.exists()
+
+
 def test_without_an_sae_the_usage_is_shown(capsys):
     with pytest.raises(SystemExit) as end:
         command.main([])

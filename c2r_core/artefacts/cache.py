@@ -30,6 +30,10 @@ CHECKED_BY_THEIR_READER = ("activations", "remote", "sae", "stack")
 CHECKSUMS, KEY = "checksums.json", "key.json"
 
 
+class DamagedArtefact(ValueError):
+    """A file of an artefact in the cache is missing or not what was built."""
+
+
 def cached(
     kind: str,
     key: Mapping[str, Any],
@@ -54,7 +58,7 @@ def cached(
     ------
     OSError
         If the disk is full; it says where, and how to move the cache.
-    ValueError
+    DamagedArtefact
         If a file in the folder is missing or not what was built; it is named. Of kinds that are
         CHECKED_BY_THEIR_READER their reader says so.
     """
@@ -77,7 +81,10 @@ def cached(
                 _build(folder, text, build, resumable, has_checksums)
                 return folder
     if has_checksums:
-        _check(folder)
+        try:
+            _check(folder)
+        except ValueError as error:
+            raise DamagedArtefact(str(error)) from error
     return folder
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from c2r_core.artefacts.cache import DamagedArtefact
 from c2r_core.evaluate import METRICS, Options, Report, json_schema, write_report
 from c2r_core.evaluate.compare import main as compare_reports
 from c2r_core.evaluate.compare import number
@@ -63,7 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         report = evaluation.measure(lambda line: print(f"  {line}", file=sys.stderr, flush=True))
         write_report(report, out)
-    except OSError as error:
+    except (OSError, DamagedArtefact) as error:
         print(f"No report: {error}", file=sys.stderr)
         return NO_REPORT
     kept.unlink(missing_ok=True)
