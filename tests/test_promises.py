@@ -20,14 +20,24 @@ SIZES = {120: 0.10, 90: 0.12, 60: 0.15}
 # -- cells --------------------------------------------------------------------------------------
 
 
+def split(made):
+    """The cells of toys, and those of the language model."""
+    toys = [cell for cell in made if "features" in cell.settings["arm"]]
+    return toys, [cell for cell in made if cell not in toys]
+
+
 def test_the_toys_have_fresh_seeds_three_widths_and_every_form():
-    made = cells("promises", SMOKE)
-    assert len(made) == 2 * (3 + 4)
-    assert {tuple(cell.settings["seeds"]) for cell in made} == {promises.SEEDS}
+    toys, others = split(cells("promises", SMOKE))
+    assert len(toys) == 2 * (3 + 4)
+    assert {tuple(cell.settings["seeds"]) for cell in toys} == {promises.SEEDS}
     assert not {*promises.SEEDS} & {*confirm.SEEDS, *tuning.SEEDS}
-    plain = [cell for cell in made if cell.name.startswith("relu-none")]
+    plain = [cell for cell in toys if cell.name.startswith("relu-none")]
     full = SMOKE.toy.d_sae
     assert [cell.settings["arm"]["d_sae"] for cell in plain] == [full, 3 * full // 4, full // 2]
+    confirming = {f"seed-{seed}" for seed in confirm_lm.SEEDS}
+    confirming |= {f"seeds-{one}-and-{other}" for one, other in confirm_lm.PAIRS}
+    name = f"c2r-0.8839-{SMOKE.language_model.d_sae}-latents"
+    assert {cell.name for cell in others} == {f"{name}-{seeds}" for seeds in confirming}
 
 
 def test_the_strengths_are_those_that_the_rule_gives(monkeypatch):

@@ -60,21 +60,33 @@ def specs(lm: LanguageModelProfile) -> list[Spec]:
 def cells(profile: Profile, seed: int = 0, device: str = "cpu") -> list[Cell]:
     """One cell an SAE, seed by seed, then one a pair of SAEs; the seeds are always SEEDS."""
     del seed
-    sources, which = Sources(profile), specs(profile.language_model)
+    which = specs(profile.language_model)
     made = [cell for one in SEEDS for cell in spec_cells("confirm_lm", profile, one, which, device)]
-    for title, pair, spec in _compared(sources.lm):
-        how = {"arm": spec.arm(sources.lm, device), "sources": sources}
-        study = Study("confirm_lm", profile, pair, device)
-        made.append(study.cell(title, measure_pair, modules=["c2r_core.metrics.agreement"], **how))
-    return made
+    return made + pair_cells("confirm_lm", profile, which, device)
 
 
-def _compared(lm: LanguageModelProfile) -> list[tuple[str, tuple[int, int], Spec]]:
+def pair_cells(
+    study: str, profile: Profile, which: Iterable[Spec], device: str = "cpu"
+) -> list[Cell]:
+    """One cell a pair of SAEs that differ in their seed: the record of the metric `agreement`."""
+    sources = Sources(profile)
+    return [
+        Study(study, profile, pair, device).cell(
+            title,
+            measure_pair,
+            modules=["c2r_core.metrics.agreement"],
+            arm=spec.arm(sources.lm, device),
+            sources=sources,
+        )
+        for title, pair, spec in _pairs_of(which)
+    ]
+
+
+def _pairs_of(which: Iterable[Spec]) -> list[tuple[str, tuple[int, int], Spec]]:
     """The cells of agreement: title, seeds, and what is trained."""
     return [
         (f"{spec.title}, seeds {pair[0]} and {pair[1]}", pair, spec)
-        for pair in PAIRS
-        for spec in specs(lm)
+        for spec, pair in itertools.product(which, PAIRS)
     ]
 
 
@@ -93,11 +105,16 @@ def confirm_table(values: Mapping[str, Any], lm: LanguageModelProfile) -> pd.Dat
 
 
 def agreement_table(values: Mapping[str, Any], lm: LanguageModelProfile) -> pd.DataFrame:
+    """`pair_table` of the study's own list."""
+    return pair_table(values, specs(lm))
+
+
+def pair_table(values: Mapping[str, Any], which: Iterable[Spec]) -> pd.DataFrame:
     """One row a pair of SAEs: form, d_sae, seed, other, and the main numbers of their agreement."""
     return pd.DataFrame(
         {"form": spec.form, "d_sae": spec.d_sae, "seed": pair[0], "other": pair[1]}
         | flat(values[slug(title)]["values"])
-        for title, pair, spec in _compared(lm)
+        for title, pair, spec in _pairs_of(which)
         if values.get(slug(title), {}).get("status") == "evaluated"
     )
 

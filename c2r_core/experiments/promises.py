@@ -1,7 +1,8 @@
 """Study `promises`: what became of each promise of the paper's abstract, on toys and on a language model.
 
-docs/design.md says what is asked of each ("The promises, one by one"). A cell of the study is a toy SAE, with
-or without a penalty, on fresh seeds; the language model's SAEs are those of study `confirm_lm`.
+docs/design.md says what is asked of each ("The promises, one by one"). The study's cells are of toy SAEs on
+fresh seeds, with and without a penalty, and of the language model's with C²R at the paper's strength. The
+other SAEs of the language model are those of study `confirm_lm`.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ import pandas as pd
 
 from c2r_core.artefacts.cells import Cell
 from c2r_core.artefacts.names import slug
-from c2r_core.artefacts.profiles import Profile, ToyProfile
-from c2r_core.experiments import confirm, confirm_lm, forms
+from c2r_core.artefacts.profiles import LanguageModelProfile, Profile, ToyProfile
+from c2r_core.experiments import confirm, confirm_lm, forms, front
 from c2r_core.experiments.agreement import flat
+from c2r_core.experiments.front import Spec
 from c2r_core.experiments.study import Study
 from c2r_core.experiments.synthetic import Arm, trained
 from c2r_core.experiments.toy import ARCHITECTURES, evaluation_sample, toy_arm
@@ -35,6 +37,9 @@ STRENGTHS: dict[str, dict[str, float]] = {
     "batch_topk": dict(zip(FORMS, (0.3, 1.0, 3.0, 3.0), strict=True)),
 }
 """By architecture and form: what `strengths` gives for the committed `forms`; a test holds them so."""
+
+PAPERS = "C²R at the paper's strength"
+"""Title of C²R at 0.88 on the language model, where C²R by itself has the strength that was chosen."""
 
 WANTED = {
     "less splitting": ("below", ("splitting",)),
@@ -61,7 +66,7 @@ MORE_FVU = 1.1
 WORDS = dict(zip(confirm_lm.RESULTS, ("contrary", "not shown", "kept"), strict=True))
 
 
-# -- the toys -----------------------------------------------------------------------------------
+# -- what is trained and measured ---------------------------------------------------------------
 
 
 class ToySpec(NamedTuple):
@@ -88,7 +93,7 @@ class ToySpec(NamedTuple):
         return replace(plain, regulariser=replace(penalty, weight=weight))
 
 
-def specs(toy: ToyProfile) -> Iterator[ToySpec]:
+def toy_specs(toy: ToyProfile) -> Iterator[ToySpec]:
     """For each architecture no penalty at three widths, then FORMS at the full one."""
     for architecture, of_forms in STRENGTHS.items():
         for share in SIZES:
@@ -97,15 +102,24 @@ def specs(toy: ToyProfile) -> Iterator[ToySpec]:
             yield ToySpec(architecture, title, strength, toy.d_sae)
 
 
+def papers(lm: LanguageModelProfile) -> Spec:
+    """C²R on the language model at the paper's strength."""
+    return Spec("C²R", front.STRENGTHS[1], lm.d_sae)
+
+
 def cells(profile: Profile, seed: int = 0, device: str = "cpu") -> list[Cell]:
-    """One cell a `ToySpec`; the seeds are always SEEDS."""
+    """One cell a `ToySpec`; then of `papers` one an SAE and one a pair. The seeds are always the same."""
     del seed
     study, toy = Study("promises", profile, SEEDS, device), profile.toy
     how = {"samples": toy.evaluation_samples}
-    return [
+    made = [
         study.cell(spec.title, measure, arm=spec.arm(toy), strength=spec.strength, **how)
-        for spec in specs(toy)
+        for spec in toy_specs(toy)
     ]
+    which = [papers(profile.language_model)]
+    for one in confirm_lm.SEEDS:
+        made += front.spec_cells("promises", profile, one, which, device)
+    return made + confirm_lm.pair_cells("promises", profile, which, device)
 
 
 def measure(
@@ -148,7 +162,7 @@ def toy_table(values: Mapping[str, Any], toy: ToyProfile, what: str) -> pd.DataF
     about = ("architecture", "form", "d_sae")
     table = pd.DataFrame(
         {name: getattr(spec, name) for name in about} | row
-        for spec in specs(toy)
+        for spec in toy_specs(toy)
         for row in values[slug(spec.title)][what]
     )
     return table.rename(columns={"latents_per_parent": "splitting"})
@@ -158,23 +172,36 @@ def toy_table(values: Mapping[str, Any], toy: ToyProfile, what: str) -> pd.DataF
 
 
 def everywhere(
-    toys: Mapping[str, Any], confirmed: Mapping[str, Any], profile: Profile
+    own: Mapping[str, Any], confirmed: Mapping[str, Any], profile: Profile
 ) -> pd.DataFrame:
     """`kept` on each architecture of the toys and on the language model, which the column `place` names.
 
-    From the values of the study's cells and of `confirm_lm`'s; without one of them, without its places.
+    From the values of the study's cells and of `confirm_lm`'s; empty if those of one are not there.
     """
-    of = {}
-    if toys:
-        saes, pairs = (toy_table(toys, profile.toy, what) for what in ("saes", "pairs"))
-        for name, title in ARCHITECTURES.items():
-            own = (table[table["architecture"] == name] for table in (saes, pairs))
-            of[f"toy, {title}"] = kept(*own)
-    if confirmed:
-        lm = profile.language_model
-        saes = confirm_lm.confirm_table(confirmed, lm)
-        of["language model"] = kept(saes, confirm_lm.agreement_table(confirmed, lm))
-    return pd.concat([table.assign(place=place) for place, table in of.items()] or [pd.DataFrame()])
+    if not own or not confirmed:
+        return pd.DataFrame()
+    places = {}
+    saes, pairs = (toy_table(own, profile.toy, what) for what in ("saes", "pairs"))
+    for name, title in ARCHITECTURES.items():
+        of_name = (table[table["architecture"] == name] for table in (saes, pairs))
+        places[f"toy, {title}"] = kept(*of_name)
+    places["language model"] = kept(*language_model_tables(own, confirmed, profile))
+    return pd.concat([table.assign(place=place) for place, table in places.items()])
+
+
+def language_model_tables(
+    own: Mapping[str, Any], confirmed: Mapping[str, Any], profile: Profile
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """SAEs and pairs of the language model, as `kept` takes them; `papers` has the title PAPERS."""
+    lm = profile.language_model
+    which = [papers(lm)]
+    saes = confirm_lm.confirm_table(confirmed, lm), front.spec_table(own, which)
+    pairs = confirm_lm.agreement_table(confirmed, lm), confirm_lm.pair_table(own, which)
+    first, second = (
+        pd.concat([others, of_paper.assign(form=PAPERS)], ignore_index=True)
+        for others, of_paper in (saes, pairs)
+    )
+    return first, second
 
 
 def kept(saes: pd.DataFrame, pairs: pd.DataFrame) -> pd.DataFrame:
