@@ -36,8 +36,9 @@ def test_the_toys_have_fresh_seeds_three_widths_and_every_form():
     assert [cell.settings["arm"]["d_sae"] for cell in plain] == [full, 3 * full // 4, full // 2]
     confirming = {f"seed-{seed}" for seed in confirm_lm.SEEDS}
     confirming |= {f"seeds-{one}-and-{other}" for one, other in confirm_lm.PAIRS}
-    name = f"c2r-0.8839-{SMOKE.language_model.d_sae}-latents"
-    assert {cell.name for cell in others} == {f"{name}-{seeds}" for seeds in confirming}
+    names = [f"{form}-0.8839-{SMOKE.language_model.d_sae}-latents" for form in ("c2r", "directed")]
+    wanted = {f"{name}-{seeds}" for name in names for seeds in confirming}
+    assert {cell.name for cell in others} == wanted and len(others) == len(wanted)
 
 
 def test_the_strengths_are_those_that_the_rule_gives(monkeypatch):

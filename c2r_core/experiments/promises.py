@@ -1,8 +1,8 @@
 """Study `promises`: what became of each promise of the paper's abstract, on toys and on a language model.
 
 docs/design.md says what is asked of each ("The promises, one by one"). The study's cells are of toy SAEs on
-fresh seeds, with and without a penalty, and of the language model's with C²R at the paper's strength. The
-other SAEs of the language model are those of study `confirm_lm`.
+fresh seeds, with and without a penalty, and of the language model's with C²R, and with the form that is tried
+second, at the paper's strength. The other SAEs of the language model are those of study `confirm_lm`.
 """
 
 from __future__ import annotations
@@ -38,8 +38,9 @@ STRENGTHS: dict[str, dict[str, float]] = {
 }
 """By architecture and form: what `strengths` gives for the committed `forms`; a test holds them so."""
 
-PAPERS = "C²R at the paper's strength"
-"""Title of C²R at 0.88 on the language model, where C²R by itself has the strength that was chosen."""
+PAPERS, SECOND = "C²R, 0.88", "directed, 0.88"
+"""On the language model, the titles of C²R and of the form that is tried second, at the paper's strength. A
+title without a number has the strength that was chosen."""
 
 WANTED = {
     "less splitting": ("below", ("splitting",)),
@@ -102,13 +103,16 @@ def toy_specs(toy: ToyProfile) -> Iterator[ToySpec]:
             yield ToySpec(architecture, title, strength, toy.d_sae)
 
 
-def papers(lm: LanguageModelProfile) -> Spec:
-    """C²R on the language model at the paper's strength."""
-    return Spec("C²R", front.STRENGTHS[1], lm.d_sae)
+def stronger(lm: LanguageModelProfile) -> dict[str, Spec]:
+    """On the language model, by title: PAPERS and SECOND."""
+    return {
+        title: Spec(form, front.STRENGTHS[1], lm.d_sae)
+        for title, form in {PAPERS: "C²R", SECOND: "directed"}.items()
+    }
 
 
 def cells(profile: Profile, seed: int = 0, device: str = "cpu") -> list[Cell]:
-    """One cell a `ToySpec`; then of `papers` one an SAE and one a pair. The seeds are always the same."""
+    """One cell a `ToySpec`; then of `stronger` one an SAE and one a pair. The seeds are always the same."""
     del seed
     study, toy = Study("promises", profile, SEEDS, device), profile.toy
     how = {"samples": toy.evaluation_samples}
@@ -116,7 +120,7 @@ def cells(profile: Profile, seed: int = 0, device: str = "cpu") -> list[Cell]:
         study.cell(spec.title, measure, arm=spec.arm(toy), strength=spec.strength, **how)
         for spec in toy_specs(toy)
     ]
-    which = [papers(profile.language_model)]
+    which = list(stronger(profile.language_model).values())
     for one in confirm_lm.SEEDS:
         made += front.spec_cells("promises", profile, one, which, device)
     return made + confirm_lm.pair_cells("promises", profile, which, device)
@@ -192,16 +196,16 @@ def everywhere(
 def language_model_tables(
     own: Mapping[str, Any], confirmed: Mapping[str, Any], profile: Profile
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """SAEs and pairs of the language model, as `kept` takes them; `papers` has the title PAPERS."""
+    """SAEs and pairs of the language model, as `kept` takes them."""
     lm = profile.language_model
-    which = [papers(lm)]
-    saes = confirm_lm.confirm_table(confirmed, lm), front.spec_table(own, which)
-    pairs = confirm_lm.agreement_table(confirmed, lm), confirm_lm.pair_table(own, which)
-    first, second = (
-        pd.concat([others, of_paper.assign(form=PAPERS)], ignore_index=True)
-        for others, of_paper in (saes, pairs)
+    saes, pairs = (
+        [confirm_lm.confirm_table(confirmed, lm)],
+        [confirm_lm.agreement_table(confirmed, lm)],
     )
-    return first, second
+    for title, spec in stronger(lm).items():
+        saes.append(front.spec_table(own, [spec]).assign(form=title))
+        pairs.append(confirm_lm.pair_table(own, [spec]).assign(form=title))
+    return pd.concat(saes, ignore_index=True), pd.concat(pairs, ignore_index=True)
 
 
 def kept(saes: pd.DataFrame, pairs: pd.DataFrame) -> pd.DataFrame:
