@@ -11,7 +11,7 @@ import pytest
 from c2r_core.artefacts.cells import compute
 from c2r_core.artefacts.names import slug
 from c2r_core.artefacts.profiles import load_profile
-from c2r_core.experiments import cells, confirm, confirm_lm, front
+from c2r_core.experiments import cells, confirm, confirm_lm, front, promises
 from c2r_core.experiments.confirm_lm import CHOSEN, OUTCOMES, PAIRS, PRIMARY, SEEDS
 from c2r_core.statistics import Interval, mean_interval, paired_interval
 
@@ -190,3 +190,17 @@ def test_a_form_is_compared_with_its_rival_at_equal_fvu():
     assert found.mean == pytest.approx(0, abs=1e-9) and found.low < 0 < found.high
     table = confirmed(fvu={CHOSEN: 0.14, "C²R": 0.11}, **{PRIMARY: {CHOSEN: -0.2}})
     assert confirm_lm.difference(table, "C²R").mean == pytest.approx(-0.1)
+
+
+def test_a_second_try_has_wider_intervals_and_is_corrected_for_no_other_penalty():
+    titles = {CHOSEN: promises.SECOND, "C²R": promises.PAPERS}
+    table, agreement = (one.replace({"form": titles}) for one in (confirmed(), agreed(-0.01)))
+    found = promises.second_verdicts(table, agreement).set_index("measured")
+    own = confirm_lm.matched(table).query("form == @promises.SECOND and outcome == @PRIMARY")
+    expected = paired_interval(own["own"], own["of size"], level=0.975)
+    size = found.loc["absorption, excess"]
+    assert tuple(size[["mean", "low", "high"]]) == pytest.approx(expected)
+    assert found["verdict"].tolist()[1] == f"better than {promises.PAPERS}" and len(found) == 5
+    first = confirm_lm.verdicts(confirmed(), agreed(-0.01)).set_index("verdict")
+    by_pairs = found.loc[f"PW-MCC, {promises.SECOND} − none"]
+    assert by_pairs["low"] < first.loc["costs no agreement", "low"]

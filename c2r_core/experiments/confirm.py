@@ -96,8 +96,10 @@ def holm_differences(table: pd.DataFrame, outcome: str) -> dict[tuple[str, str, 
     return holm({key: pairs[key] for key in pairs if key[0] == TREE and key[2] in RIVALS})
 
 
-def holm(pairs: Mapping[Any, tuple[Sequence[float], Sequence[float]]]) -> dict[Any, Interval]:
-    """Paired intervals of first − second whose levels are corrected by Holm, 95 % for all together.
+def holm(
+    pairs: Mapping[Any, tuple[Sequence[float], Sequence[float]]], level: float = 0.95
+) -> dict[Any, Interval]:
+    """Paired intervals of first − second whose levels are corrected by Holm, `level` for all together.
 
     The difference of smallest p value has the level that Bonferroni gives for all, the next that for one
     fewer, and so on; from the first on whose interval holds 0 all have that one's level (Holm, 1979).
@@ -108,8 +110,8 @@ def holm(pairs: Mapping[Any, tuple[Sequence[float], Sequence[float]]]) -> dict[A
     found, fails = {}, False
     for rank, key in enumerate(sorted(pairs, key=p_values.__getitem__)):
         if not fails:
-            level = 1 - 0.05 / (len(pairs) - rank)
-        found[key] = paired_interval(*pairs[key], level=level)
+            own_level = 1 - (1 - level) / (len(pairs) - rank)
+        found[key] = paired_interval(*pairs[key], level=own_level)
         fails = fails or found[key].low <= 0 <= found[key].high
     return {key: found[key] for key in pairs}
 

@@ -7,7 +7,7 @@ one seed, or the agreement of two SAEs that differ in their seed.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -139,11 +139,11 @@ def matched(table: pd.DataFrame, outcomes: Iterable[str] = tuple(OUTCOMES)) -> p
     return pd.concat(parts, ignore_index=True).query("form != 'none'").dropna()
 
 
-def excess_table(table: pd.DataFrame) -> pd.DataFrame:
+def excess_table(table: pd.DataFrame, level: float = 0.95) -> pd.DataFrame:
     """By how much each penalty's outcomes exceed what fewer latents give at its FVU, paired by seed.
 
-    One row an outcome and form: `mean`, `low`, `high` (95 %, Student's t over `seeds`; of PRIMARY corrected
-    by `holm` over the penalties), and on how many seeds the FVU was `outside`.
+    One row an outcome and form: `mean`, `low`, `high` (Student's t over `seeds`; of PRIMARY corrected by
+    `holm` over the penalties), and on how many seeds the FVU was `outside`.
     """
     found = matched(table)
     pairs = {
@@ -151,8 +151,8 @@ def excess_table(table: pd.DataFrame) -> pd.DataFrame:
         for outcome in OUTCOMES
         for form, rows in found[found["outcome"] == outcome].groupby("form", sort=False)
     }
-    intervals = {key: paired_interval(*pair) for key, pair in pairs.items()}
-    intervals |= holm({key: pair for key, pair in pairs.items() if key[0] == PRIMARY})
+    intervals = {key: paired_interval(*pair, level=level) for key, pair in pairs.items()}
+    intervals |= holm({key: pair for key, pair in pairs.items() if key[0] == PRIMARY}, level)
     outside = found.groupby(["outcome", "form"])["outside"].sum()
     return pd.DataFrame(
         {"outcome": key[0], "form": key[1], "seeds": len(pairs[key][0]), "outside": outside[key]}
@@ -161,16 +161,18 @@ def excess_table(table: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def difference(table: pd.DataFrame, rival: str) -> Interval:
-    """Excess in PRIMARY of the chosen form minus a rival's, paired by seed: 95 % interval, Student's t."""
+def difference(
+    table: pd.DataFrame, rival: str, form: str = CHOSEN, level: float = 0.95
+) -> Interval:
+    """Excess in PRIMARY of a form minus a rival's, paired by seed: Student's t."""
     found = matched(table).query("outcome == @PRIMARY")
     found = found.assign(excess=found["own"] - found["of size"])
-    wide = found.pivot(index="seed", columns="form", values="excess")[[CHOSEN, rival]].dropna()
-    return paired_interval(wide[CHOSEN], wide[rival])
+    wide = found.pivot(index="seed", columns="form", values="excess")[[form, rival]].dropna()
+    return paired_interval(wide[form], wide[rival], level=level)
 
 
-def jackknife_interval(by_pair: Mapping[tuple[int, int], float]) -> Interval:
-    """95 % interval of a mean over pairs of seeds, where a seed is in several pairs.
+def jackknife_interval(by_pair: Mapping[tuple[int, int], float], level: float = 0.95) -> Interval:
+    """Interval of a mean over pairs of seeds, where a seed is in several pairs.
 
     Such pairs are not independent, so the interval is over the seeds: each is left out in turn, with its
     pairs, and Student's t is of the pseudo-values that this gives (Tukey's jackknife).
@@ -180,35 +182,45 @@ def jackknife_interval(by_pair: Mapping[tuple[int, int], float]) -> Interval:
     without = [
         np.mean([value for pair, value in by_pair.items() if seed not in pair]) for seed in seeds
     ]
-    return mean_interval(len(seeds) * mean - (len(seeds) - 1) * np.array(without))
+    return mean_interval(len(seeds) * mean - (len(seeds) - 1) * np.array(without), level=level)
 
 
-def agreement_difference(agreement: pd.DataFrame) -> Interval:
-    """PW-MCC of the chosen form minus that without a penalty at the largest width: `jackknife_interval`."""
+def agreement_difference(
+    agreement: pd.DataFrame, form: str = CHOSEN, level: float = 0.95
+) -> Interval:
+    """PW-MCC of a form minus that without a penalty at the largest width: `jackknife_interval`."""
     widest = agreement[agreement["d_sae"] == agreement["d_sae"].max()]
     wide = widest.pivot(index=["seed", "other"], columns="form", values="pw_mcc")
-    return jackknife_interval((wide[CHOSEN] - wide["none"]).dropna().to_dict())
+    return jackknife_interval((wide[form] - wide["none"]).dropna().to_dict(), level)
 
 
-def verdicts(table: pd.DataFrame, agreement: pd.DataFrame) -> pd.DataFrame:
-    """The verdicts of docs/design.md on the chosen form: one row an interval that a verdict rests on.
+def verdicts(
+    table: pd.DataFrame,
+    agreement: pd.DataFrame,
+    form: str = CHOSEN,
+    rivals: Sequence[str] = RIVALS,
+    family: Collection[str] = tuple(STRENGTHS),
+    level: float = 0.95,
+) -> pd.DataFrame:
+    """The verdicts of docs/design.md on a form: one row an interval that a verdict rests on.
 
-    Columns: verdict, measured, mean, low, high; the interval should lie `wanted` ("below" or "above") the
-    `bound`. `result`, one of RESULTS, is the verdict's: the worst of its rows.
+    `family` has the penalties for which Holm corrects. Columns: verdict, measured, mean, low, high; the
+    interval should lie `wanted` ("below" or "above") the `bound`. `result`, one of RESULTS, is the
+    verdict's: the worst of its rows.
     """
-    excess = excess_table(table).set_index(["outcome", "form"])[["mean", "low", "high"]]
-
-    def of_size(outcome: str) -> Interval:
-        return Interval(*excess.loc[(outcome, CHOSEN)])
-
-    rows = [_row("better than size", "absorption, excess (Holm)", of_size(PRIMARY), "below")]
-    for rival in RIVALS:
-        about = f"better than {rival}", f"absorption, excess, {CHOSEN} − {rival}"
-        rows.append(_row(*about, difference(table, rival), "below"))
-    about = "costs no agreement", f"PW-MCC, {CHOSEN} − none"
-    rows.append(_row(*about, agreement_difference(agreement), "above", bound=-LESS_AGREEMENT))
+    excesses = excess_table(table[table["form"].isin(["none", *family])], level)
+    by = excesses.set_index(["outcome", "form"])[["mean", "low", "high"]]
+    excess = {outcome: Interval(*by.loc[(outcome, form)]) for outcome in OUTCOMES}
+    corrected = "absorption, excess" + " (Holm)" * (len(family) > 1)
+    rows = [_row("better than size", corrected, excess[PRIMARY], "below")]
+    for rival in rivals:
+        about = f"better than {rival}", f"absorption, excess, {form} − {rival}"
+        rows.append(_row(*about, difference(table, rival, form, level), "below"))
+    agreeing = agreement_difference(agreement, form, level)
+    about = "costs no agreement", f"PW-MCC, {form} − none"
+    rows.append(_row(*about, agreeing, "above", bound=-LESS_AGREEMENT))
     for outcome in ("erased", "steered"):
-        rows.append(_row("better used", f"{outcome}, excess", of_size(outcome), "above"))
+        rows.append(_row("better used", f"{outcome}, excess", excess[outcome], "above"))
     judged = pd.DataFrame(rows)
     judged["result"] = judged.groupby("verdict")["result"].transform(worst)
     return judged

@@ -208,6 +208,12 @@ def language_model_tables(
     return pd.concat(saes, ignore_index=True), pd.concat(pairs, ignore_index=True)
 
 
+def second_verdicts(saes: pd.DataFrame, pairs: pd.DataFrame) -> pd.DataFrame:
+    """`confirm_lm.verdicts` on SECOND, from `language_model_tables`, with the level of a second try."""
+    how = {"rivals": [PAPERS], "family": [SECOND], "level": 1 - 0.05 / 2}
+    return confirm_lm.verdicts(saes, pairs, SECOND, **how)
+
+
 def kept(saes: pd.DataFrame, pairs: pd.DataFrame) -> pd.DataFrame:
     """What became of each promise in one place: one row a form, promise and outcome.
 

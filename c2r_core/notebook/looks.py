@@ -33,10 +33,10 @@ GREY = {"color": "0.4", "linewidth": 1, "zorder": 1}
 
 _NAMES = (
     ("baseline", "none"),
-    ("C²R", "ReLU with C²R", "BatchTopK with C²R"),
+    ("C²R", "ReLU with C²R", "BatchTopK with C²R", "C²R, 0.88"),
     ("OrtSAE",),
     ("small baseline", "directed OrtSAE"),
-    ("minimum", "directed"),
+    ("minimum", "directed", "directed, 0.88"),
     ("no SAE", "unweighted sum", "directed OrtSAE, margin"),
     ("product", "silent partner, directed"),
     ("co-activation", "directed, margin"),
