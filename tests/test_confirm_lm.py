@@ -198,7 +198,7 @@ def test_a_second_try_has_wider_intervals_and_is_corrected_for_no_other_penalty(
     found = promises.second_verdicts(table, agreement).set_index("measured")
     own = confirm_lm.matched(table).query("form == @promises.SECOND and outcome == @PRIMARY")
     expected = paired_interval(own["own"], own["of size"], level=0.975)
-    size = found.loc["absorption, excess"]
+    size = found.loc[f"absorption, excess of {promises.SECOND}"]
     assert tuple(size[["mean", "low", "high"]]) == pytest.approx(expected)
     assert found["verdict"].tolist()[1] == f"better than {promises.PAPERS}" and len(found) == 5
     first = confirm_lm.verdicts(confirmed(), agreed(-0.01)).set_index("verdict")

@@ -211,7 +211,7 @@ def verdicts(
     excesses = excess_table(table[table["form"].isin(["none", *family])], level)
     by = excesses.set_index(["outcome", "form"])[["mean", "low", "high"]]
     excess = {outcome: Interval(*by.loc[(outcome, form)]) for outcome in OUTCOMES}
-    corrected = "absorption, excess" + " (Holm)" * (len(family) > 1)
+    corrected = f"absorption, excess of {form}" + " (Holm)" * (len(family) > 1)
     rows = [_row("better than size", corrected, excess[PRIMARY], "below")]
     for rival in rivals:
         about = f"better than {rival}", f"absorption, excess, {form} − {rival}"
@@ -220,7 +220,8 @@ def verdicts(
     about = "costs no agreement", f"PW-MCC, {form} − none"
     rows.append(_row(*about, agreeing, "above", bound=-LESS_AGREEMENT))
     for outcome in ("erased", "steered"):
-        rows.append(_row("better used", f"{outcome}, excess", excess[outcome], "above"))
+        about = "better used", f"{outcome}, excess of {form}"
+        rows.append(_row(*about, excess[outcome], "above"))
     judged = pd.DataFrame(rows)
     judged["result"] = judged.groupby("verdict")["result"].transform(worst)
     return judged
