@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import itertools
+import textwrap
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -277,13 +278,15 @@ RESULTS = {"contrary": "#d1603d", "not shown": "#eeeeee", "kept": "#5ba3a0"}
 
 def plot_results(words: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """A table whose entries are words of RESULTS, each written on its colour; NaN stays empty."""
-    ax = ax or panels(1, width=1.3 * len(words.columns) + 2, height=0.45 * len(words) + 1.2)[0]
+    ax = ax or panels(1, width=1.2 * len(words.columns) + 2, height=0.3 * len(words) + 1)[0]
     codes = words.apply(lambda column: column.map(list(RESULTS).index, na_action="ignore"))
     how = {"cmap": list(RESULTS.values()), "vmin": 0, "vmax": len(RESULTS) - 1, "cbar": False}
     notes = {"annot": words.fillna(""), "fmt": "", "annot_kws": {"size": 8, "color": "black"}}
-    sns.heatmap(codes.astype(float), ax=ax, linewidths=1.5, **how, **notes)
+    names = {"xticklabels": [textwrap.fill(str(name), 16) for name in words.columns]}
+    sns.heatmap(codes.astype(float), ax=ax, linewidths=1.5, **how, **notes, **names)
     ax.set(xlabel="", ylabel="")
     ax.xaxis.tick_top()
+    ax.tick_params(axis="both", length=0, labelsize=9)
     ax.tick_params(axis="y", rotation=0)
     return ax
 
