@@ -237,7 +237,7 @@ def kept(saes: pd.DataFrame, pairs: pd.DataFrame) -> pd.DataFrame:
                 if outcome == "fvu":
                     found, outside = _more_fvu(saes, form), 0
                 elif outcome in pairs:
-                    found, outside = _excess_of_pairs(saes, pairs, form, outcome)
+                    found, outside = excess_of_pairs(saes, pairs, form, outcome)
                 elif outcome in saes:
                     found, outside = _excess(saes, form, outcome)
                 else:
@@ -261,9 +261,10 @@ def _excess(saes: pd.DataFrame, form: str, outcome: str) -> tuple[Interval, int]
     return paired_interval(found["own"], found["of size"]), int(found["outside"].sum())
 
 
-def _excess_of_pairs(
+def excess_of_pairs(
     saes: pd.DataFrame, pairs: pd.DataFrame, form: str, outcome: str
 ) -> tuple[Interval, int]:
+    """A form's excess in a column of `pairs`, and of how many of its pairs the FVU is outside of size's."""
     number = pairs.groupby(["seed", "other"]).ngroup()
     named = dict(zip(number, zip(pairs["seed"], pairs["other"], strict=True), strict=True))
     table = with_fvu(pairs, saes).assign(seed=number)
