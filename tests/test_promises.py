@@ -10,6 +10,7 @@ import pytest
 from c2r_core.artefacts.cells import compute, look
 from c2r_core.artefacts.profiles import load_profile
 from c2r_core.experiments import cells, confirm, confirm_lm, forms, promises, tuning
+from c2r_core.experiments.evidence import committed
 
 SMOKE = load_profile("smoke")
 NOISE = (0.0, 0.01, -0.01, 0.02, -0.02)
@@ -132,3 +133,26 @@ def test_only_outcomes_that_were_measured_are_judged():
     assert "better use" not in set(found["promise"]) and len(found) == 5
     assert set(found["result"]) <= set(promises.WORDS.values())
     assert list(promises.WORDS) == list(confirm_lm.RESULTS)
+
+
+def test_every_place_is_judged_by_the_committed_cells_and_none_without_them(monkeypatch):
+    monkeypatch.delenv("C2R_RESULTS")
+    default = load_profile("default")
+    own, confirmed = (committed(study, default) for study in ("promises", "confirm_lm"))
+    assert promises.everywhere({}, confirmed, default).empty
+    assert promises.everywhere(own, {}, default).empty
+    if not own or not confirmed:
+        pytest.skip("not current: run `c2r run promises confirm_lm`")
+    found = promises.everywhere(own, confirmed, default)
+    forms_of = found.groupby("place", sort=False)["form"].unique().map(list).to_dict()
+    toy = list(promises.FORMS)
+    assert forms_of == {
+        "toy, ReLU": toy,
+        "toy, BatchTopK": toy,
+        "language model": [*toy[:3], promises.PAPERS, promises.SECOND],
+    }
+    by_place = found.groupby(["place", "form"])["promise"].unique()
+    assert all(list(of) == list(promises.WANTED) for of in by_place)
+    saes, pairs = promises.language_model_tables(own, confirmed, default)
+    assert saes.groupby("form").size().drop("none").eq(5).all()
+    assert pairs.groupby(["form", "d_sae"]).size().eq(10).all()
