@@ -36,6 +36,7 @@ NO_ROW = {
 """Beginnings of messages, or what is raised without one, that need no row of their own, and why."""
 
 WORDED_ELSEWHERE = {
+    "DamagedArtefact(str(error))": "… is missing. …",
     "EditedCellError(found.why)": "… is not what was computed",
     "DiskFullError(target)": "the disk is full: …. Free some space",
     "DivergedError(_divergence(self.step, terms, self.checkpoint))": "Training diverged at step",
