@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import nbformat
 import pytest
 from xdist.scheduler import LoadFileScheduling
 
+from c2r_core.artefacts.profiles import load_profile
 from c2r_core.data.language_models import load_language_model
 from c2r_core.data.text import Corpus, load_corpus
 from c2r_core.notebook import runner
@@ -108,6 +109,22 @@ def refreshed_notebook(_own_folders: None, tmp_path_factory: pytest.TempPathFact
     notebook = write_tiny_notebook(folder / "00_tiny.ipynb")
     runner.refresh(notebook, work_folder=folder / "work")
     return notebook
+
+
+@pytest.fixture
+def committed_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], dict[str, Any]]:
+    """The values of a study's committed cells of `default`; the test is skipped unless all are current."""
+    monkeypatch.delenv("C2R_RESULTS")
+
+    def of(study: str) -> dict[str, Any]:
+        from c2r_core.experiments.evidence import committed  # needs more than some tests do
+
+        values = committed(study, load_profile("default"))
+        if not values:
+            pytest.skip(f"{study} is not current: run `c2r run {study}`")
+        return values
+
+    return of
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 
-from c2r_core.artefacts.cells import look
 from c2r_core.artefacts.profiles import load_profile
 from c2r_core.experiments import cells, confirm, forms, tuning
 from c2r_core.statistics import paired_interval
@@ -40,14 +39,8 @@ def test_of_forms_that_are_equal_on_the_tree_the_least_harmful_is_chosen():
     assert found.strengths["relu"] == {"C²R": 1.0, "OrtSAE": 0.1, "equal": 1.0}
 
 
-def test_the_form_that_is_confirmed_is_the_one_that_the_rule_chose(monkeypatch):
-    """Where the committed cells of `forms` are current; else `c2r status` says so."""
-    monkeypatch.delenv("C2R_RESULTS")
-    default = load_profile("default")
-    found = {cell.name: look(cell) for cell in cells("forms", default)}
-    if any(one.kind != "current" for one, _ in found.values()):
-        pytest.skip("forms is not current: run `c2r run forms`")
-    table = forms.forms_table({name: values for name, (_, values) in found.items()}, default)
+def test_the_form_that_is_confirmed_is_the_one_that_the_rule_chose(committed_of):
+    table = forms.forms_table(committed_of("forms"), load_profile("default"))
     assert confirm.choice(table) == (confirm.CHOSEN, confirm.STRENGTHS)
 
 

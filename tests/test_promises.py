@@ -7,10 +7,9 @@ import itertools
 import pandas as pd
 import pytest
 
-from c2r_core.artefacts.cells import compute, look
+from c2r_core.artefacts.cells import compute
 from c2r_core.artefacts.profiles import load_profile
 from c2r_core.experiments import cells, confirm, confirm_lm, forms, promises, tuning
-from c2r_core.experiments.evidence import committed
 
 SMOKE = load_profile("smoke")
 NOISE = (0.0, 0.01, -0.01, 0.02, -0.02)
@@ -42,14 +41,8 @@ def test_the_toys_have_fresh_seeds_three_widths_and_every_form():
     assert {cell.name for cell in others} == wanted and len(others) == len(wanted)
 
 
-def test_the_strengths_are_those_that_the_rule_gives(monkeypatch):
-    """Where the committed cells of `forms` are current; else `c2r status` says so."""
-    monkeypatch.delenv("C2R_RESULTS")
-    default = load_profile("default")
-    found = {cell.name: look(cell) for cell in cells("forms", default)}
-    if any(one.kind != "current" for one, _ in found.values()):
-        pytest.skip("forms is not current: run `c2r run forms`")
-    table = forms.forms_table({name: values for name, (_, values) in found.items()}, default)
+def test_the_strengths_are_those_that_the_rule_gives(committed_of):
+    table = forms.forms_table(committed_of("forms"), load_profile("default"))
     assert promises.strengths(table) == promises.STRENGTHS
 
 
@@ -135,14 +128,11 @@ def test_only_outcomes_that_were_measured_are_judged():
     assert list(promises.WORDS) == list(confirm_lm.RESULTS)
 
 
-def test_every_place_is_judged_by_the_committed_cells_and_none_without_them(monkeypatch):
-    monkeypatch.delenv("C2R_RESULTS")
+def test_every_place_is_judged_by_the_committed_cells_and_none_without_them(committed_of):
     default = load_profile("default")
-    own, confirmed = (committed(study, default) for study in ("promises", "confirm_lm"))
+    own, confirmed = (committed_of(study) for study in ("promises", "confirm_lm"))
     assert promises.everywhere({}, confirmed, default).empty
     assert promises.everywhere(own, {}, default).empty
-    if not own or not confirmed:
-        pytest.skip("not current: run `c2r run promises confirm_lm`")
     found = promises.everywhere(own, confirmed, default)
     forms_of = found.groupby("place", sort=False)["form"].unique().map(list).to_dict()
     toy = list(promises.FORMS)

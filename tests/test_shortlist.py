@@ -9,7 +9,6 @@ import pytest
 
 from c2r_core.artefacts.profiles import load_profile
 from c2r_core.experiments import cells, confirm_lm, front, shortlist
-from c2r_core.experiments.evidence import committed
 from c2r_core.experiments.shortlist import PRIMARY
 
 LM = load_profile("smoke").language_model
@@ -122,22 +121,12 @@ def test_what_is_kept_has_the_seeds_that_the_front_has_not(monkeypatch):
     assert {name[:-1] + "0" for name in names} <= of_front
 
 
-def committed_of(study):
-    default = load_profile("default")
-    values = committed(study, default)
-    if not values:
-        pytest.skip(f"{study} is not current: run `c2r run {study}`")
-    return values
-
-
-def test_kept_is_what_the_rule_kept(monkeypatch):
-    monkeypatch.delenv("C2R_RESULTS")
+def test_kept_is_what_the_rule_kept(committed_of):
     lm = load_profile("default").language_model
     assert shortlist.kept(front.front_table(committed_of("front"), lm)) == shortlist.KEPT
 
 
-def test_the_form_that_is_confirmed_is_the_one_that_the_rule_chose(monkeypatch):
-    monkeypatch.delenv("C2R_RESULTS")
+def test_the_form_that_is_confirmed_is_the_one_that_the_rule_chose(committed_of):
     lm = load_profile("default").language_model
     table = shortlist.explored_table(committed_of("front"), committed_of("shortlist"), lm)
     assert shortlist.choice(table) == (confirm_lm.CHOSEN, confirm_lm.STRENGTHS)

@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 import torch
 
-from c2r_core.artefacts.cells import compute, look, read_or_compute, state
+from c2r_core.artefacts.cells import compute, read_or_compute
 from c2r_core.artefacts.fingerprints import fingerprints
 from c2r_core.artefacts.names import slug
 from c2r_core.artefacts.profiles import FIRST_SEED, load_profile, profile_names
@@ -313,14 +313,9 @@ def test_a_setting_that_was_not_tried_does_not_stay():
         assert found == {"l1_weight": chosen}
 
 
-def test_settings_of_the_profile_are_the_ones_that_were_chosen(monkeypatch):
-    """Where the committed cells of `tuning` are current; else `c2r status` says so."""
-    monkeypatch.delenv("C2R_RESULTS")
+def test_settings_of_the_profile_are_the_ones_that_were_chosen(committed_of):
     default = load_profile("default")
-    found = {cell.name: (state(cell), cell) for cell in cells("tuning", default)}
-    if any(one.kind != "current" for one, _ in found.values()):
-        pytest.skip("tuning is not current: run `c2r run tuning`")
-    chosen = tuning.chosen({name: look(cell)[1] for name, (_, cell) in found.items()}, default)
+    chosen = tuning.chosen(committed_of("tuning"), default)
     for name, value in chosen.pop("benchmark").items():
         assert value == getattr(default.benchmark, name)
     for name, value in chosen.items():
