@@ -159,12 +159,6 @@ def test_which_features_are_on_before_the_gates_is_the_plain_forms():
     assert torch.equal(drawn, drawn_plainly(forest, 5_000, generator(1)) > 0)
 
 
-def test_the_full_definition_has_its_size():
-    full = GatedForest.full()
-    assert (full.n_features, full.d_in, sum(full.level_sizes)) == (16384, 768, 10880)
-    assert len(full.parents) == 16384
-
-
 def dictionary(forest: GatedForest, rows: torch.Tensor) -> ReLUSAE:
     """An SAE that reads each row's feature exactly: the directions are independent."""
     sae = ReLUSAE(forest.d_in, len(rows), l1_weight=0.0)

@@ -39,6 +39,7 @@ from c2r_core.experiments import (
     front,
     language_model,
     parity,
+    published,
     synthetic,
     toy,
     tuning,
@@ -236,6 +237,15 @@ def test_benchmark_cells_give_tables_of_runs_and_bands():
     table, bands = benchmark.benchmark_table(values), benchmark.band_table(values)
     assert table[["arm", "seed"]].drop_duplicates().shape == (6, 2)
     assert set(bands.groupby(["arm", "seed"])["n_features"].sum()) == {SMOKE.benchmark.n_features}
+
+
+def test_published_cells_give_tables_of_runs_and_of_lengths():
+    values = {cell.name: read_or_compute(cell) for cell in cells("published", SMOKE)}
+    table = published.published_table(values)
+    assert list(table["arm"].unique()) == list(published.ARMS) and len(table) == 8
+    assert (table["explained"] == 1 - table["fvu"]).all()
+    lengths = published.by_samples(SMOKE.published, values)
+    assert lengths.groupby("samples")["seed"].nunique().to_dict() == {5 * 64: 2, 10 * 64: 2}
 
 
 # -- tuning -------------------------------------------------------------------------------------

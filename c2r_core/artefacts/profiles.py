@@ -185,6 +185,13 @@ class BenchmarkProfile(_Section):
     seeds: Count
 
 
+class PublishedProfile(BenchmarkProfile):
+    """Runs on the features of SynthSAEBench-16k. The weights are those of the smaller forest, at this size."""
+
+    shorter: list[Count]
+    """Steps of shorter runs of the baseline."""
+
+
 class StrengthProfile(_Section):
     """Runs of notebook 11: which λ does the same at other sizes."""
 
@@ -311,6 +318,7 @@ class Profile(_Section):
     toy: ToyProfile
     language_model: LanguageModelProfile
     benchmark: BenchmarkProfile
+    published: PublishedProfile
     knobs: KnobsProfile
     correlated: CorrelatedProfile
     strength: StrengthProfile

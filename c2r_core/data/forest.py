@@ -35,7 +35,7 @@ class GatedForest:
 
     Features are numbered by frequency, the most frequent first. Those of the trees come level by level,
     roots first, spread evenly among those on their own, so that a child is rarer than its parent. The
-    defaults have a sixteenth of the features of SynthSAEBench-16k; `full` has all.
+    defaults have a sixteenth of the features of SynthSAEBench-16k; `SynthSAEBench` is that world itself.
 
     Parameters
     ----------
@@ -112,16 +112,6 @@ class GatedForest:
                 f"{self.correlation_scale} squared is 0.9 or more: nothing of a feature's own draw "
                 "would be left. Lower one of them."
             )
-
-    @classmethod
-    def full(cls, seed: int = 0) -> GatedForest:
-        """The size and constants of SynthSAEBench-16k: 16 384 features in 768 dimensions.
-
-        It is not that model. There the trees hold the most frequent ranks, what exclusive siblings take
-        from each other is made up for as well, and directions are pushed apart in 100 small steps. So
-        the true L0 is about 38 here, 34 there.
-        """
-        return cls(n_features=16384, d_in=768, n_roots=128, seed=seed)
 
     # -- the ground truth -------------------------------------------------------------------
 

@@ -23,6 +23,7 @@ STUDIES = {
     "knobs": "c2r_core.experiments.knobs",
     "correlated": "c2r_core.experiments.correlated",
     "benchmark": "c2r_core.experiments.benchmark",
+    "published": "c2r_core.experiments.published",
     "strength": "c2r_core.experiments.strength",
     "language_model": "c2r_core.experiments.language_model",
     "examples": "c2r_core.experiments.examples",

@@ -27,16 +27,18 @@ def cells(profile: Profile, seed: int = 0, device: str = "cpu") -> list[Cell]:
     """Baseline, C²R and OrtSAE with the profile's weights."""
     benchmark = profile.benchmark
     study = Study("benchmark", profile, training_seeds(benchmark.seeds, seed), device)
-    return study.cells(_arms(benchmark), measure, samples=benchmark.evaluation_samples)
+    arms = arms_with_each_penalty(benchmark, benchmark_features(benchmark))
+    return study.cells(arms, measure, samples=benchmark.evaluation_samples)
 
 
-def _arms(benchmark: BenchmarkProfile) -> list[NamedArm]:
+def arms_with_each_penalty(benchmark: BenchmarkProfile, features: GatedForest) -> list[NamedArm]:
+    """The arms of TITLES on these features, with the profile's weights."""
     sizes = {"batch_size": benchmark.batch_size, "d_sae": benchmark.d_sae}
     every = benchmark.penalty_every
     c2r = C2R(weight_from_strength(benchmark.c2r_strength, **sizes), every=every)
     penalties = (None, c2r, Orthogonality(benchmark.orthogonality_weight, every=every))
     return [
-        NamedArm(title, benchmark_arm(benchmark, penalty), {"arm": title})
+        NamedArm(title, benchmark_arm(benchmark, features, penalty), {"arm": title})
         for title, penalty in zip(TITLES, penalties, strict=True)
     ]
 
@@ -49,11 +51,13 @@ def benchmark_features(benchmark: BenchmarkProfile) -> GatedForest:
     )
 
 
-def benchmark_arm(benchmark: BenchmarkProfile, regulariser: Regulariser | None) -> Arm:
-    """A BatchTopK SAE on the forest, None for the baseline."""
+def benchmark_arm(
+    benchmark: BenchmarkProfile, features: GatedForest, regulariser: Regulariser | None
+) -> Arm:
+    """A BatchTopK SAE on the features, None for the baseline."""
     config = TrainConfig(steps=benchmark.steps, lr=benchmark.lr, clip_norm=benchmark.clip_norm)
     return Arm(
-        features=benchmark_features(benchmark),
+        features=features,
         architecture="batch_topk",
         d_sae=benchmark.d_sae,
         batch_size=benchmark.batch_size,
@@ -83,10 +87,10 @@ def evaluation_sample(features: GatedForest, samples: int) -> ForestSample:
     return forest_sample(features, samples, torch.Generator().manual_seed(EVALUATION_SEED))
 
 
-def benchmark_table(values: Mapping[str, Any]) -> pd.DataFrame:
+def benchmark_table(values: Mapping[str, Any], titles: Sequence[str] = TITLES) -> pd.DataFrame:
     """One row per run: arm, seed and the fields of `ForestReport`, without the bands."""
     return pd.DataFrame(
-        {"arm": title} | row for title in TITLES for row in values[slug(title)]
+        {"arm": title} | row for title in titles for row in values[slug(title)]
     ).drop(columns="bands")
 
 

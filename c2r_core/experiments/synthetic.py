@@ -47,8 +47,8 @@ class Arm:
         }
 
     def code(self) -> list[str]:
-        """The modules of its architecture and of its regulariser."""
-        taken = [ARCHITECTURES[self.architecture]]
+        """The modules of its features, its architecture and its regulariser."""
+        taken = [type(self.features), ARCHITECTURES[self.architecture]]
         taken += [type(self.regulariser)] if self.regulariser else []
         return [one.__module__ for one in taken]
 

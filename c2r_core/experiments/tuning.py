@@ -31,7 +31,7 @@ from c2r_core.artefacts.profiles import Profile
 from c2r_core.data.forest import GatedForest
 from c2r_core.data.toy import FeatureTree
 from c2r_core.errors import NotEvaluable
-from c2r_core.experiments.benchmark import benchmark_arm
+from c2r_core.experiments.benchmark import benchmark_arm, benchmark_features
 from c2r_core.experiments.benchmark import reports as benchmark_reports
 from c2r_core.experiments.study import Study
 from c2r_core.experiments.synthetic import Arm, trained, trained_at
@@ -90,7 +90,7 @@ def cells(profile: Profile, seed: int = 0, device: str = "cpu") -> list[Cell]:
             how = {"arm": baseline, "penalty": penalty, "by": "recovery"}
             how["modules"] = _modules(penalty)
             made.append(study.cell(f"{architecture}, {penalty}", tune, **how, **given))
-    forest = benchmark_arm(profile.benchmark, None)
+    forest = benchmark_arm(profile.benchmark, benchmark_features(profile.benchmark), None)
     for penalty in ("c2r", "orthogonality"):
         how = {"arm": forest, "penalty": penalty, "by": "f1", "on": "benchmark"}
         samples = profile.benchmark.evaluation_samples
