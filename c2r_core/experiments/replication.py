@@ -1,0 +1,70 @@
+"""Does what study `validation` found hold on SAEs that it had not seen?
+
+Those are the language model's SAEs of the studies `front`, `shortlist`, `confirm_lm` and `promises`: BatchTopK of
+one k, without a penalty at three widths and with C²R and its rivals, eight seeds. They were trained to compare
+penalties, and none of them had a part in what `validation` says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from c2r_core.artefacts.profiles import Profile
+from c2r_core.experiments import front, promises, shortlist
+from c2r_core.experiments.validation import CANDIDATE, FAILURES, PREDICTORS
+from c2r_core.statistics import mean_interval, rank_correlation, rank_correlation_lead
+
+STUDIES = ("front", "shortlist", "confirm_lm", "promises")
+FEWEST = 5
+"""SAEs of a seed; a seed with fewer has no rank correlation of its own."""
+
+
+def later_saes(values: Mapping[str, Mapping[str, Any]], profile: Profile) -> pd.DataFrame:
+    """One row an SAE, with the columns of `validation_table` that were measured, form and seed.
+
+    Parameters
+    ----------
+    values : Mapping
+        By study of STUDIES, the values of its committed cells.
+    """
+    explored = shortlist.explored_table(
+        values["front"], values["shortlist"], profile.language_model
+    )
+    confirmed, _ = promises.language_model_tables(
+        values["promises"], values["confirm_lm"], profile
+    )
+    saes = pd.concat([explored, confirmed], ignore_index=True)
+    failures = {column: 1 - saes[front.SUCCESSES[column]] for column in FAILURES.values()}
+    return saes.assign(**failures).dropna(subset=[*PREDICTORS, *failures])
+
+
+def replication_table(saes: pd.DataFrame) -> pd.DataFrame:
+    """Rank correlations of PREDICTORS with FAILURES over all SAEs, and within one seed.
+
+    One row a failure and predictor: `mean`, `low`, `high` over all SAEs (bootstrap); `lead`, `lead_low`,
+    `lead_high`, by how much the |rank correlation| of assignment consistency is ahead; and `in_seed`,
+    `in_seed_low`, `in_seed_high`, the mean over seeds of the correlation among one seed's SAEs (Student's t over
+    `seeds` seeds). SAEs of one seed share first weights and batches, so only the last interval is over what is
+    independent.
+    """
+    rows = []
+    for failure, column in FAILURES.items():
+        for name, title in PREDICTORS.items():
+            row = {"failure": failure, "predictor": title, "n": len(saes)}
+            row |= rank_correlation(saes[name], saes[column])._asdict()
+            if name != CANDIDATE:
+                lead = rank_correlation_lead(saes[CANDIDATE], saes[name], saes[column])
+                row |= {f"lead{end}": x for end, x in zip(("", "_low", "_high"), lead, strict=True)}
+            by_seed = [
+                of_seed[name].corr(of_seed[column], method="spearman")
+                for _, of_seed in saes.groupby("seed")
+                if len(of_seed) >= FEWEST
+            ]
+            inside = mean_interval(by_seed) if len(by_seed) > 1 else [np.nan] * 3
+            ends = zip(("", "_low", "_high"), inside, strict=True)
+            rows.append(row | {f"in_seed{end}": x for end, x in ends} | {"seeds": len(by_seed)})
+    return pd.DataFrame(rows)
