@@ -186,10 +186,9 @@ class BenchmarkProfile(_Section):
 
 
 class PublishedProfile(BenchmarkProfile):
-    """Runs on the features of SynthSAEBench-16k. The weights are those of the smaller forest, at this size."""
+    """Runs on the features of SynthSAEBench-16k, the baseline also with fewer steps (`shorter`)."""
 
     shorter: list[Count]
-    """Steps of shorter runs of the baseline."""
 
 
 class StrengthProfile(_Section):

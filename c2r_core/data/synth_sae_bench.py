@@ -72,8 +72,8 @@ class SynthSAEBench(GatedForest):
 def pushed_apart(directions: Tensor, steps: int, lr: float) -> Tensor:
     """Directions after a few steps of Adam against all squared cosines, scaled to norm 1; (n, d).
 
-    The loss is Σ_{i≠j} (w_i · w_j)² + n Σ_i (‖w_i‖² − 1)². Its gradient goes through the (d, d) matrix WᵀW, so
-    no matrix of n by n is made.
+    The loss is Σ_{i≠j} (w_i · w_j)² + n Σ_i (‖w_i‖² − 1)². Its gradient goes through the (d, d) matrix WᵀW,
+    so no matrix of n by n is made.
     """
     rows = directions.clone().requires_grad_()
     optimizer = torch.optim.Adam([rows], lr=lr)

@@ -1,8 +1,8 @@
 """Does what study `validation` found hold on SAEs that it had not seen?
 
-Those are the language model's SAEs of the studies `front`, `shortlist`, `confirm_lm` and `promises`: BatchTopK of
-one k, without a penalty at three widths and with C²R and its rivals, eight seeds. They were trained to compare
-penalties, and none of them had a part in what `validation` says.
+Those are the language model's SAEs of the studies `front`, `shortlist`, `confirm_lm` and `promises`:
+BatchTopK of one k, without a penalty at three widths and with C²R and its rivals. They were trained to compare
+penalties. Those of the seed of `validation` are left out: three of them are its SAEs.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from c2r_core.artefacts.profiles import Profile
+from c2r_core.artefacts.profiles import Profile, training_seeds
 from c2r_core.experiments import front, promises, shortlist
 from c2r_core.experiments.validation import CANDIDATE, FAILURES, PREDICTORS
 from c2r_core.statistics import mean_interval, rank_correlation, rank_correlation_lead
@@ -24,7 +24,7 @@ FEWEST = 5
 
 
 def later_saes(values: Mapping[str, Mapping[str, Any]], profile: Profile) -> pd.DataFrame:
-    """One row an SAE, with the columns of `validation_table` that were measured, form and seed.
+    """One row an SAE of another seed: form, seed, and the measured columns of `validation_table`.
 
     Parameters
     ----------
@@ -34,10 +34,9 @@ def later_saes(values: Mapping[str, Mapping[str, Any]], profile: Profile) -> pd.
     explored = shortlist.explored_table(
         values["front"], values["shortlist"], profile.language_model
     )
-    confirmed, _ = promises.language_model_tables(
-        values["promises"], values["confirm_lm"], profile
-    )
+    confirmed, _ = promises.language_model_tables(values["promises"], values["confirm_lm"], profile)
     saes = pd.concat([explored, confirmed], ignore_index=True)
+    saes = saes[~saes["seed"].isin(training_seeds(1))]
     failures = {column: 1 - saes[front.SUCCESSES[column]] for column in FAILURES.values()}
     return saes.assign(**failures).dropna(subset=[*PREDICTORS, *failures])
 
@@ -47,9 +46,9 @@ def replication_table(saes: pd.DataFrame) -> pd.DataFrame:
 
     One row a failure and predictor: `mean`, `low`, `high` over all SAEs (bootstrap); `lead`, `lead_low`,
     `lead_high`, by how much the |rank correlation| of assignment consistency is ahead; and `in_seed`,
-    `in_seed_low`, `in_seed_high`, the mean over seeds of the correlation among one seed's SAEs (Student's t over
-    `seeds` seeds). SAEs of one seed share first weights and batches, so only the last interval is over what is
-    independent.
+    `in_seed_low`, `in_seed_high`, the mean over seeds of the correlation among one seed's SAEs (Student's t
+    over `seeds` seeds). SAEs of one seed share first weights and batches, so only the last interval is over
+    what is independent.
     """
     rows = []
     for failure, column in FAILURES.items():
@@ -68,3 +67,28 @@ def replication_table(saes: pd.DataFrame) -> pd.DataFrame:
             ends = zip(("", "_low", "_high"), inside, strict=True)
             rows.append(row | {f"in_seed{end}": x for end, x in ends} | {"seeds": len(by_seed)})
     return pd.DataFrame(rows)
+
+
+def side_by_side(first: pd.DataFrame, again: pd.DataFrame) -> pd.DataFrame:
+    """A `correlation_table` of the first SAEs beside a `replication_table`: text, with intervals.
+
+    One row a failure and predictor; the columns say of which SAEs a correlation is, and `AC's lead` is of all
+    the later ones.
+    """
+    key = ["failure", "predictor"]
+    whole = first[first["saes"] == "all"]
+    columns = {
+        f"the first {whole['n'].max()}": _text(whole.set_index(key), "mean", "low", "high"),
+        f"the other {again['n'].max()}": _text(again.set_index(key), "mean", "low", "high"),
+        "within a seed": _text(again.set_index(key), "in_seed", "in_seed_low", "in_seed_high"),
+        "AC's lead": _text(again.set_index(key), "lead", "lead_low", "lead_high"),
+    }
+    return pd.DataFrame(columns).reindex(again.set_index(key).index).reset_index()
+
+
+def _text(table: pd.DataFrame, *ends: str) -> pd.Series:
+    rows = table[list(ends)].itertuples(index=False)
+    text = [
+        "" if np.isnan(mean) else f"{mean:.2f} [{low:.2f}, {high:.2f}]" for mean, low, high in rows
+    ]
+    return pd.Series(text, table.index)
