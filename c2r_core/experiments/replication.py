@@ -1,8 +1,8 @@
 """Does what study `validation` found hold on SAEs that it had not seen?
 
 Those are the language model's SAEs of the studies `front`, `shortlist`, `confirm_lm` and `promises`:
-BatchTopK of one k, without a penalty at three widths and with C²R and its rivals. They were trained to compare
-penalties. Those of the seed of `validation` are left out: three of them are its SAEs.
+BatchTopK of one k, without a penalty at three widths and with C²R and its rivals, trained to compare
+penalties. Those with the seed of `validation` are left out: three of them are its own SAEs.
 """
 
 from __future__ import annotations
