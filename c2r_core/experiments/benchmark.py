@@ -87,10 +87,10 @@ def evaluation_sample(features: GatedForest, samples: int) -> ForestSample:
     return forest_sample(features, samples, torch.Generator().manual_seed(EVALUATION_SEED))
 
 
-def benchmark_table(values: Mapping[str, Any], titles: Sequence[str] = TITLES) -> pd.DataFrame:
+def benchmark_table(values: Mapping[str, Any]) -> pd.DataFrame:
     """One row per run: arm, seed and the fields of `ForestReport`, without the bands."""
     return pd.DataFrame(
-        {"arm": title} | row for title in titles for row in values[slug(title)]
+        {"arm": title} | row for title in TITLES for row in values[slug(title)]
     ).drop(columns="bands")
 
 
