@@ -27,6 +27,35 @@ def test_the_defaults_have_the_published_size_and_sparsity():
     assert on[:, :4096].sum(1).double().mean() == pytest.approx(25.2, abs=0.6)
 
 
+def test_the_defaults_are_the_published_constants():
+    """Those of SAELens's documentation, page SynthSAEBench."""
+    assert dataclasses.asdict(SynthSAEBench()) == {
+        "n_features": 16384,
+        "d_in": 768,
+        "n_roots": 128,
+        "branching": 4,
+        "depth": 3,
+        "zipf_exponent": 0.5,
+        "max_probability": 0.4,
+        "min_probability": 5e-4,
+        "compensates": True,
+        "correlation_rank": 25,
+        "correlation_scale": 0.1,
+        "parent_cosine": 0.0,
+        "first_magnitude": 5.0,
+        "last_magnitude": 4.0,
+        "magnitude_sd": 0.5,
+        "bias_norm": 0.5,
+        "apart_steps": 100,
+        "apart_lr": 3e-4,
+        "seed": 0,
+    }
+    half_normal = FULL._magnitude_sds
+    assert (half_normal >= 0).all()
+    assert half_normal.square().mean() == pytest.approx(0.5, abs=0.02), "|N(0.5, 0.5)|: 0.5² + 0.5²"
+    assert float(FULL._constant.norm()) == pytest.approx(0.5)
+
+
 def test_trees_take_the_first_ranks():
     assert torch.cat(SMALL.levels).tolist() == list(range(4 + 12 + 36))
     assert SMALL.parents[:10].tolist() == [-1] * 4 + [0, 0, 0, 1, 1, 1]
@@ -53,6 +82,18 @@ def test_directions_are_pushed_apart_and_keep_their_norm():
 
     untouched, some, many = (mean_square_cosine(steps) for steps in (0, 100, 1000))
     assert untouched > 1.05 * some > 1.1 * many
+
+
+def test_directions_of_a_push_that_was_stopped_are_not_kept(monkeypatch):
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    forest = dataclasses.replace(SMALL, seed=5)
+    with monkeypatch.context() as patch:
+        patch.setattr("c2r_core.data.synth_sae_bench.pushed_apart", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            _ = forest.directions
+    assert torch.equal(forest.directions, dataclasses.replace(SMALL, seed=5).directions)
 
 
 @pytest.mark.parametrize("wrong", [{"apart_steps": -1}, {"apart_lr": 0.0}])
@@ -103,7 +144,6 @@ def test_saelens_draws_features_as_often(forest):
     torch.testing.assert_close(forest.drawn_probabilities.float(), theirs, atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_samples_have_the_rates_and_magnitudes_of_saelens():
     forest = dataclasses.replace(SMALL, correlation_scale=0.0)
     same_sd = torch.full((forest.n_features,), forest.magnitude_sd)
@@ -119,6 +159,28 @@ def test_samples_have_the_rates_and_magnitudes_of_saelens():
     for moment in (1, 2):
         means = [((one**moment).sum(0) / (one > 0).sum(0))[often] for one in samples]
         torch.testing.assert_close(*means, atol=0, rtol=0.05)
+
+
+def test_correlated_draws_scatter_as_saelens_s_do():
+    forest = dataclasses.replace(SMALL, correlation_scale=0.15)
+    synthetic = pytest.importorskip("sae_lens.synthetic")
+    model = saelens_model(forest)
+    factor, own = forest._loadings, forest._own_sd.square()
+    correlation = synthetic.LowRankCorrelationMatrix(factor, own)
+    generate = synthetic.ActivationGenerator(
+        num_features=forest.n_features,
+        firing_probabilities=forest.drawn_probabilities.float(),
+        modify_activations=model.hierarchy.modifier,
+        correlation_matrix=correlation,
+    )
+    torch.manual_seed(0)
+    counts = [
+        (features > 0).sum(1).double()
+        for features in (forest.sample(N, generator()).features, generate.sample(N))
+    ]
+    for moment in (torch.mean, torch.var):
+        ours, theirs = (float(moment(count)) for count in counts)
+        assert ours == pytest.approx(theirs, rel=0.03)
 
 
 def test_directions_are_pushed_as_saelens_does_it():

@@ -68,15 +68,15 @@ class ToyProfile(_Section):
     """Standard deviation of a feature's magnitude; its mean is 1."""
     d_sae: Count
     architectures: dict[str, dict[str, int | float]]
-    """Sparsity of each: constructor arguments beside d_in, d_sae and seed. Chosen by tune_toys.py."""
+    """Sparsity of each: constructor arguments beside d_in, d_sae and seed. Chosen by study `tuning`."""
     batch_size: Count
     steps: Count
     lr: Positive
     c2r_strength: dict[str, Weight]
-    """By architecture, as `weight_from_strength` defines it. Chosen by tune_toys.py, as is the next."""
+    """By architecture, as `weight_from_strength` defines it. Chosen by study `tuning`, as is the next."""
     orthogonality_weight: dict[str, Weight]
     ablation_weight: dict[str, dict[str, Weight]]
-    """By ablation, then by architecture. Chosen by tune_toys.py too."""
+    """By ablation, then by architecture. Chosen by it too."""
     evaluation_samples: Count
     """Fresh samples on which metrics are measured."""
     seeds: Count
@@ -177,7 +177,7 @@ class BenchmarkProfile(_Section):
     lr: Positive
     clip_norm: Positive
     c2r_strength: Weight
-    """As `weight_from_strength` defines it. Chosen by benchmark_tables.py, as is the next."""
+    """As `weight_from_strength` defines it. Chosen by study `tuning`, as is the next."""
     orthogonality_weight: Weight
     penalty_every: Count
     """T: C²R and OrtSAE act on every T-th step, times T."""
@@ -186,9 +186,9 @@ class BenchmarkProfile(_Section):
 
 
 class PublishedProfile(BenchmarkProfile):
-    """Runs on the features of SynthSAEBench-16k, the baseline also with fewer steps (`shorter`)."""
+    """Runs on the features of SynthSAEBench-16k; the weights are those of `BenchmarkProfile`."""
 
-    shorter: list[Count]
+    shorter: list[Count]  # steps of further runs of the baseline
 
 
 class StrengthProfile(_Section):

@@ -35,7 +35,7 @@ class GatedForest:
 
     Features are numbered by frequency, the most frequent first. Those of the trees come level by level,
     roots first, spread evenly among those on their own, so that a child is rarer than its parent. The
-    defaults have a sixteenth of the features of SynthSAEBench-16k; `SynthSAEBench` is that world itself.
+    defaults have a sixteenth of the features of SynthSAEBench-16k; `SynthSAEBench` is that definition itself.
 
     Parameters
     ----------

@@ -15,17 +15,17 @@ from c2r_core.data.forest import GatedForest
 class SynthSAEBench(GatedForest):
     """A `GatedForest` as SynthSAEBench defines it; the defaults are those of SynthSAEBench-16k.
 
-    Three things are unlike in other forests. The trees take the most frequent ranks, level by level, so that
-    features on their own are the rarest. Where children compensate, they make up for their siblings too. And
-    directions are pushed apart. The definition is that of the paper and of the released model's version 2;
-    version 1 does not scale children by their parents. The numbers drawn are not those of the released model.
+    Three things differ from a plain `GatedForest`. The trees take the most frequent ranks, level by level, so
+    that features on their own are the rarest. Where children compensate, they make up for their siblings too.
+    And directions are pushed apart. The definition is that of the paper and of version 2 of the released
+    model; version 1 does not scale children by their parents. The numbers drawn are not those of that model.
 
     Parameters
     ----------
     apart_steps, apart_lr : int, float
         Steps of Adam that push directions apart, and their size; see `pushed_apart`.
     others
-        As in `GatedForest`.
+        As in `GatedForest`, but for those three things.
     """
 
     n_features: int = 16384
@@ -66,7 +66,10 @@ class SynthSAEBench(GatedForest):
     @cached_property
     def directions(self) -> Tensor:
         """True directions, rows of norm 1, (n_features, d_in)."""
-        return pushed_apart(super().directions, self.apart_steps, self.apart_lr)
+        at_random = GatedForest.directions.func(
+            self
+        )  # not kept as this object's, should the pushing stop
+        return pushed_apart(at_random, self.apart_steps, self.apart_lr)
 
 
 def pushed_apart(directions: Tensor, steps: int, lr: float) -> Tensor:

@@ -17,7 +17,7 @@ from c2r_core.artefacts.cache import cached
 from c2r_core.artefacts.cells import Cell
 from c2r_core.artefacts.names import slug
 from c2r_core.artefacts.profiles import Profile, PublishedProfile, training_seeds
-from c2r_core.data.batches import ToyBatches
+from c2r_core.data.batches import Prefetched, ToyBatches
 from c2r_core.data.synth_sae_bench import SynthSAEBench
 from c2r_core.experiments.benchmark import TITLES, arms_with_each_penalty, reports
 from c2r_core.experiments.study import NamedArm, Study
@@ -33,18 +33,21 @@ ROWS = {
     "Matryoshka": {"f1": 0.8793, "mcc": 0.7927, "uniqueness": 0.9987, "explained": 0.7792},
 }
 """The published rows at L0 25, after 200 M samples (SAELens's documentation, page SynthSAEBench): means over
-seeds, whose standard deviations are at most 0.0021. "explained" is 1 − FVU."""
+seeds, whose standard deviations are at most 0.0021, of 500 000 samples. "explained" is 1 − FVU."""
 
 
 def cells(profile: Profile, seed: int = 0, device: str = "cpu") -> list[Cell]:
-    """Seed by seed, one cell an SAE: ARMS, then shorter runs of the baseline."""
+    """Seed by seed, one cell an SAE of ARMS; of the first seed then shorter runs of the baseline."""
     published = profile.published
+    first, *others = training_seeds(published.seeds, seed)
+    arms = _arms(published)
+    runs = [(named, one) for one in (first, *others) for named in arms]
+    runs += [(named, first) for named in _shorter_arms(published, arms[0].arm)]
     return [
         Study("published", profile, [one], device).cell(
             _of_seed(named.name, one), measure, arm=named.arm, samples=published.evaluation_samples
         )
-        for one in training_seeds(published.seeds, seed)
-        for named in _arms(published)
+        for named, one in runs
     ]
 
 
@@ -65,24 +68,31 @@ def trained(arm: Arm, seed: int, device: str = "cpu") -> SAE:
             arm.architecture, d_in=arm.features.d_in, d_sae=arm.d_sae, seed=seed, **arm.arguments
         ).to(device)
         batches = ToyBatches(arm.features, arm.batch_size, seed)
+        if device != "cpu":
+            batches = Prefetched(batches)  # samples are drawn on the CPU
         penalties = [arm.regulariser] if arm.regulariser else []
-        train(sae, batches, arm.config, penalties, progress=False)
+        checkpoint = folder / "checkpoint.safetensors"
+        train(sae, batches, arm.config, penalties, checkpoint=checkpoint, progress=False)
         save_sae(sae, folder / "sae")
+        checkpoint.unlink(missing_ok=True)
 
     key = arm.settings() | {"seed": seed, "device": device.partition(":")[0]}
     code = ["c2r_core.experiments.published:trained", *arm.code()]
-    return load_sae(cached("sae", key, build, code=code) / "sae")
+    return load_sae(cached("sae", key, build, code=code, resumable=True) / "sae", device)
 
 
 def _arms(published: PublishedProfile) -> list[NamedArm]:
     arms = arms_with_each_penalty(published, published_features(published))
     plain = arms[0].arm
     matryoshka = replace(plain, architecture="matryoshka_batch_topk")
-    arms.append(NamedArm(MATRYOSHKA, matryoshka, {"arm": MATRYOSHKA}))
-    for steps in published.shorter:
-        arm = replace(plain, config=replace(plain.config, steps=steps))
-        arms.append(NamedArm(shorter(steps), arm, {"arm": shorter(steps)}))
-    return arms
+    return [*arms, NamedArm(MATRYOSHKA, matryoshka, {"arm": MATRYOSHKA})]
+
+
+def _shorter_arms(published: PublishedProfile, plain: Arm) -> list[NamedArm]:
+    return [
+        NamedArm(shorter(steps), replace(plain, config=replace(plain.config, steps=steps)), {})
+        for steps in published.shorter
+    ]
 
 
 def shorter(steps: int) -> str:
@@ -92,6 +102,7 @@ def shorter(steps: int) -> str:
 
 def published_features(published: PublishedProfile) -> SynthSAEBench:
     """The profile's features; one object a process, since to push them apart takes a while."""
+    # By what decides them: a profile with a list in it cannot be looked up.
     return _features(published.n_features, published.d_in, published.n_roots)
 
 
@@ -102,23 +113,23 @@ def _features(n_features: int, d_in: int, n_roots: int) -> SynthSAEBench:
 
 def published_table(values: Mapping[str, Any]) -> pd.DataFrame:
     """One row per run of ARMS: arm, seed, `ForestReport` without its bands, and "explained", 1 − FVU."""
-    return _table(values, ARMS)
+    return _table(values, [(title, seed) for title in ARMS for seed in _seeds(values)])
 
 
 def by_samples(published: PublishedProfile, values: Mapping[str, Any]) -> pd.DataFrame:
-    """The baseline by how long it was trained: one row a run, as `published_table`, and "samples"."""
+    """The first seed's baseline by how long it was trained: as `published_table`, and "samples"."""
     titles = {shorter(steps): steps for steps in published.shorter} | {TITLES[0]: published.steps}
-    table = _table(values, titles)
+    table = _table(values, [(title, _seeds(values)[0]) for title in titles])
     return table.assign(samples=table["arm"].map(titles) * published.batch_size)
 
 
-def _table(values: Mapping[str, Any], titles: Iterable[str]) -> pd.DataFrame:
+def _table(values: Mapping[str, Any], runs: Iterable[tuple[str, int]]) -> pd.DataFrame:
     rows = [
-        {"arm": title} | row
-        for title in titles
-        for name, of_cell in values.items()
-        for row in of_cell
-        if name == slug(_of_seed(title, row["seed"]))
+        {"arm": title} | row for title, seed in runs for row in values[slug(_of_seed(title, seed))]
     ]
     table = pd.DataFrame(rows).drop(columns="bands")
     return table.assign(explained=1 - table["fvu"])
+
+
+def _seeds(values: Mapping[str, Any]) -> list[int]:
+    return sorted({row["seed"] for of_cell in values.values() for row in of_cell})

@@ -16,7 +16,7 @@ import pandas as pd
 from c2r_core.artefacts.profiles import Profile, training_seeds
 from c2r_core.experiments import front, promises, shortlist
 from c2r_core.experiments.validation import CANDIDATE, FAILURES, PREDICTORS
-from c2r_core.statistics import mean_interval, rank_correlation, rank_correlation_lead
+from c2r_core.statistics import mean_interval, rank_correlation
 
 STUDIES = ("front", "shortlist", "confirm_lm", "promises")
 FEWEST = 5
@@ -25,6 +25,8 @@ FEWEST = 5
 
 def later_saes(values: Mapping[str, Mapping[str, Any]], profile: Profile) -> pd.DataFrame:
     """One row an SAE of another seed: form, seed, and the measured columns of `validation_table`.
+
+    SAEs of which a predictor or a failure could not be measured are left out.
 
     Parameters
     ----------
@@ -44,36 +46,42 @@ def later_saes(values: Mapping[str, Mapping[str, Any]], profile: Profile) -> pd.
 def replication_table(saes: pd.DataFrame) -> pd.DataFrame:
     """Rank correlations of PREDICTORS with FAILURES over all SAEs, and within one seed.
 
-    One row a failure and predictor: `mean`, `low`, `high` over all SAEs (bootstrap); `lead`, `lead_low`,
-    `lead_high`, by how much the |rank correlation| of assignment consistency is ahead; and `in_seed`,
-    `in_seed_low`, `in_seed_high`, the mean over seeds of the correlation among one seed's SAEs (Student's t
-    over `seeds` seeds). SAEs of one seed share first weights and batches, so only the last interval is over
-    what is independent.
+    One row a failure and predictor: `mean`, `low`, `high` over all SAEs (bootstrap), as if they were
+    independent; `in_seed`, `in_seed_low`, `in_seed_high`, the mean over `seeds` seeds of the correlation
+    among one seed's SAEs (Student's t); and `lead`, `lead_low`, `lead_high`, the same for how much larger the
+    |correlation| of assignment consistency is. Every seed counts alike, however many SAEs it has. What is
+    over seeds is over independent trainings of nearly the same designs: it says nothing of other designs.
     """
-    rows = []
+    inside = {seed: rows for seed, rows in saes.groupby("seed") if len(rows) >= FEWEST}
+    found = []
     for failure, column in FAILURES.items():
+        ranks = {seed: rows[[*PREDICTORS, column]].rank() for seed, rows in inside.items()}
+        by_seed = pd.DataFrame(
+            {name: [of[name].corr(of[column]) for of in ranks.values()] for name in PREDICTORS}
+        )
         for name, title in PREDICTORS.items():
-            row = {"failure": failure, "predictor": title, "n": len(saes)}
+            row = {"failure": failure, "predictor": title, "n": len(saes), "seeds": len(inside)}
             row |= rank_correlation(saes[name], saes[column])._asdict()
+            row |= _over_seeds("in_seed", by_seed[name])
             if name != CANDIDATE:
-                lead = rank_correlation_lead(saes[CANDIDATE], saes[name], saes[column])
-                row |= {f"lead{end}": x for end, x in zip(("", "_low", "_high"), lead, strict=True)}
-            by_seed = [
-                of_seed[name].corr(of_seed[column], method="spearman")
-                for _, of_seed in saes.groupby("seed")
-                if len(of_seed) >= FEWEST
-            ]
-            inside = mean_interval(by_seed) if len(by_seed) > 1 else [np.nan] * 3
-            ends = zip(("", "_low", "_high"), inside, strict=True)
-            rows.append(row | {f"in_seed{end}": x for end, x in ends} | {"seeds": len(by_seed)})
-    return pd.DataFrame(rows)
+                row |= _over_seeds("lead", by_seed[CANDIDATE].abs() - by_seed[name].abs())
+            found.append(row)
+    return pd.DataFrame(found)
+
+
+def _over_seeds(name: str, values: pd.Series) -> dict[str, float]:
+    values = (
+        values.dropna()
+    )  # where all SAEs of a seed have the same value, there is no correlation
+    ends = mean_interval(values) if len(values) > 1 else [np.nan] * 3
+    return dict(zip((name, f"{name}_low", f"{name}_high"), ends, strict=True))
 
 
 def side_by_side(first: pd.DataFrame, again: pd.DataFrame) -> pd.DataFrame:
     """A `correlation_table` of the first SAEs beside a `replication_table`: text, with intervals.
 
-    One row a failure and predictor; the columns say of which SAEs a correlation is, and `AC's lead` is of all
-    the later ones.
+    One row a failure and predictor; the columns say of which SAEs a correlation is, and "AC's lead" is within
+    a seed.
     """
     key = ["failure", "predictor"]
     whole = first[first["saes"] == "all"]
