@@ -245,8 +245,8 @@ def test_published_cells_give_tables_of_runs_and_of_lengths():
     assert list(table["arm"].unique()) == list(published.ARMS) and len(table) == 7
     lengths = published.by_samples(SMOKE.published, values)
     assert dict(zip(lengths["samples"], lengths["seed"], strict=True)) == {5 * 64: 10, 10 * 64: 10}
-    del values["matryoshka-seed-11"]
-    with pytest.raises(KeyError, match="matryoshka-seed-11"):
+    del values["ortsae-seed-11"]
+    with pytest.raises(KeyError, match="ortsae-seed-11"):
         published.published_table(values)
 
 

@@ -118,8 +118,8 @@ def _features(n_features: int, d_in: int, n_roots: int) -> SynthSAEBench:
 
 def published_table(values: Mapping[str, Any]) -> pd.DataFrame:
     """One row per run of ARMS: arm, seed, `ForestReport` without its bands, and "explained", 1 − FVU."""
-    there = [(title, seed) for title in ARMS for seed in _seeds(values)]
-    return _table(values, [run for run in there if slug(_of_seed(*run)) in values])
+    runs = [(title, seed) for title in TITLES for seed in _seeds(values)]
+    return _table(values, [*runs, (MATRYOSHKA, _seeds(values)[0])])
 
 
 def by_samples(published: PublishedProfile, values: Mapping[str, Any]) -> pd.DataFrame:
