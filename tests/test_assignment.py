@@ -25,6 +25,7 @@ from c2r_core.metrics.assignment import (
 )
 from c2r_core.metrics.carriers import (
     NO_CARRIER,
+    CarrierRule,
     assignment_consistency,
     carriers,
     consistency_interval,
@@ -167,14 +168,24 @@ def test_carrier_by_hand():
     )
     expected = [0, 1, -1, -1, -1, -1, -1]
 
-    def found(acts, rows, direction):
-        return carriers(x, csr_array(acts.numpy()), rows, direction[None])[0].tolist()
+    def found(acts, rows, direction, *rule):
+        return carriers(x, csr_array(acts.numpy()), rows, direction[None], *rule)[0].tolist()
 
     assert found(acts, W_dec, u) == expected
     assert found(acts, W_dec, 7 * u) == expected
     scale = torch.tensor([2.0, 0.5, 4.0, 8.0])
     assert found(acts / scale, W_dec * scale[:, None], u) == expected
     assert found(acts, W_dec, 0 * u) == [-1] * 7
+    assert found(acts, W_dec, u, CarrierRule(min_cosine=0.05)) == [0, 1, -1, 2, -1, -1, -1]
+    assert found(acts, W_dec, u, CarrierRule(min_share=0.35)) == [0, 1, 0, -1, -1, -1, -1]
+    assert found(acts, W_dec, u, CarrierRule(min_share=0.55)) == [-1, 1, -1, -1, -1, -1, -1]
+
+
+def test_another_rule_is_named_in_the_version():
+    x, labels = marked([12, 8])
+    report = measure(split_dictionary(), x, labels, rule=CarrierRule(min_share=1.2))
+    assert report.version == f"{VERSION}, min_cosine 0.1, min_share 1.2"
+    assert report.mean_consistency == 0 and report.mean_no_carrier_share == 1
 
 
 # -- planted dictionaries ----------------------------------------------------------------------

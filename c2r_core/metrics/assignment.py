@@ -35,7 +35,9 @@ from c2r_core.errors import NotEvaluable
 from c2r_core.metrics import Headline, metric
 from c2r_core.metrics.carriers import (
     NO_CARRIER,
+    STANDARD_RULE,
     Carried,
+    CarrierRule,
     Concepts,
     assignment_consistency,
     carry,
@@ -157,6 +159,7 @@ def measure_assignment(
     n_samples: int = N_SAMPLES,
     baseline: AnySAE | Tensor | None = None,
     seed: int = 0,
+    rule: CarrierRule = STANDARD_RULE,
 ) -> AssignmentConsistency:
     """Assignment consistency of every concept, with its guards. Definition in the module's docstring.
 
@@ -182,13 +185,16 @@ def measure_assignment(
         as many latents as the SAE has live ones, and as many active at a time. By default the activations.
     seed : int
         Of the samples that are drawn, the halves of the interval, and the exemplars.
+    rule : CarrierRule
+        The report's `version` names any but the standard one.
 
     Raises NotEvaluable if the SAE is made for another width, or something is NaN or infinite; ValueError if
     shapes do not fit, labels are not bool, or n_samples is below 4.
     """
     names = tuple(names or (f"concept {c}" for c in range(labels.shape[-1])))
     concepts = Concepts(activations, labels, directions, names)
-    return _measure(sae, concepts, n_samples=n_samples, baseline=baseline, seed=seed)
+    how = {"n_samples": n_samples, "baseline": baseline, "seed": seed, "rule": rule}
+    return _measure(sae, concepts, **how)
 
 
 def _measure(
@@ -198,6 +204,7 @@ def _measure(
     n_samples: int,
     baseline: AnySAE | Tensor | None,
     seed: int,
+    rule: CarrierRule,
     acts: csr_array | None = None,
 ) -> AssignmentConsistency:
     """As `measure_assignment`; `acts` are the SAE's of the activations, where they are at hand."""
@@ -207,7 +214,7 @@ def _measure(
         raise ValueError(
             f"n_samples is {n_samples}; expected at least 4, so that halves of them have pairs."
         )
-    own = carry(sae, activations, directions, acts)
+    own = carry(sae, activations, directions, acts, rule)
     other, no_baseline = None, None
     try:
         if baseline is None or isinstance(baseline, Tensor):
@@ -216,7 +223,7 @@ def _measure(
     except NotEvaluable as error:
         no_baseline = str(error)
     else:
-        other = carry(baseline, activations, directions)
+        other = carry(baseline, activations, directions, rule=rule)
 
     rows = []
     for c, name in enumerate(names):
@@ -236,8 +243,10 @@ def _measure(
                 agreement = assignment_consistency(other.carriers[c, drawn])
                 row = replace(row, baseline_consistency=agreement)
             rows.append(row)
+    changed = "".join(f", {name} {value:g}" for name, value in rule._asdict().items())
     return _report(
         rows,
+        version=VERSION if rule == STANDARD_RULE else VERSION + changed,
         n_samples=n_samples,
         live_latents=own.n_live,
         baseline_live_latents=None if other is None else other.n_live,
@@ -285,7 +294,6 @@ def _report(
     evaluated = [row for row in rows if row.not_evaluable is None]
     means = [field.name for field in fields(AssignmentConsistency) if "mean_" in field.name]
     return AssignmentConsistency(
-        version=VERSION,
         concepts=tuple(rows),
         n_evaluated=len(evaluated),
         warning=_warning(evaluated, len(rows)),
@@ -323,6 +331,7 @@ def letter_assignment(
     n_samples: int = N_SAMPLES,
     baseline: AnySAE | None = None,
     seed: int = 0,
+    rule: CarrierRule = STANDARD_RULE,
 ) -> AssignmentConsistency:
     """Assignment consistency of "starts with this letter", on test words.
 
@@ -343,6 +352,7 @@ def letter_assignment(
         n_samples=n_samples,
         baseline=task.activations if baseline is None else baseline,
         seed=seed,
+        rule=rule,
         acts=None if acts is None else acts[task.is_test.numpy()],
     )
     rows = tuple(

@@ -18,13 +18,23 @@ from c2r_core.saes.interface import AnySAE
 if TYPE_CHECKING:
     from scipy.sparse import csr_array
 
-MIN_COSINE = 0.1
-MIN_SHARE = 0.4
 N_HALVES = 1000
 NO_CARRIER = -1
 
 ROWS_AT_ONCE = 8192
 """Decoder rows that are in memory in float64 at a time."""
+
+
+class CarrierRule(NamedTuple):
+    """When the latent that writes most of a concept counts as its carrier; the defaults are version 1.0's."""
+
+    min_cosine: float = 0.1
+    """cos(w_i, u) is at least this."""
+    min_share: float = 0.4
+    """f_i (w_i · u) is at least this share of x · u."""
+
+
+STANDARD_RULE = CarrierRule()
 
 
 class Carried(NamedTuple):
@@ -47,15 +57,23 @@ class Carried(NamedTuple):
 
 
 def carry(
-    sae: AnySAE, activations: Tensor, directions: Tensor, acts: csr_array | None = None
+    sae: AnySAE,
+    activations: Tensor,
+    directions: Tensor,
+    acts: csr_array | None = None,
+    rule: CarrierRule = STANDARD_RULE,
 ) -> Carried:
     """The SAE's feature activations, unless they are at hand, and the `carriers` of each direction."""
     acts = encode_sparse(sae, activations) if acts is None else acts
-    return Carried(acts, carriers(activations, acts, sae.W_dec, directions))
+    return Carried(acts, carriers(activations, acts, sae.W_dec, directions, rule))
 
 
 def carriers(
-    activations: Tensor, feature_acts: csr_array, W_dec: Tensor, directions: Tensor
+    activations: Tensor,
+    feature_acts: csr_array,
+    W_dec: Tensor,
+    directions: Tensor,
+    rule: CarrierRule = STANDARD_RULE,
 ) -> Tensor:
     """The latent that carries each direction in each sample, or `NO_CARRIER` (−1): int, (n_concepts, n).
 
@@ -81,14 +99,14 @@ def carriers(
     cosines = along / torch.cat(norms).clamp_min(tiny)
     totals = (units @ activations.cpu().double().T).numpy()
     found = [
-        _carriers_of_one(feature_acts, *of_one)
+        _carriers_of_one(feature_acts, *of_one, rule)
         for of_one in zip(along.numpy(), cosines.numpy(), totals, strict=True)
     ]
     return torch.from_numpy(np.stack(found))
 
 
 def _carriers_of_one(
-    acts: csr_array, along: np.ndarray, cosine: np.ndarray, total: np.ndarray
+    acts: csr_array, along: np.ndarray, cosine: np.ndarray, total: np.ndarray, rule: CarrierRule
 ) -> np.ndarray:
     """(n,); w_i · u and cos(w_i, u) are (d_sae,), x · u is (n,). Entries of a row rise by latent."""
     found = np.full(acts.shape[0], NO_CARRIER)
@@ -101,7 +119,8 @@ def _carriers_of_one(
     at = np.flatnonzero(written == most[row_of])
     first = at[np.diff(row_of[at], prepend=-1) > 0]
     latent, total = acts.indices[first], total[fires]
-    counts = (cosine[latent] >= MIN_COSINE) & (most >= MIN_SHARE * total) & (total > 0)
+    writes = (most >= rule.min_share * total) & (total > 0)
+    counts = writes & (cosine[latent] >= rule.min_cosine)
     found[fires[counts]] = latent[counts]
     return found
 
