@@ -1,9 +1,9 @@
 """Synthetic activations at size: many features of very different frequency, in trees that gate them.
 
 In the style of SynthSAEBench (Chanin & Garriga-Alonso, arXiv 2602.14687). Features are *drawn, then
-gated*: each is drawn on or off by itself, and then a child is switched off where its parent is off, and of
-the children of one parent that are on only one stays. So a feature fires less often than it is drawn,
-unlike in `FeatureTree`, where a child's probability is conditional on its parent.
+gated*: each is drawn on or off, and then a child is switched off where its parent is off, and of
+the children of one parent that are on only one stays. So a child fires less often than it is drawn, unlike in
+`FeatureTree`, where a child's probability is conditional on its parent.
 """
 
 from __future__ import annotations

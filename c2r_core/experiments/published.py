@@ -19,7 +19,7 @@ from c2r_core.artefacts.names import slug
 from c2r_core.artefacts.profiles import Profile, PublishedProfile, training_seeds
 from c2r_core.data.batches import Prefetched, ToyBatches
 from c2r_core.data.synth_sae_bench import SynthSAEBench
-from c2r_core.experiments.benchmark import TITLES, arms_with_each_penalty, reports
+from c2r_core.experiments.benchmark import TITLES, arms_with_each_penalty, band_table, reports
 from c2r_core.experiments.study import NamedArm, Study
 from c2r_core.experiments.synthetic import Arm
 from c2r_core.saes import SAE, create_sae, load_sae, save_sae
@@ -33,7 +33,7 @@ ROWS = {
     "Matryoshka": {"f1": 0.8793, "mcc": 0.7927, "uniqueness": 0.9987, "explained": 0.7792},
 }
 """The published rows at L0 25, after 200 M samples (SAELens's documentation, page SynthSAEBench): means over
-seeds, whose standard deviations are at most 0.0021, of 500 000 samples. "explained" is 1 − FVU."""
+seeds, whose standard deviations are at most 0.0021. "explained" is 1 − FVU."""
 
 
 def cells(profile: Profile, seed: int = 0, device: str = "cpu") -> list[Cell]:
@@ -120,6 +120,14 @@ def published_table(values: Mapping[str, Any]) -> pd.DataFrame:
     """One row per run of ARMS: arm, seed, `ForestReport` without its bands, and "explained", 1 − FVU."""
     runs = [(title, seed) for title in TITLES for seed in _seeds(values)]
     return _table(values, [*runs, (MATRYOSHKA, _seeds(values)[0])])
+
+
+def published_bands(values: Mapping[str, Any]) -> pd.DataFrame:
+    """`benchmark.band_table` of the arms that have every seed."""
+    seeds = _seeds(values)
+    return band_table(
+        {slug(t): [row for one in seeds for row in values[slug(_of_seed(t, one))]] for t in TITLES}
+    )
 
 
 def by_samples(published: PublishedProfile, values: Mapping[str, Any]) -> pd.DataFrame:

@@ -28,7 +28,7 @@ class FrequencyBand:
     highest_rate: float
     n_features: int
     recovery: float
-    """Share that some latent matches at |cosine| > 0.9."""
+    """Share that some latent matches at a cosine > 0.9."""
     best_cosine: float
     """Cosine with the latent of largest cosine, mean over features."""
     detector_f1: float
