@@ -1,104 +1,126 @@
 """Study `widths`, of notebook 21: does what C²R changes on a language model depend on the number of latents?
 
-C²R at the paper's strength in narrower dictionaries, on seeds on which it was trained at the full width only.
-What no penalty gives at each width, and C²R at the full one, is in studies `front`, `confirm_lm` and
-`promises`. docs/design.md says what is claimed.
+C²R at the paper's strength, and no penalty, at narrower widths. At the full width they are in studies
+`front`, `shortlist`, `confirm_lm` and `promises`. docs/design.md says what is claimed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from c2r_core.artefacts.cells import Cell
 from c2r_core.artefacts.profiles import LanguageModelProfile, Profile
-from c2r_core.experiments import confirm_lm, front, promises
+from c2r_core.experiments import confirm_lm, front
 from c2r_core.experiments.front import Spec
 from c2r_core.statistics import paired_interval
 
-FRESH = (0, 11, 12, 13, 14)
-"""Seeds on which C²R was trained at no narrower width before."""
+SEEDS = (0, 1, 2, 11, 12, 13, 14)
+"""All on which C²R was trained at the full width and at no narrower one."""
 STRENGTH = front.STRENGTHS[1]
-"""The paper's."""
-OUTCOMES = ("fvu", "live share", *confirm_lm.OUTCOMES, "splitting")
+"""The paper's. λ follows from it and from the width."""
+SOURCES = ("widths", "front", "shortlist", "confirm_lm", "promises")
+OUTCOMES = ("fvu", "live share", *confirm_lm.OUTCOMES, "f1", "splitting")
 
 
 def specs(lm: LanguageModelProfile) -> list[Spec]:
-    """C²R at a half and a quarter of the latents."""
-    return [Spec("C²R", STRENGTH, lm.d_sae // narrower) for narrower in (2, 4)]
+    """No penalty at a half, a quarter and an eighth of the latents, and C²R at the first two."""
+    half, quarter, eighth = (lm.d_sae // narrower for narrower in (2, 4, 8))
+    plain = [Spec("none", 0.0, d_sae) for d_sae in (half, quarter, eighth)]
+    return plain + [Spec("C²R", STRENGTH, d_sae) for d_sae in (half, quarter)]
 
 
 def cells(profile: Profile, seed: int = 0, device: str = "cpu") -> list[Cell]:
-    """One cell an SAE, seed by seed; the seeds are always FRESH."""
+    """One cell an SAE, seed by seed; the seeds are always SEEDS."""
     del seed
     which = specs(profile.language_model)
     return [
-        cell for one in FRESH for cell in front.spec_cells("widths", profile, one, which, device)
+        cell for one in SEEDS for cell in front.spec_cells("widths", profile, one, which, device)
     ]
 
 
 def width_table(values: Mapping[str, Mapping[str, Any]], profile: Profile) -> pd.DataFrame:
-    """One row an SAE of FRESH: form ("none" or "C²R"), d_sae, seed, and OUTCOMES.
+    """One row an SAE of SEEDS: form ("none" or "C²R"), d_sae, seed, "live latents" and OUTCOMES.
+
+    Narrower SAEs are the study's own, those of the full width are of the others.
 
     Parameters
     ----------
     values : Mapping
-        By study, "widths", "front", "confirm_lm" and "promises", the values of its committed cells.
+        By study of SOURCES, the values of its committed cells.
     """
     lm = profile.language_model
-    confirmed, _ = promises.language_model_tables(values["promises"], values["confirm_lm"], profile)
-    full = confirmed["form"].isin(["none", promises.PAPERS])
-    first = front.spec_table(
-        values["front"], [*front.plain_specs(lm), Spec("C²R", STRENGTH, lm.d_sae)]
-    )
-    own = front.spec_table(values["widths"], specs(lm))
-    table = pd.concat([own, first, confirmed[full].replace({"form": {promises.PAPERS: "C²R"}})])
-    table = table.loc[table["seed"].isin(FRESH), ["form", "d_sae", "seed", *OUTCOMES]]
+    full = [Spec("none", 0.0, lm.d_sae), Spec("C²R", STRENGTH, lm.d_sae)]
+    parts = [front.spec_table(values["widths"], specs(lm))]
+    parts += [front.spec_table(values[study], full) for study in SOURCES[1:]]
+    table = pd.concat([part for part in parts if len(part)] or parts[:1], ignore_index=True)
+    columns = ["form", "d_sae", "seed", "live latents", *OUTCOMES]
+    kinds = {"d_sae": int, "seed": int} | dict.fromkeys(("live latents", *OUTCOMES), float)
+    table = table.loc[table["seed"].isin(SEEDS), columns].astype(kinds)
     return table.sort_values(["form", "d_sae", "seed"], ignore_index=True)
 
 
 def changes(table: pd.DataFrame) -> pd.DataFrame:
-    """C²R minus no penalty in each of OUTCOMES at each width of `width_table`, paired by seed.
+    """C²R minus no penalty at each width of `width_table`, paired by seed.
 
-    Columns: outcome, d_sae, seeds, mean, low, high (95 %, Student's t).
+    One row an outcome of OUTCOMES and a width: `seeds`, `mean`, `low`, `high` (95 %, Student's t). A width
+    at which fewer than two seeds have both is left out.
     """
+    by = ["form", "seed", "d_sae"]
     rows = []
-    for (outcome, d_sae), both in _pairs(table).groupby(["outcome", "d_sae"], sort=False):
-        about = {"outcome": outcome, "d_sae": d_sae, "seeds": len(both)}
-        rows.append(about | paired_interval(both["C²R"], both["none"])._asdict())
-    return pd.DataFrame(rows)
+    for outcome in OUTCOMES:
+        wide = table.set_index(by)[outcome].unstack("form").reindex(columns=["C²R", "none"])
+        for d_sae, both in wide.dropna().groupby("d_sae"):
+            rows += _row({"outcome": outcome, "d_sae": d_sae}, both["C²R"], both["none"])
+    return pd.DataFrame(rows, columns=["outcome", "d_sae", *_COUNTED])
 
 
-def slopes(table: pd.DataFrame) -> pd.DataFrame:
-    """By how much each of OUTCOMES changes when the width doubles: a straight line over log2(d_sae).
+def excesses(table: pd.DataFrame, by: str = "fvu") -> pd.DataFrame:
+    """C²R at each width, less what no penalty gives on its seed at equal `by`: "fvu" or "live latents".
 
-    Of `width_table`, at the widths that C²R and no penalty have. One row an outcome, "of" "none", "C²R" or
-    "C²R − none", the difference by seed: `seeds`, mean, low, high (95 %, Student's t).
+    As `changes`; what no penalty gives is interpolated between its widths, and `outside` counts the seeds on
+    which C²R's SAE lies outside of theirs, where the nearest is taken.
     """
-    pairs, rows = _pairs(table), []
-    for outcome, of_outcome in pairs.groupby("outcome", sort=False):
-        by_seed = [
-            np.polyfit(np.log2(of_seed["d_sae"]), of_seed[["none", "C²R"]], 1)[0]
-            for _, of_seed in of_outcome.groupby("seed")
-        ]
-        none, c2r = np.transpose(by_seed)
-        for of, pair in {
-            "none": (none, 0 * none),
-            "C²R": (c2r, 0 * c2r),
-            "C²R − none": (c2r, none),
-        }.items():
-            about = {"outcome": outcome, "of": of, "seeds": len(none)}
-            rows.append(about | paired_interval(*pair)._asdict())
-    return pd.DataFrame(rows)
+    plain = table[table["form"] == "none"].groupby("seed")[by]
+    ends = table["seed"].map(plain.min()), table["seed"].map(plain.max())
+    outside = ~table[by].between(*ends)
+    rows = []
+    for outcome in OUTCOMES:
+        of_size = front.of_size(table.assign(fvu=table[by]), outcome)
+        own = table.assign(own=table[outcome], of_size=of_size, outside=outside)
+        own = own[own["form"] == "C²R"].dropna(subset=["own", "of_size"])
+        for d_sae, both in own.groupby("d_sae"):
+            about = {"outcome": outcome, "d_sae": d_sae, "outside": int(both["outside"].sum())}
+            rows += _row(about, both["own"], both["of_size"])
+    return pd.DataFrame(rows, columns=["outcome", "d_sae", "outside", *_COUNTED])
 
 
-def _pairs(table: pd.DataFrame) -> pd.DataFrame:
-    """Outcome, d_sae, seed, and its value with C²R and without a penalty, where both are there."""
-    long = table.melt(["form", "d_sae", "seed"], OUTCOMES, var_name="outcome")
-    wide = long.pivot(index=["outcome", "d_sae", "seed"], columns="form", values="value")
-    wide = wide.dropna().reset_index()
-    wide["outcome"] = pd.Categorical(wide["outcome"], OUTCOMES, ordered=True)
-    return wide.sort_values(["outcome", "d_sae", "seed"]).astype({"d_sae": float, "outcome": str})
+def growth(table: pd.DataFrame) -> pd.DataFrame:
+    """C²R's change at the full width minus its change at a quarter of it, seed by seed.
+
+    One row an outcome of OUTCOMES; the columns are those of `changes`, without the width.
+    """
+    wide = table.set_index(["seed", "form", "d_sae"])[list(OUTCOMES)].unstack(["form", "d_sae"])
+    full = table["d_sae"].max()
+    rows = []
+    for outcome in OUTCOMES:
+        four = [(outcome, form, d) for d in (full, full // 4) for form in ("C²R", "none")]
+        if not set(four) <= set(wide.columns):
+            continue
+        of = wide[four].dropna()
+        first, last = of[four[0]] - of[four[1]], of[four[2]] - of[four[3]]
+        rows += _row({"outcome": outcome}, first, last)
+    return pd.DataFrame(rows, columns=["outcome", *_COUNTED])
+
+
+_COUNTED = ("seeds", "mean", "low", "high")
+
+
+def _row(about: Mapping[str, Any], first: Iterable, second: Iterable) -> list[dict[str, Any]]:
+    """One row of a paired difference, or none if there are fewer than two pairs."""
+    first, second = list(first), list(second)
+    if len(first) < 2:
+        return []
+    return [dict(about) | {"seeds": len(first)} | paired_interval(first, second)._asdict()]
