@@ -39,6 +39,7 @@ STUDIES = {
     "shortlist": "c2r_core.experiments.shortlist",
     "confirm_lm": "c2r_core.experiments.confirm_lm",
     "promises": "c2r_core.experiments.promises",
+    "widths": "c2r_core.experiments.widths",
     "performance": "c2r_core.experiments.performance",
     "scale": "c2r_core.experiments.scale",
     "playground": "c2r_core.experiments.playground",
