@@ -138,7 +138,7 @@ def test_a_seed_moves_every_study_but_those_whose_design_names_theirs():
     for study in STUDIES:
         seeds = [cell.settings["seeds"] for cell in cells(study, SMOKE, seed=5)[:1]]
         fixed = {"tuning": 0, "forms": 0, "front": 0, "shortlist": 1, "promises": 20}
-        fixed |= {"widths": 0}
+        fixed |= {"widths": 0, "robustness": 0}
         fixed |= dict.fromkeys(("confirm", "confirm_lm"), confirm.SEEDS[0])
         assert seeds[0][0] == fixed.get(study, FIRST_SEED + 5)
 

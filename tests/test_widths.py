@@ -58,6 +58,8 @@ def test_at_equal_fvu_a_narrower_sae_is_the_rival():
     assert set(found["outside"]) == {0}
     by_live = of(widths.excesses(known(), "live latents"))
     assert by_live["mean"].to_dict() == pytest.approx({1024: 0, 2048: -0.1, 4096: -0.2})
+    cost = of(widths.excesses(known(), "live latents"), "fvu")
+    assert cost["mean"].tolist() == pytest.approx([0.03] * 3)
 
 
 def test_an_fvu_beyond_the_narrowest_is_counted():

@@ -40,6 +40,7 @@ STUDIES = {
     "confirm_lm": "c2r_core.experiments.confirm_lm",
     "promises": "c2r_core.experiments.promises",
     "widths": "c2r_core.experiments.widths",
+    "robustness": "c2r_core.experiments.robustness",
     "performance": "c2r_core.experiments.performance",
     "scale": "c2r_core.experiments.scale",
     "playground": "c2r_core.experiments.playground",

@@ -139,14 +139,14 @@ def spec_table(values: Mapping[str, Any], which: Sequence[Spec]) -> pd.DataFrame
     return table.assign(**{"live share": table["live latents"] / table["d_sae"]})
 
 
-def of_size(table: pd.DataFrame, outcome: str) -> pd.Series:
-    """What fewer latents give of an outcome at the FVU of each row of `spec_table`, on its seed.
+def of_size(table: pd.DataFrame, outcome: str, by: str = "fvu") -> pd.Series:
+    """What fewer latents give of an outcome at the FVU, or another column, of each row, on its seed.
 
-    It is interpolated linearly in FVU between the SAEs without a penalty; outside of theirs it is the nearest
-    one's.
+    `table` is of `spec_table`. What is found is interpolated linearly in `by` between the SAEs without a
+    penalty; outside of theirs it is the nearest one's.
     """
     found = pd.Series(np.nan, table.index)
     for _, saes in table.groupby("seed"):
-        sizes = saes[saes["form"] == "none"].sort_values("fvu")
-        found[saes.index] = np.interp(saes["fvu"], sizes["fvu"], sizes[outcome])
+        sizes = saes[saes["form"] == "none"].sort_values(by)
+        found[saes.index] = np.interp(saes[by], sizes[by], sizes[outcome])
     return found

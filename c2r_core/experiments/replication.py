@@ -62,14 +62,15 @@ def replication_table(saes: pd.DataFrame) -> pd.DataFrame:
         for name, title in PREDICTORS.items():
             row = {"failure": failure, "predictor": title, "n": len(saes), "seeds": len(inside)}
             row |= rank_correlation(saes[name], saes[column])._asdict()
-            row |= _over_seeds("in_seed", by_seed[name])
+            row |= over_seeds("in_seed", by_seed[name])
             if name != CANDIDATE:
-                row |= _over_seeds("lead", by_seed[CANDIDATE].abs() - by_seed[name].abs())
+                row |= over_seeds("lead", by_seed[CANDIDATE].abs() - by_seed[name].abs())
             found.append(row)
     return pd.DataFrame(found)
 
 
-def _over_seeds(name: str, values: pd.Series) -> dict[str, float]:
+def over_seeds(name: str, values: pd.Series) -> dict[str, float]:
+    """The mean of one value a seed, and the ends of its interval: `name`, `name`_low, `name`_high."""
     values = (
         values.dropna()
     )  # where all SAEs of a seed have the same value, there is no correlation

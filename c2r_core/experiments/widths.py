@@ -88,7 +88,7 @@ def excesses(table: pd.DataFrame, by: str = "fvu") -> pd.DataFrame:
     outside = ~table[by].between(*ends)
     rows = []
     for outcome in OUTCOMES:
-        of_size = front.of_size(table.assign(fvu=table[by]), outcome)
+        of_size = front.of_size(table, outcome, by)
         own = table.assign(own=table[outcome], of_size=of_size, outside=outside)
         own = own[own["form"] == "C²R"].dropna(subset=["own", "of_size"])
         for d_sae, both in own.groupby("d_sae"):

@@ -176,18 +176,22 @@ def why_no_letter(splits: Sequence[LetterSplit]) -> str:
 
 def fit_probes(
     x: np.ndarray | csr_array,
-    is_letter: np.ndarray,
+    labels: np.ndarray,
     *,
     weight_decay: float,
     l1: float,
     seed: int,
     batch_size: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Weights (d, 26) and biases (26,) fitted to x (n, d), dense or sparse, float32."""
-    targets = torch.from_numpy(is_letter).float()
+    """Weights (d, n_concepts) and biases (n_concepts,), fitted to x (n, d), dense or sparse, float32.
+
+    `labels` say which rows hold which concept: bool, (n, n_concepts).
+    """
+    targets = torch.from_numpy(labels).float()
     positives = targets.sum(0)
     pos_weight = (len(targets) - positives) / positives.clamp_min(1)
-    weights, biases = torch.zeros(x.shape[1], len(LETTERS)), torch.zeros(len(LETTERS))
+    n_concepts = labels.shape[1]
+    weights, biases = torch.zeros(x.shape[1], n_concepts), torch.zeros(n_concepts)
     optimiser = torch.optim.Adam([weights, biases], lr=1e-2, weight_decay=weight_decay)
     decay = (1e-5 / 1e-2) ** (1 / PROBE_EPOCHS)
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimiser, decay)
@@ -204,7 +208,7 @@ def fit_probes(
             (error,) = torch.autograd.grad(loss, logits)
             # By hand from here on: SciPy's sparse product is ten times faster than torch's.
             weights.grad = torch.from_numpy(batch.T @ error.numpy())
-            weights.grad += l1 / len(LETTERS) * weights.sign()
+            weights.grad += l1 / n_concepts * weights.sign()
             biases.grad = error.sum(0)
             optimiser.step()
         schedule.step()

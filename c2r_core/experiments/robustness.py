@@ -1,0 +1,195 @@
+"""Study `robustness`, of notebook 21: is assignment consistency an accident of its constants or its concepts?
+
+The SAEs are those of study `widths`. Each is measured on first letters under other rules for what counts as a
+carrier and with other numbers of samples, and under the standard rule on another family of concepts: the
+endings of words. docs/design.md says what is claimed.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from c2r_core.artefacts.cells import Cell
+from c2r_core.artefacts.names import slug
+from c2r_core.artefacts.profiles import Profile
+from c2r_core.experiments import front, widths
+from c2r_core.experiments.language_model import Sources, of_trained
+from c2r_core.experiments.replication import FEWEST, over_seeds
+from c2r_core.experiments.study import Study
+from c2r_core.metrics.assignment import (
+    N_SAMPLES,
+    AssignmentConsistency,
+    letter_assignment,
+    measure_assignment,
+)
+from c2r_core.metrics.carriers import STANDARD_RULE, CarrierRule
+from c2r_core.metrics.inputs import Inputs
+from c2r_core.metrics.letter_latents import letter_acts
+from c2r_core.metrics.letter_probes import GOOD_PROBE_F1, f1, fit_probes, letter_splits
+
+RULES = tuple(
+    CarrierRule(min_cosine, min_share)
+    for min_cosine, min_share in itertools.product((0.0, 0.1, 0.2), (0.2, 0.4, 0.6))
+)
+"""The middle one is the standard."""
+NUMBERS = (10, N_SAMPLES, 40)
+"""Words drawn of each letter."""
+ENDINGS = (
+    *("s", "ed", "ing", "ly", "er", "al", "ion", "ent"),
+    *("nce", "ty", "ive", "ble", "ous", "ment"),
+)
+MIN_STEM = 3
+"""Letters that a word has in front of its ending."""
+
+
+# -- what is measured ---------------------------------------------------------------------------
+
+
+def cells(profile: Profile, seed: int = 0, device: str = "cpu") -> list[Cell]:
+    """One cell an SAE of study `widths`, under the same name."""
+    del seed
+    sources, made = Sources(profile), []
+    for one, spec in itertools.product(widths.SEEDS, widths.specs(sources.lm)):
+        study = Study("robustness", profile, [one], device)
+        arm = spec.arm(sources.lm, device)
+        made.append(study.cell(f"{spec.title}, seed {one}", measure, arm=arm, sources=sources))
+    return made
+
+
+@of_trained
+def measure(inputs: Inputs) -> dict[str, Any]:
+    """`rules`, of `rule_rows`, and `endings`, the report of `ending_assignment`."""
+    return {"rules": rule_rows(inputs), "endings": asdict(ending_assignment(inputs))}
+
+
+def rule_rows(inputs: Inputs) -> list[dict[str, float | None]]:
+    """Mean assignment consistency of letters under each of RULES, and with each of NUMBERS.
+
+    The keys: min_cosine, min_share, n_samples, consistency, no_carrier_share, n_evaluated.
+    """
+    asked = [(rule, N_SAMPLES) for rule in RULES]
+    asked += [(STANDARD_RULE, n) for n in NUMBERS if n != N_SAMPLES]
+    split, acts = letter_splits(inputs)[0], letter_acts(inputs)
+    rows = []
+    for rule, n in asked:
+        how = {"acts": acts, "seed": inputs.seed, "n_samples": n, "rule": rule}
+        report = letter_assignment(inputs.sae, *split, **how)
+        found = {"consistency": report.mean_consistency}
+        found |= {"no_carrier_share": report.mean_no_carrier_share}
+        found |= {"n_evaluated": report.n_evaluated}
+        rows.append(rule._asdict() | {"n_samples": n} | found)
+    return rows
+
+
+def ending_assignment(inputs: Inputs) -> AssignmentConsistency:
+    """Assignment consistency of "ends with these letters", on the test words of the first letters' task.
+
+    A word holds an ending if it has MIN_STEM letters in front of it and the ending's probe recognises it. The
+    probes are fitted as those of first letters are; one whose F1 on test words is not above GOOD_PROBE_F1
+    gives no direction.
+    """
+    task = letter_splits(inputs)[0].task
+    labels = word_endings(task.words)
+    x, test = task.activations.numpy(), task.is_test.numpy()
+    weights, biases = fit_probes(x[~test], labels[~test], weight_decay=1e-4, l1=0, seed=inputs.seed)
+    recognised = x[test] @ weights + biases > 0
+    scores = [f1(*of_one) for of_one in zip(recognised.T, labels[test].T, strict=True)]
+    weights[:, np.array(scores) <= GOOD_PROBE_F1] = 0
+    return measure_assignment(
+        inputs.sae,
+        task.activations[task.is_test],
+        torch.from_numpy(recognised & labels[test]),
+        torch.from_numpy(weights.T.copy()),
+        names=[f"-{ending}" for ending in ENDINGS],
+        baseline=task.activations,
+        seed=inputs.seed,
+    )
+
+
+def word_endings(words: tuple[str, ...]) -> np.ndarray:
+    """Which words have which of ENDINGS behind a stem of MIN_STEM letters: bool, (n_words, n_endings)."""
+    plain = [word.strip().lower() for word in words]
+    return np.array(
+        [
+            [word.endswith(end) and len(word) >= MIN_STEM + len(end) for end in ENDINGS]
+            for word in plain
+        ]
+    )
+
+
+# -- tables -------------------------------------------------------------------------------------
+
+SETTING = [*STANDARD_RULE._fields, "n_samples"]
+"""Columns that say how letters were measured."""
+STANDARD = (*STANDARD_RULE, N_SAMPLES)
+
+
+def robustness_table(
+    values: Mapping[str, Any], measured: Mapping[str, Any], profile: Profile
+) -> pd.DataFrame:
+    """One row an SAE and a way to measure it.
+
+    Columns: form, d_sae, seed, `fails`, the share of letters that are not erased; `concepts`, "letters" or
+    "endings"; SETTING; `consistency`, `no_carrier_share` and `n_evaluated`, of the concepts.
+
+    Parameters
+    ----------
+    values : Mapping
+        Of the study's cells.
+    measured : Mapping
+        Of the cells of `widths`, which have the same names.
+    """
+    saes = front.spec_table(measured, widths.specs(profile.language_model))
+    rows = []
+    for sae in saes.itertuples():
+        name = slug(f"{front.Spec(sae.form, sae.strength, sae.d_sae).title}, seed {sae.seed}")
+        about = {"form": sae.form, "d_sae": sae.d_sae, "seed": sae.seed, "fails": 1 - sae.erased}
+        if name in values:
+            ways = [{"concepts": "letters"} | row for row in values[name]["rules"]]
+            rows += [about | way for way in [*ways, _of_endings(values[name]["endings"])]]
+    columns = ["form", "d_sae", "seed", "fails", "concepts", *SETTING]
+    return pd.DataFrame(rows, columns=[*columns, "consistency", "no_carrier_share", "n_evaluated"])
+
+
+def _of_endings(report: Mapping[str, Any]) -> dict[str, Any]:
+    means = {name: report[f"mean_{name}"] for name in ("consistency", "no_carrier_share")}
+    setting = dict(zip(SETTING, STANDARD, strict=True))
+    return {"concepts": "endings"} | setting | means | {"n_evaluated": report["n_evaluated"]}
+
+
+def ways_table(table: pd.DataFrame, d_sae: int) -> pd.DataFrame:
+    """What each way to measure says of the SAEs of `robustness_table`; the standard one first.
+
+    One row of concepts and SETTING: `n_evaluated`, the fewest concepts of an SAE; mean `consistency` and
+    `no_carrier`; and, each with `_low` and `_high` (95 %, Student's t over `seeds` seeds), three means:
+    `standard` and `erasing`, the rank correlations among one seed's SAEs with the standard's consistency and
+    with failure of erasing, and `gain`, C²R minus no penalty at `d_sae` latents.
+    """
+    key = ["form", "d_sae", "seed"]
+    by_way = {way: rows.set_index(key) for way, rows in table.groupby(["concepts", *SETTING])}
+    first = ("letters", *STANDARD)
+    found = []
+    for way in sorted(by_way, key=lambda way: (way != first, way[0] != "letters", way)):
+        rows = by_way[way].assign(standard=by_way[first]["consistency"])
+        row = dict(zip(["concepts", *SETTING], way, strict=True))
+        row |= {"seeds": rows.index.unique("seed").size, "n_evaluated": rows["n_evaluated"].min()}
+        row |= {"consistency": rows["consistency"].mean()}
+        row |= {"no_carrier": rows["no_carrier_share"].mean()}
+        for name, column in (("standard", "standard"), ("erasing", "fails")):
+            by_seed = [
+                of["consistency"].rank().corr(of[column].rank())
+                for _, of in rows.groupby("seed")
+                if len(of) >= FEWEST
+            ]
+            row |= over_seeds(name, pd.Series(by_seed, dtype=float))
+        pair = rows["consistency"].unstack("form").xs(d_sae, level="d_sae").dropna()
+        row |= over_seeds("gain", pair["C²R"] - pair["none"])
+        found.append(row)
+    return pd.DataFrame(found)
