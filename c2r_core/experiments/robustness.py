@@ -79,7 +79,14 @@ def rule_rows(inputs: Inputs) -> list[dict[str, float | None]]:
     split, acts = letter_splits(inputs)[0], letter_acts(inputs)
     rows = []
     for rule, n in asked:
-        how = {"acts": acts, "seed": inputs.seed, "n_samples": n, "rule": rule}
+        # The baseline is not read, and the SAE itself is the cheapest.
+        how = {
+            "acts": acts,
+            "seed": inputs.seed,
+            "n_samples": n,
+            "rule": rule,
+            "baseline": inputs.sae,
+        }
         report = letter_assignment(inputs.sae, *split, **how)
         found = {"consistency": report.mean_consistency}
         found |= {"no_carrier_share": report.mean_no_carrier_share}
