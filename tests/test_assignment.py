@@ -186,6 +186,11 @@ def test_another_rule_is_named_in_the_version():
     report = measure(split_dictionary(), x, labels, rule=CarrierRule(min_share=1.2))
     assert report.version == f"{VERSION}, min_cosine 0.1, min_share 1.2"
     assert report.mean_consistency == 0 and report.mean_no_carrier_share == 1
+    for wrong in (CarrierRule(min_cosine=2), CarrierRule(min_share=float("nan"))):
+        with pytest.raises(
+            ValueError, match=r"rule is CarrierRule\(.*expected a cosine from -1 to 1"
+        ):
+            measure(split_dictionary(), x, labels, rule=wrong)
 
 
 # -- planted dictionaries ----------------------------------------------------------------------

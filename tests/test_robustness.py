@@ -93,6 +93,10 @@ def test_ways_are_compared_within_seeds(table):
     gains = [way["gain"] for way in (standard, few, strictest, endings)]
     assert gains == pytest.approx([0.15, 0.075, -0.15, 0.15])
     assert (standard["no_carrier"], endings["no_carrier"]) == pytest.approx((0.2, 0.3))
+    names = [robustness.way_name(way) for way in found.to_dict("records")]
+    assert names == ["cosine 0.1, share 0.4", "10 words", "cosine 0.2, share 0.6", "endings"]
+    shown = robustness.ways_text(found)
+    assert shown.loc[0, "erasing"].startswith("-1.00 [") and list(shown["n"]) == [20, 10, 20, 20]
     assert standard["n_evaluated"] == 20 and endings["n_evaluated"] == 9
 
 

@@ -87,15 +87,18 @@ def side_by_side(first: pd.DataFrame, again: pd.DataFrame) -> pd.DataFrame:
     key = ["failure", "predictor"]
     whole = first[first["saes"] == "all"]
     columns = {
-        f"the first {whole['n'].max()}": _text(whole.set_index(key), "mean", "low", "high"),
-        f"the other {again['n'].max()}": _text(again.set_index(key), "mean", "low", "high"),
-        "within a seed": _text(again.set_index(key), "in_seed", "in_seed_low", "in_seed_high"),
-        "AC's lead": _text(again.set_index(key), "lead", "lead_low", "lead_high"),
+        f"the first {whole['n'].max()}": interval_text(whole.set_index(key), "mean", "low", "high"),
+        f"the other {again['n'].max()}": interval_text(again.set_index(key), "mean", "low", "high"),
+        "within a seed": interval_text(
+            again.set_index(key), "in_seed", "in_seed_low", "in_seed_high"
+        ),
+        "AC's lead": interval_text(again.set_index(key), "lead", "lead_low", "lead_high"),
     }
     return pd.DataFrame(columns).reindex(again.set_index(key).index).reset_index()
 
 
-def _text(table: pd.DataFrame, *ends: str) -> pd.Series:
+def interval_text(table: pd.DataFrame, *ends: str) -> pd.Series:
+    """Three columns, a mean and its ends, as text; empty where there is no mean."""
     rows = table[list(ends)].itertuples(index=False)
     text = [
         "" if np.isnan(mean) else f"{mean:.2f} [{low:.2f}, {high:.2f}]" for mean, low, high in rows

@@ -21,7 +21,7 @@ from c2r_core.artefacts.names import slug
 from c2r_core.artefacts.profiles import Profile
 from c2r_core.experiments import front, widths
 from c2r_core.experiments.language_model import Sources, of_trained
-from c2r_core.experiments.replication import FEWEST, over_seeds
+from c2r_core.experiments.replication import FEWEST, interval_text, over_seeds
 from c2r_core.experiments.study import Study
 from c2r_core.metrics.assignment import (
     N_SAMPLES,
@@ -200,3 +200,23 @@ def ways_table(table: pd.DataFrame, d_sae: int) -> pd.DataFrame:
         row |= over_seeds("gain", pair["C²R"] - pair["none"])
         found.append(row)
     return pd.DataFrame(found)
+
+
+def way_name(way: Mapping[str, Any]) -> str:
+    """A row of `ways_table` in a few words, for a figure."""
+    if way["concepts"] != "letters":
+        return str(way["concepts"])
+    if way["n_samples"] != N_SAMPLES:
+        return f"{way['n_samples']} words"
+    return f"cosine {way['min_cosine']:g}, share {way['min_share']:g}"
+
+
+def ways_text(ways: pd.DataFrame) -> pd.DataFrame:
+    """`ways_table` to be printed: short names, and intervals as text."""
+    names = {"min_cosine": "cosine", "min_share": "share", "n_samples": "n"}
+    plain = ["concepts", *names, "n_evaluated", "consistency", "no_carrier"]
+    text = {
+        name: interval_text(ways, name, f"{name}_low", f"{name}_high")
+        for name in ("standard", "erasing", "gain")
+    }
+    return ways[plain].rename(columns=names).round(3).assign(**text)

@@ -189,7 +189,7 @@ def measure_assignment(
         The report's `version` names any but the standard one.
 
     Raises NotEvaluable if the SAE is made for another width, or something is NaN or infinite; ValueError if
-    shapes do not fit, labels are not bool, or n_samples is below 4.
+    shapes do not fit, labels are not bool, n_samples is below 4, or the rule's numbers are out of range.
     """
     names = tuple(names or (f"concept {c}" for c in range(labels.shape[-1])))
     concepts = Concepts(activations, labels, directions, names)
@@ -213,6 +213,10 @@ def _measure(
     if n_samples < 4:
         raise ValueError(
             f"n_samples is {n_samples}; expected at least 4, so that halves of them have pairs."
+        )
+    if not (-1 <= rule.min_cosine <= 1 and rule.min_share >= 0):
+        raise ValueError(
+            f"rule is {rule}; expected a cosine from -1 to 1 and a share of at least 0."
         )
     own = carry(sae, activations, directions, acts, rule)
     other, no_baseline = None, None
