@@ -181,18 +181,6 @@ def test_carrier_by_hand():
     assert found(acts, W_dec, u, CarrierRule(min_share=0.55)) == [-1, 1, -1, -1, -1, -1, -1]
 
 
-def test_another_rule_is_named_in_the_version():
-    x, labels = marked([12, 8])
-    report = measure(split_dictionary(), x, labels, rule=CarrierRule(min_share=1.2))
-    assert report.version == f"{VERSION}, min_cosine 0.1, min_share 1.2"
-    assert report.mean_consistency == 0 and report.mean_no_carrier_share == 1
-    for wrong in (CarrierRule(min_cosine=2), CarrierRule(min_share=float("nan"))):
-        with pytest.raises(
-            ValueError, match=r"rule is CarrierRule\(.*expected a cosine from -1 to 1"
-        ):
-            measure(split_dictionary(), x, labels, rule=wrong)
-
-
 # -- planted dictionaries ----------------------------------------------------------------------
 #
 # A sample that holds the concept is e_0 plus the mark e_{1+j} of the latent j that reads it; a sample that
@@ -444,6 +432,15 @@ def test_absorbed_words_lower_a_letters_score(task, probes):
 
     acts = csr_array(sae.encode(task.activations).numpy())
     assert letter_assignment(sae, task, probes, acts=acts, n_samples=N_TEST) == report
+
+    none = letter_assignment(sae, task, probes, n_samples=N_TEST, rule=CarrierRule(min_share=1.2))
+    assert none.version == f"{VERSION}, min_cosine 0.1, min_share 1.2"
+    assert none.mean_consistency == 0 and none.mean_no_carrier_share == 1
+    for wrong in (CarrierRule(min_cosine=2), CarrierRule(min_share=float("nan"))):
+        with pytest.raises(
+            ValueError, match=r"rule is CarrierRule\(.*expected a cosine from -1 to"
+        ):
+            letter_assignment(sae, task, probes, rule=wrong)
 
     unrecognised = replace(probes, biases=probes.biases - 100)
     a = letter_assignment(sae, task, unrecognised).concepts[0]

@@ -159,7 +159,6 @@ def measure_assignment(
     n_samples: int = N_SAMPLES,
     baseline: AnySAE | Tensor | None = None,
     seed: int = 0,
-    rule: CarrierRule = STANDARD_RULE,
 ) -> AssignmentConsistency:
     """Assignment consistency of every concept, with its guards. Definition in the module's docstring.
 
@@ -185,16 +184,13 @@ def measure_assignment(
         as many latents as the SAE has live ones, and as many active at a time. By default the activations.
     seed : int
         Of the samples that are drawn, the halves of the interval, and the exemplars.
-    rule : CarrierRule
-        The report's `version` names any but the standard one.
 
     Raises NotEvaluable if the SAE is made for another width, or something is NaN or infinite; ValueError if
-    shapes do not fit, labels are not bool, n_samples is below 4, or the rule's numbers are out of range.
+    shapes do not fit, labels are not bool, or n_samples is below 4.
     """
     names = tuple(names or (f"concept {c}" for c in range(labels.shape[-1])))
     concepts = Concepts(activations, labels, directions, names)
-    how = {"n_samples": n_samples, "baseline": baseline, "seed": seed, "rule": rule}
-    return _measure(sae, concepts, **how)
+    return _measure(sae, concepts, n_samples=n_samples, baseline=baseline, seed=seed)
 
 
 def _measure(
@@ -204,7 +200,7 @@ def _measure(
     n_samples: int,
     baseline: AnySAE | Tensor | None,
     seed: int,
-    rule: CarrierRule,
+    rule: CarrierRule = STANDARD_RULE,
     acts: csr_array | None = None,
 ) -> AssignmentConsistency:
     """As `measure_assignment`; `acts` are the SAE's of the activations, where they are at hand."""
@@ -344,8 +340,10 @@ def letter_assignment(
     the report, with the probe's reason. The exemplars of the default baseline are drawn from all words.
 
     The SAE takes raw activations (see `fold_norm_factor`); the probes are trained on this task; `acts` are
-    the feature activations of all words, (n_words, d_sae), where they are at hand; the other arguments are
-    as in `measure_assignment`.
+    the feature activations of all words, (n_words, d_sae), where they are at hand. A rule that is not the
+    standard one is named in the report's `version`. The other arguments are as in `measure_assignment`.
+
+    ValueError if the rule's cosine is not from -1 to 1, or its share below 0.
     """
     x, letters = task.activations[task.is_test], task.letters[task.is_test]
     labels = probes.holds(x, letters)
