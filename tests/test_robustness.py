@@ -49,7 +49,16 @@ def ways(consistency):
             (STANDARD_RULE, 10, consistency / 2),
         )
     ]
+    concept = {
+        "concept": "-s",
+        "consistency": consistency,
+        "precision": 0.5,
+        "recall": 1.0,
+        "f1": 0.7,
+    }
+    concept |= {"shuffled_consistency": 0.01, "baseline_consistency": 0.1}
     endings = {
+        "concepts": [concept, {"concept": "-ty", "consistency": None}],
         "mean_consistency": consistency + 0.1,
         "mean_no_carrier_share": 0.3,
         "n_evaluated": 9,
@@ -57,19 +66,34 @@ def ways(consistency):
     return {"rules": rows, "endings": endings}
 
 
-@pytest.fixture
-def table() -> pd.DataFrame:
-    """Of two whole seeds and one with a single SAE: the harder to erase, the less consistent."""
-    values, measured = {}, {}
-    for number, cell in enumerate(cells("robustness", PROFILE)[:11]):
-        consistency = 0.1 + 0.05 * (number % 5)
-        values[cell.name] = ways(consistency)
+FVU = {
+    "none, 2048": 0.10,
+    "none, 1024": 0.15,
+    "none, 512": 0.20,
+    "C²R, 2048": 0.125,
+    "C²R, 1024": 0.175,
+}
+
+
+@pytest.fixture(scope="module")
+def values() -> dict[str, dict]:
+    """Two whole seeds and one with a single SAE; in each, consistency rises by 0.05 from SAE to SAE."""
+    names = [cell.name for cell in cells("robustness", PROFILE)[:11]]
+    return {name: ways(0.1 + 0.05 * (number % 5)) for number, name in enumerate(names)}
+
+
+@pytest.fixture(scope="module")
+def table(values) -> pd.DataFrame:
+    """The more consistent, the easier to erase."""
+    measured = {}
+    for number, name in enumerate(values):
+        fvu, erased = list(FVU.values())[number % 5], values[name]["rules"][0]["consistency"]
         of = {
-            "reconstruction": {"fvu": 0.1, "l0": 10, "num_alive": 9},
-            "use": {"sae": {"mean_erased": consistency, "mean_steered": 0.5}},
+            "reconstruction": {"fvu": fvu, "l0": 10, "num_alive": 9},
+            "use": {"sae": {"mean_erased": erased, "mean_steered": 0.5}},
         }
-        measured[cell.name] = {
-            name: {"status": "evaluated", "values": of_metric} for name, of_metric in of.items()
+        measured[name] = {
+            metric: {"status": "evaluated", "values": of_metric} for metric, of_metric in of.items()
         }
     return robustness.robustness_table(values, measured, PROFILE)
 
@@ -86,12 +110,17 @@ def test_ways_are_compared_within_seeds(table):
     standard, few, strictest, endings = found.to_dict("records")
     assert (standard["min_cosine"], standard["min_share"]) == tuple(STANDARD_RULE)
     assert few["n_samples"] == 10 and strictest["min_share"] == 0.6
-    for way in (standard, few, endings):
+    for way in (standard, few):
         assert (way["standard"], way["erasing"]) == pytest.approx((1, -1))
     assert (strictest["standard"], strictest["erasing"]) == pytest.approx((-1, 1))
-    # Cells of a seed are no penalty at 2048, 1024, 512, then C²R at 2048, 1024: three steps of 0.05 apart.
-    gains = [way["gain"] for way in (standard, few, strictest, endings)]
+    assert endings["standard"] == pytest.approx(1) and np.isnan(endings["erasing"])
+    # C²R at 2048 latents is three steps above no penalty at 2048. Its FVU is half-way from there to 1024
+    # latents, so what size alone gives is half a step above.
+    gains, excesses = (
+        [way[name] for way in (standard, few, strictest, endings)] for name in ("gain", "excess")
+    )
     assert gains == pytest.approx([0.15, 0.075, -0.15, 0.15])
+    assert excesses == pytest.approx([0.125, 0.0625, -0.125, 0.125])
     assert (standard["no_carrier"], endings["no_carrier"]) == pytest.approx((0.2, 0.3))
     names = [robustness.way_name(way) for way in found.to_dict("records")]
     assert names == ["cosine 0.1, share 0.4", "10 words", "cosine 0.2, share 0.6", "endings"]
@@ -100,8 +129,17 @@ def test_ways_are_compared_within_seeds(table):
     assert standard["n_evaluated"] == 20 and endings["n_evaluated"] == 9
 
 
+def test_each_ending_has_its_gain_and_its_guards(values):
+    (row,) = robustness.endings_table(values, PROFILE, 2048).to_dict("records")
+    assert row["ending"] == "-s", "what was not evaluable has no row"
+    assert (row["none"], row["C²R"], row["gain"]) == pytest.approx((0.1, 0.25, 0.15))
+    guards = [row[name] for name in ("precision", "recall", "f1", "shuffled", "baseline")]
+    assert guards == pytest.approx([0.5, 1, 0.7, 0.01, 0.1])
+
+
 def test_without_cells_there_are_no_rows():
     assert robustness.robustness_table({}, {}, PROFILE).empty
+    assert robustness.endings_table({}, PROFILE, 2048).empty
 
 
 def test_a_cell_at_smoke_size_has_every_rule_and_ending():

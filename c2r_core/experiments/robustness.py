@@ -8,6 +8,7 @@ endings of words. docs/design.md says what is claimed.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -136,6 +137,7 @@ def word_endings(words: tuple[str, ...]) -> np.ndarray:
 SETTING = [*STANDARD_RULE._fields, "n_samples"]
 """Columns that say how letters were measured."""
 STANDARD = (*STANDARD_RULE, N_SAMPLES)
+_GUARDS = ["precision", "recall", "f1", "shuffled_consistency", "baseline_consistency"]
 
 
 def robustness_table(
@@ -143,8 +145,8 @@ def robustness_table(
 ) -> pd.DataFrame:
     """One row an SAE and a way to measure it.
 
-    Columns: form, d_sae, seed, `fails`, the share of letters that are not erased; `concepts`, "letters" or
-    "endings"; SETTING; `consistency`, `no_carrier_share` and `n_evaluated`, of the concepts.
+    Columns: form, d_sae, seed, fvu; `fails`, the share of letters that are not erased; `concepts`, "letters"
+    or "endings"; SETTING; `consistency`, `no_carrier_share` and `n_evaluated`, of the concepts.
 
     Parameters
     ----------
@@ -157,11 +159,12 @@ def robustness_table(
     rows = []
     for sae in saes.itertuples():
         name = slug(f"{front.Spec(sae.form, sae.strength, sae.d_sae).title}, seed {sae.seed}")
-        about = {"form": sae.form, "d_sae": sae.d_sae, "seed": sae.seed, "fails": 1 - sae.erased}
+        about = {"form": sae.form, "d_sae": sae.d_sae, "seed": sae.seed, "fvu": sae.fvu}
+        about |= {"fails": 1 - sae.erased}
         if name in values:
             ways = [{"concepts": "letters"} | row for row in values[name]["rules"]]
             rows += [about | way for way in [*ways, _of_endings(values[name]["endings"])]]
-    columns = ["form", "d_sae", "seed", "fails", "concepts", *SETTING]
+    columns = ["form", "d_sae", "seed", "fvu", "fails", "concepts", *SETTING]
     return pd.DataFrame(rows, columns=[*columns, "consistency", "no_carrier_share", "n_evaluated"])
 
 
@@ -175,9 +178,10 @@ def ways_table(table: pd.DataFrame, d_sae: int) -> pd.DataFrame:
     """What each way to measure says of the SAEs of `robustness_table`; the standard one first.
 
     One row of concepts and SETTING: `n_evaluated`, the fewest concepts of an SAE; mean `consistency` and
-    `no_carrier`; and, each with `_low` and `_high` (95 %, Student's t over `seeds` seeds), three means:
-    `standard` and `erasing`, the rank correlations among one seed's SAEs with the standard's consistency and
-    with failure of erasing, and `gain`, C²R minus no penalty at `d_sae` latents.
+    `no_carrier`; and four means over `seeds` seeds, each with `_low` and `_high` (95 %, Student's t). Two are
+    rank correlations among one seed's SAEs: `standard`, with the standard's consistency, and `erasing`, with
+    failure of erasing letters (NaN for other concepts). Two are of C²R at `d_sae` latents: `gain`, less no
+    penalty at equal width, and `excess`, less what fewer latents give at equal FVU.
     """
     key = ["form", "d_sae", "seed"]
     by_way = {way: rows.set_index(key) for way, rows in table.groupby(["concepts", *SETTING])}
@@ -189,16 +193,46 @@ def ways_table(table: pd.DataFrame, d_sae: int) -> pd.DataFrame:
         row |= {"seeds": rows.index.unique("seed").size, "n_evaluated": rows["n_evaluated"].min()}
         row |= {"consistency": rows["consistency"].mean()}
         row |= {"no_carrier": rows["no_carrier_share"].mean()}
-        for name, column in (("standard", "standard"), ("erasing", "fails")):
-            by_seed = [
-                of["consistency"].rank().corr(of[column].rank())
-                for _, of in rows.groupby("seed")
-                if len(of) >= FEWEST
-            ]
-            row |= over_seeds(name, pd.Series(by_seed, dtype=float))
+        row |= over_seeds("standard", _ranks_together(rows, "standard"))
+        fails = _ranks_together(rows, "fails")  # to erase letters
+        row |= over_seeds("erasing", fails if way[0] == "letters" else fails * math.nan)
         pair = rows["consistency"].unstack("form").xs(d_sae, level="d_sae").dropna()
         row |= over_seeds("gain", pair["C²R"] - pair["none"])
+        plain = rows.reset_index()
+        excess = plain["consistency"] - front.of_size(plain, "consistency")
+        row |= over_seeds("excess", excess[(plain["form"] == "C²R") & (plain["d_sae"] == d_sae)])
         found.append(row)
+    return pd.DataFrame(found)
+
+
+def _ranks_together(rows: pd.DataFrame, column: str) -> pd.Series:
+    """The rank correlation of consistency with a column in each seed that has enough SAEs."""
+    ranks = [
+        of[["consistency", column]].rank() for _, of in rows.groupby("seed") if len(of) >= FEWEST
+    ]
+    return pd.Series([of["consistency"].corr(of[column]) for of in ranks], dtype=float)
+
+
+def endings_table(values: Mapping[str, Any], profile: Profile, d_sae: int) -> pd.DataFrame:
+    """Consistency of each ending at `d_sae` latents, with the guards that belong to it.
+
+    One row an ending that could be measured: means over seeds with "none" and with "C²R", their paired
+    difference `gain`, `gain_low`, `gain_high` (95 %, Student's t); and, of all these SAEs, mean `precision`,
+    `recall` and `f1` of the modal latent, and consistency with `shuffled` labels and of the `baseline`.
+    """
+    rows = []
+    which = [spec for spec in widths.specs(profile.language_model) if spec.d_sae == d_sae]
+    for seed, spec in itertools.product(widths.SEEDS, which):
+        concepts = values.get(slug(f"{spec.title}, seed {seed}"), {"endings": {"concepts": []}})
+        rows += [{"form": spec.form, "seed": seed} | one for one in concepts["endings"]["concepts"]]
+    found, columns = [], ["form", "seed", "concept", "consistency", *_GUARDS]
+    table = pd.DataFrame(rows, columns=columns).dropna(subset="consistency")
+    for ending, of in table.groupby("concept", sort=False):
+        pair = of.pivot(index="seed", columns="form", values="consistency").dropna()
+        row = {"ending": ending, "none": pair["none"].mean(), "C²R": pair["C²R"].mean()}
+        row |= over_seeds("gain", pair["C²R"] - pair["none"])
+        means = of[_GUARDS].astype(float).mean()
+        found.append(row | means.rename(lambda name: name.removesuffix("_consistency")).to_dict())
     return pd.DataFrame(found)
 
 
@@ -217,6 +251,6 @@ def ways_text(ways: pd.DataFrame) -> pd.DataFrame:
     plain = ["concepts", *names, "n_evaluated", "consistency", "no_carrier"]
     text = {
         name: interval_text(ways, name, f"{name}_low", f"{name}_high")
-        for name in ("standard", "erasing", "gain")
+        for name in ("standard", "erasing", "gain", "excess")
     }
     return ways[plain].rename(columns=names).round(3).assign(**text)
