@@ -107,7 +107,7 @@ def test_every_sae_has_a_row_for_every_way(table):
 def test_ways_are_compared_within_seeds(table):
     found = robustness.ways_table(table, 2048)
     assert list(found["concepts"]) == ["letters"] * 3 + ["endings"]
-    standard, few, strictest, endings = found.to_dict("records")
+    standard, strictest, few, endings = found.to_dict("records")
     assert (standard["min_cosine"], standard["min_share"]) == tuple(STANDARD_RULE)
     assert few["n_samples"] == 10 and strictest["min_share"] == 0.6
     for way in (standard, few):
@@ -123,9 +123,9 @@ def test_ways_are_compared_within_seeds(table):
     assert excesses == pytest.approx([0.125, 0.0625, -0.125, 0.125])
     assert (standard["no_carrier"], endings["no_carrier"]) == pytest.approx((0.2, 0.3))
     names = [robustness.way_name(way) for way in found.to_dict("records")]
-    assert names == ["cosine 0.1, share 0.4", "10 words", "cosine 0.2, share 0.6", "endings"]
+    assert names == ["cosine 0.1, share 0.4", "cosine 0.2, share 0.6", "10 words", "endings"]
     shown = robustness.ways_text(found)
-    assert shown.loc[0, "erasing"].startswith("-1.00 [") and list(shown["n"]) == [20, 10, 20, 20]
+    assert shown.loc[0, "erasing"].startswith("-1.00 [") and list(shown["n"]) == [20, 20, 10, 20]
     assert standard["n_evaluated"] == 20 and endings["n_evaluated"] == 9
 
 

@@ -187,7 +187,7 @@ def ways_table(table: pd.DataFrame, d_sae: int) -> pd.DataFrame:
     by_way = {way: rows.set_index(key) for way, rows in table.groupby(["concepts", *SETTING])}
     first = ("letters", *STANDARD)
     found = []
-    for way in sorted(by_way, key=lambda way: (way != first, way[0] != "letters", way)):
+    for way in sorted(by_way, key=_order):
         rows = by_way[way].assign(standard=by_way[first]["consistency"])
         row = dict(zip(["concepts", *SETTING], way, strict=True))
         row |= {"seeds": rows.index.unique("seed").size, "n_evaluated": rows["n_evaluated"].min()}
@@ -203,6 +203,12 @@ def ways_table(table: pd.DataFrame, d_sae: int) -> pd.DataFrame:
         row |= over_seeds("excess", excess[(plain["form"] == "C²R") & (plain["d_sae"] == d_sae)])
         found.append(row)
     return pd.DataFrame(found)
+
+
+def _order(way: tuple) -> tuple:
+    """The standard, other rules, other numbers of words, other concepts."""
+    concepts, *setting = way
+    return concepts != "letters", setting[-1] != N_SAMPLES, tuple(setting) != STANDARD, setting
 
 
 def _ranks_together(rows: pd.DataFrame, column: str) -> pd.Series:
