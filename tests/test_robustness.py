@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+from types import SimpleNamespace
+
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from c2r_core.artefacts.cells import compute
 from c2r_core.artefacts.profiles import load_profile
@@ -63,7 +67,7 @@ def ways(consistency):
         "mean_no_carrier_share": 0.3,
         "n_evaluated": 9,
     }
-    return {"rules": rows, "endings": endings}
+    return {"rules": rows, "endings": endings, "probe_f1": {"-s": 0.9, "-ty": 0.4}}
 
 
 FVU = {
@@ -133,6 +137,7 @@ def test_each_ending_has_its_gain_and_its_guards(values):
     (row,) = robustness.endings_table(values, PROFILE, 2048).to_dict("records")
     assert row["ending"] == "-s", "what was not evaluable has no row"
     assert (row["none"], row["C²R"], row["gain"]) == pytest.approx((0.1, 0.25, 0.15))
+    assert (row["probe_f1"], row["lowest"]) == pytest.approx((0.9, 0.1))
     guards = [row[name] for name in ("precision", "recall", "f1", "shuffled", "baseline")]
     assert guards == pytest.approx([0.5, 1, 0.7, 0.01, 0.1])
 
@@ -140,6 +145,74 @@ def test_each_ending_has_its_gain_and_its_guards(values):
 def test_without_cells_there_are_no_rows():
     assert robustness.robustness_table({}, {}, PROFILE).empty
     assert robustness.endings_table({}, PROFILE, 2048).empty
+
+
+# -- what is measured ---------------------------------------------------------------------------
+
+N_WORDS = 200
+
+
+def planted(monkeypatch, sae) -> SimpleNamespace:
+    """Words in -ing whose activations are along the first axis, and words in -ly that are like all others.
+
+    The first half are for training.
+    """
+    stems = [
+        "".join(letters)
+        for letters in itertools.islice(itertools.product("bcdf", repeat=4), N_WORDS)
+    ]
+    words = tuple(stem + ("ing", "ly", "o", "o")[i % 4] for i, stem in enumerate(stems))
+    activations = 0.1 * torch.randn(N_WORDS, 4, generator=torch.Generator().manual_seed(0))
+    activations[::4, 0] += 5
+    task = SimpleNamespace(
+        words=words, activations=activations, is_test=torch.arange(N_WORDS) >= N_WORDS // 2
+    )
+    monkeypatch.setattr(robustness, "letter_splits", lambda inputs: [SimpleNamespace(task=task)])
+    return SimpleNamespace(sae=sae, seed=0)
+
+
+class Axes:
+    """One latent for each axis."""
+
+    W_dec = torch.eye(4)
+
+    def encode(self, x):
+        return x.relu()
+
+    def decode(self, acts):
+        return acts @ self.W_dec
+
+
+def test_an_ending_that_a_probe_tells_is_measured_on_test_words(monkeypatch):
+    report, probe_f1 = robustness.ending_assignment(planted(monkeypatch, Axes()))
+    by_name = {row.concept: row for row in report.concepts}
+    ing, ly, ous = (by_name[name] for name in ("-ing", "-ly", "-ous"))
+    assert probe_f1["-ing"] == 1 and ing.n_holding == N_WORDS // 8
+    assert (ing.consistency, ing.modal_latent, ing.recall) == (1, 0, 1)
+    assert ly.not_evaluable == f"its probe's F1, {probe_f1['-ly']:.2f}, is not above 0.6"
+    assert ous.not_evaluable == "its probe's F1, 0.00, is not above 0.6"
+    assert report.n_evaluated == 1
+
+
+def test_every_row_says_by_which_rule_it_was_measured(monkeypatch):
+    asked = []
+
+    def letters(sae, *split, **how):
+        asked.append(how)
+        return SimpleNamespace(
+            mean_consistency=how["rule"].min_share,
+            mean_no_carrier_share=0.1,
+            n_evaluated=how["n_samples"],
+        )
+
+    monkeypatch.setattr(robustness, "letter_splits", lambda inputs: [("task", "probes")])
+    monkeypatch.setattr(robustness, "letter_acts", lambda inputs: "acts")
+    monkeypatch.setattr(robustness, "letter_assignment", letters)
+    rows = robustness.rule_rows(SimpleNamespace(sae="sae", seed=3))
+    assert {(how["acts"], how["seed"], how["baseline"]) for how in asked} == {("acts", 3, "sae")}
+    for row, how in zip(rows, asked, strict=True):
+        assert (row["min_cosine"], row["min_share"]) == tuple(how["rule"])
+        assert row["consistency"] == row["min_share"] and row["n_evaluated"] == row["n_samples"]
 
 
 def test_a_cell_at_smoke_size_has_every_rule_and_ending():

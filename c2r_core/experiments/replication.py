@@ -70,10 +70,12 @@ def replication_table(saes: pd.DataFrame) -> pd.DataFrame:
 
 
 def over_seeds(name: str, values: pd.Series) -> dict[str, float]:
-    """The mean of one value a seed, and the ends of its interval: `name`, `name`_low, `name`_high."""
-    values = (
-        values.dropna()
-    )  # where all SAEs of a seed have the same value, there is no correlation
+    """The mean of one value a seed, `name`, with `name`_low and `name`_high: 95 %, Student's t.
+
+    NaN if fewer than two seeds have a value.
+    """
+    # Where all SAEs of a seed have the same value, there is no correlation.
+    values = values.dropna()
     ends = mean_interval(values) if len(values) > 1 else [np.nan] * 3
     return dict(zip((name, f"{name}_low", f"{name}_high"), ends, strict=True))
 

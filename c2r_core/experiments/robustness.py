@@ -8,9 +8,8 @@ endings of words. docs/design.md says what is claimed.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -42,10 +41,8 @@ RULES = tuple(
 """The middle one is the standard."""
 NUMBERS = (10, N_SAMPLES, 40)
 """Words drawn of each letter."""
-ENDINGS = (
-    *("s", "ed", "ing", "ly", "er", "al", "ion", "ent"),
-    *("nce", "ty", "ive", "ble", "ous", "ment"),
-)
+ENDINGS = tuple("s ed ing ly er al ion ent nce ty ive ble ous ment".split())
+"""Letters at the end of a word, whatever they stand for: "congress" ends in -s."""
 MIN_STEM = 3
 """Letters that a word has in front of its ending."""
 
@@ -66,8 +63,9 @@ def cells(profile: Profile, seed: int = 0, device: str = "cpu") -> list[Cell]:
 
 @of_trained
 def measure(inputs: Inputs) -> dict[str, Any]:
-    """`rules`, of `rule_rows`, and `endings`, the report of `ending_assignment`."""
-    return {"rules": rule_rows(inputs), "endings": asdict(ending_assignment(inputs))}
+    """`rules`, of `rule_rows`; `endings` and `probe_f1`, of `ending_assignment`."""
+    report, probe_f1 = ending_assignment(inputs)
+    return {"rules": rule_rows(inputs), "endings": asdict(report), "probe_f1": probe_f1}
 
 
 def rule_rows(inputs: Inputs) -> list[dict[str, float | None]]:
@@ -96,12 +94,12 @@ def rule_rows(inputs: Inputs) -> list[dict[str, float | None]]:
     return rows
 
 
-def ending_assignment(inputs: Inputs) -> AssignmentConsistency:
+def ending_assignment(inputs: Inputs) -> tuple[AssignmentConsistency, dict[str, float]]:
     """Assignment consistency of "ends with these letters", on the test words of the first letters' task.
 
-    A word holds an ending if it has MIN_STEM letters in front of it and the ending's probe recognises it. The
-    probes are fitted as those of first letters are; one whose F1 on test words is not above GOOD_PROBE_F1
-    gives no direction.
+    A word holds an ending if it has MIN_STEM letters in front of it and the ending's probe recognises it.
+    Probes are fitted as those of first letters are. Beside the report is the F1 of each on test words; one
+    that is not above GOOD_PROBE_F1 gives no direction.
     """
     task = letter_splits(inputs)[0].task
     labels = word_endings(task.words)
@@ -110,15 +108,25 @@ def ending_assignment(inputs: Inputs) -> AssignmentConsistency:
     recognised = x[test] @ weights + biases > 0
     scores = [f1(*of_one) for of_one in zip(recognised.T, labels[test].T, strict=True)]
     weights[:, np.array(scores) <= GOOD_PROBE_F1] = 0
-    return measure_assignment(
+    names = [f"-{ending}" for ending in ENDINGS]
+    report = measure_assignment(
         inputs.sae,
         task.activations[task.is_test],
         torch.from_numpy(recognised & labels[test]),
         torch.from_numpy(weights.T.copy()),
-        names=[f"-{ending}" for ending in ENDINGS],
+        names=names,
         baseline=task.activations,
         seed=inputs.seed,
     )
+    rows = [
+        row
+        if score > GOOD_PROBE_F1
+        else replace(
+            row, not_evaluable=f"its probe's F1, {score:.2f}, is not above {GOOD_PROBE_F1}"
+        )
+        for row, score in zip(report.concepts, scores, strict=True)
+    ]
+    return replace(report, concepts=tuple(rows)), dict(zip(names, scores, strict=True))
 
 
 def word_endings(words: tuple[str, ...]) -> np.ndarray:
@@ -194,8 +202,9 @@ def ways_table(table: pd.DataFrame, d_sae: int) -> pd.DataFrame:
         row |= {"consistency": rows["consistency"].mean()}
         row |= {"no_carrier": rows["no_carrier_share"].mean()}
         row |= over_seeds("standard", _ranks_together(rows, "standard"))
-        fails = _ranks_together(rows, "fails")  # to erase letters
-        row |= over_seeds("erasing", fails if way[0] == "letters" else fails * math.nan)
+        is_of_letters = way[0] == "letters"  # as erasing is
+        fails = _ranks_together(rows, "fails") if is_of_letters else pd.Series(dtype=float)
+        row |= over_seeds("erasing", fails)
         pair = rows["consistency"].unstack("form").xs(d_sae, level="d_sae").dropna()
         row |= over_seeds("gain", pair["C²R"] - pair["none"])
         plain = rows.reset_index()
@@ -222,21 +231,26 @@ def _ranks_together(rows: pd.DataFrame, column: str) -> pd.Series:
 def endings_table(values: Mapping[str, Any], profile: Profile, d_sae: int) -> pd.DataFrame:
     """Consistency of each ending at `d_sae` latents, with the guards that belong to it.
 
-    One row an ending that could be measured: means over seeds with "none" and with "C²R", their paired
-    difference `gain`, `gain_low`, `gain_high` (95 %, Student's t); and, of all these SAEs, mean `precision`,
-    `recall` and `f1` of the modal latent, and consistency with `shuffled` labels and of the `baseline`.
+    One row an ending that could be measured: `probe_f1`; means over seeds with "none" and with "C²R", their
+    paired difference `gain`, `gain_low`, `gain_high` (95 %, Student's t), and the `lowest` of an SAE; and, of
+    all these SAEs, mean `precision`, `recall` and `f1` of the modal latent, and consistency with `shuffled`
+    labels and of the `baseline`.
     """
     rows = []
     which = [spec for spec in widths.specs(profile.language_model) if spec.d_sae == d_sae]
     for seed, spec in itertools.product(widths.SEEDS, which):
-        concepts = values.get(slug(f"{spec.title}, seed {seed}"), {"endings": {"concepts": []}})
-        rows += [{"form": spec.form, "seed": seed} | one for one in concepts["endings"]["concepts"]]
-    found, columns = [], ["form", "seed", "concept", "consistency", *_GUARDS]
+        found = values.get(slug(f"{spec.title}, seed {seed}"))
+        for one in found["endings"]["concepts"] if found else []:
+            about = {"form": spec.form, "seed": seed, "probe_f1": found["probe_f1"][one["concept"]]}
+            rows.append(about | one)
+    found, columns = [], ["form", "seed", "probe_f1", "concept", "consistency", *_GUARDS]
     table = pd.DataFrame(rows, columns=columns).dropna(subset="consistency")
     for ending, of in table.groupby("concept", sort=False):
         pair = of.pivot(index="seed", columns="form", values="consistency").dropna()
-        row = {"ending": ending, "none": pair["none"].mean(), "C²R": pair["C²R"].mean()}
+        row = {"ending": ending, "probe_f1": of["probe_f1"].mean()}
+        row |= {"none": pair["none"].mean(), "C²R": pair["C²R"].mean()}
         row |= over_seeds("gain", pair["C²R"] - pair["none"])
+        row |= {"lowest": of["consistency"].min()}
         means = of[_GUARDS].astype(float).mean()
         found.append(row | means.rename(lambda name: name.removesuffix("_consistency")).to_dict())
     return pd.DataFrame(found)
