@@ -133,6 +133,15 @@ def test_ways_are_compared_within_seeds(table):
     assert standard["n_evaluated"] == 20 and endings["n_evaluated"] == 9
 
 
+def test_the_weakest_of_several_rules_decides(table):
+    ways = robustness.ways_table(table, 2048)
+    lowest = robustness.weakest(ways, "letters", "gain", "low")
+    highest = robustness.weakest(ways, "letters", "erasing", "high")
+    assert (lowest["gain"], highest["erasing"]) == pytest.approx((-0.15, 1)), "the strictest rule"
+    assert robustness.weakest(ways, "endings", "gain", "low")["gain"] == pytest.approx(0.15)
+    assert robustness.weakest(pd.DataFrame(), "letters", "gain", "low") is None
+
+
 def test_each_ending_has_its_gain_and_its_guards(values):
     (row,) = robustness.endings_table(values, PROFILE, 2048).to_dict("records")
     assert row["ending"] == "-s", "what was not evaluable has no row"

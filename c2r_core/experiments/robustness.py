@@ -214,6 +214,20 @@ def ways_table(table: pd.DataFrame, d_sae: int) -> pd.DataFrame:
     return pd.DataFrame(found)
 
 
+def weakest(ways: pd.DataFrame, concepts: str, name: str, at: str) -> pd.Series | None:
+    """Of the rows of `ways_table` with these concepts and the standard number of words, the worst interval.
+
+    That is the one of the mean `name` with the lowest low end (`at` is "low") or the highest high end
+    ("high"). None without rows.
+    """
+    if not len(ways):
+        return None
+    rows = ways[(ways["concepts"] == concepts) & (ways["n_samples"] == N_SAMPLES)]
+    end = rows[f"{name}_{at}"]
+    worst = end.idxmin() if at == "low" else end.idxmax()
+    return rows.loc[worst, [name, f"{name}_low", f"{name}_high"]]
+
+
 def _order(way: tuple) -> tuple:
     """The standard, other rules, other numbers of words, other concepts."""
     concepts, *setting = way
