@@ -70,13 +70,8 @@ def ways(consistency):
     return {"rules": rows, "endings": endings, "probe_f1": {"-s": 0.9, "-ty": 0.4}}
 
 
-FVU = {
-    "none, 2048": 0.10,
-    "none, 1024": 0.15,
-    "none, 512": 0.20,
-    "C²R, 2048": 0.125,
-    "C²R, 1024": 0.175,
-}
+FVU = (0.10, 0.15, 0.20, 0.125, 0.175)
+"""Of a seed's SAEs: no penalty at 2048, 1024 and 512 latents, then C²R at 2048 and 1024."""
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +86,7 @@ def table(values) -> pd.DataFrame:
     """The more consistent, the easier to erase."""
     measured = {}
     for number, name in enumerate(values):
-        fvu, erased = list(FVU.values())[number % 5], values[name]["rules"][0]["consistency"]
+        fvu, erased = FVU[number % 5], values[name]["rules"][0]["consistency"]
         of = {
             "reconstruction": {"fvu": fvu, "l0": 10, "num_alive": 9},
             "use": {"sae": {"mean_erased": erased, "mean_steered": 0.5}},
@@ -162,7 +157,7 @@ N_WORDS = 200
 
 
 def planted(monkeypatch, sae) -> SimpleNamespace:
-    """Words in -ing whose activations are along the first axis, and words in -ly that are like all others.
+    """Words in -ing, whose activations lie along the first axis, and in -ly, which are like all others.
 
     The first half are for training.
     """
